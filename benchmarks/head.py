@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and time of the chunked head against a dense head under autograd, in one run on one machine.
+
+    python benchmarks/head.py                          # CPU; N 4096, V 32000, H 512, float32
+    python benchmarks/head.py --device cuda --n 8192 --v 151936 --h 4096 --dtype bfloat16
+
+Both arms compute the token mean of the full-vocabulary reverse KL and its gradients for hidden states and
+head weight. The dense arm is a lean one: float32 logits of both sides, teacher under no_grad, nothing held
+that autograd does not hold. *Extra* memory is the peak above the inputs, less the two gradients that every
+implementation must return.
+
+How memory is measured. CPU: each arm runs once in a fresh process; the kernel's high-water mark of its
+resident set (VmHWM), less the resident set just before the call. Large tensors are mapped and unmapped one by
+one, so that mark follows live tensors, and it includes what an allocator hook would miss (workspaces of the
+matrix products). CUDA: the caching allocator's peak of allocated bytes. Times are medians of interleaved
+calls in a third process.
+"""
+
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from opd_ext.objective.divergence import reverse_kl
+from opd_ext.objective.head import chunked_divergence
+
+RESULTS = Path(__file__).parent / "results"
+ARMS = ("dense", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Sizes of one run: N rows, vocabulary V, hidden size H of both models."""
+
+    n: int
+    v: int
+    h: int
+    dtype: str
+    chunk_size: int
+    device: str
+    repeats: int
+
+
+class Problem:
+    """Random inputs with logits of about unit scale, the same in every process."""
+
+    def __init__(self, setting: Setting):
+        generator = torch.Generator().manual_seed(0)
+        dtype = getattr(torch, setting.dtype)
+
+        def normal(*shape: int, scale: float) -> torch.Tensor:
+            return (scale * torch.randn(*shape, generator=generator)).to(setting.device, dtype)
+
+        self.setting = setting
+        self.hidden = normal(setting.n, setting.h, scale=1.0).requires_grad_()
+        self.weight = normal(setting.v, setting.h, scale=setting.h**-0.5).requires_grad_()
+        self.teacher_hidden = normal(setting.n, setting.h, scale=1.0)
+        self.teacher_weight = normal(setting.v, setting.h, scale=setting.h**-0.5)
+        self.token_weight = torch.full((setting.n,), 1.0 / setting.n, device=setting.device)
+
+    def dense(self) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = (self.teacher_hidden @ self.teacher_weight.T).float()
+        return (self.token_weight * reverse_kl((self.hidden @ self.weight.T).float(), teacher_logits)).sum()
+
+    def head(self) -> torch.Tensor:
+        sides = (self.hidden, self.weight, self.teacher_hidden, self.teacher_weight)
+        return chunked_divergence(*sides, self.token_weight, chunk_size=self.setting.chunk_size)[0]
+
+    def gradients(self, arm: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.autograd.grad(getattr(self, arm)(), (self.hidden, self.weight))
+
+
+def _resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}; CPU memory is measured on Linux only.")
+
+
+def extra_memory(setting: Setting, arm: str) -> int:
+    """Peak bytes of one call above its inputs and its two gradients; run in a fresh process."""
+    # Loads kernels and thread pools, and compiles on CUDA, at a size that does not move the high-water mark.
+    Problem(dataclasses.replace(setting, n=64, v=256, h=64)).gradients(arm)
+    problem = Problem(setting)
+    if setting.device == "cuda":
+        problem.gradients(arm)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        before, peak = _resident("VmRSS"), lambda: _resident("VmHWM")
+    gradients = problem.gradients(arm)
+    return peak() - before - sum(g.numel() * g.element_size() for g in gradients)
+
+
+def _timed(call: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _median(call: Callable[[], object], setting: Setting) -> float:
+    _timed(call, setting.device)
+    return statistics.median(_timed(call, setting.device) for _ in range(setting.repeats))
+
+
+def compare(setting: Setting) -> dict:
+    """Times of both arms (interleaved), ceilings of the machine, and the difference of gradients."""
+    problem = Problem(setting)
+    expected, actual = problem.gradients("dense"), problem.gradients("head")
+    difference = {
+        name: ((a.float() - e.float()).abs().max() / e.float().abs().max()).item()
+        for name, a, e in zip(("hidden", "weight"), actual, expected, strict=True)
+    }
+    del expected, actual
+    times = {arm: [] for arm in ARMS}
+    for _ in range(setting.repeats):
+        for arm in ARMS:
+            times[arm].append(_timed(lambda arm=arm: problem.gradients(arm), setting.device))
+    seconds = {arm: statistics.median(values) for arm, values in times.items()}
+    with torch.no_grad():
+        product = _median(lambda: problem.hidden @ problem.weight.T, setting)
+        source = torch.empty(2**28 if setting.device == "cuda" else 2**26, device=setting.device)
+        target = torch.zeros_like(source)
+        copied = _median(lambda: target.copy_(source), setting)
+    flop = 2 * setting.n * setting.v * setting.h
+    return {
+        "max_relative_gradient_difference": difference,
+        "seconds": seconds,
+        "matmul_ceiling_tflops": flop / product / 1e12,
+        "copy_ceiling_gb_per_s": 2 * source.numel() * source.element_size() / copied / 1e9,
+        # Logits of two sides and two gradients: four products of the same size.
+        "head_tflops_in_products": 4 * flop / seconds["head"] / 1e12,
+    }
+
+
+def _in_fresh_process(function: Callable, *args: object) -> object:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _hardware(device: str) -> dict:
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        return {"name": torch.cuda.get_device_name(), "driver": driver}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.machine()
+    return {"name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def _table(result: dict) -> Table:
+    setting, memory, seconds = result["setting"], result["extra_memory_bytes"], result["seconds"]
+    sizes = ", ".join(f"{key} {setting[key]}" for key in ("n", "v", "h", "dtype", "chunk_size", "device"))
+    table = Table(title=f"Chunked head against dense head\n{result['hardware']['name']} | {sizes}")
+    for column in ("", "dense", "head", "head / dense"):
+        table.add_column(column, justify="left" if not column else "right")
+    megabytes = [f"{memory[arm] / 2**20:,.0f} MiB" for arm in ARMS]
+    table.add_row("peak extra memory", *megabytes, f"{result['memory_ratio']:.1%}")
+    table.add_row("time", *(f"{seconds[arm]:.3f} s" for arm in ARMS), f"{result['time_ratio']:.1%}")
+    table.add_section()
+    for name, value in result["max_relative_gradient_difference"].items():
+        table.add_row(f"gradient difference, {name}", "", f"{value:.1e}", "")
+    share = result["head_tflops_in_products"] / result["matmul_ceiling_tflops"]
+    ceiling = f"ceiling {result['matmul_ceiling_tflops']:.2f} TFLOP/s"
+    table.add_row("products", ceiling, f"{share:.0%} of it", "")
+    table.add_row("copy", f"ceiling {result['copy_ceiling_gb_per_s']:.0f} GB/s", "", "")
+    return table
+
+
+def _write(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def main(
+    n: int = 4096,
+    v: int = 32000,
+    h: int = 512,
+    dtype: str = "float32",
+    chunk_size: int = 1024,
+    device: str = "cpu",
+    repeats: int = typer.Option(5, help="Timed calls per arm."),
+    date: str = typer.Option("", help="Date to record; today by default."),
+    out: Path = typer.Option(None, help="JSON file; head_<device>_<sizes>.json in results/ by default."),
+    force: bool = typer.Option(False, help="Replace an existing file."),
+) -> None:
+    """Measure peak extra memory, time and gradients of the head against a dense one."""
+    setting = Setting(n, v, h, dtype, chunk_size, device, repeats)
+    out = out or RESULTS / f"head_{device}_n{n}_v{v}_h{h}_{dtype}.json"
+    if out.exists() and not force:
+        raise typer.BadParameter(f"{out} exists; choose another --out or pass --force.")
+    console = Console()
+    with console.status("") as status:
+        memory = {}
+        for arm in ARMS:
+            status.update(f"memory of the {arm} arm")
+            memory[arm] = _in_fresh_process(extra_memory, setting, arm)
+        status.update("gradients and times")
+        compared = _in_fresh_process(compare, setting)
+    result = {
+        "date": date or datetime.date.today().isoformat(),
+        "hardware": _hardware(device),
+        "torch": torch.__version__,
+        "setting": dataclasses.asdict(setting),
+        "extra_memory_bytes": memory,
+        "memory_ratio": memory["head"] / memory["dense"],
+        "time_ratio": compared["seconds"]["head"] / compared["seconds"]["dense"],
+        **compared,
+    }
+    console.print(_table(result))
+    _write(out, result)
+    console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transfer_queue as tq
+from transfer_queue import KVBatchMeta
+
+_FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "extra_info", "extra_fields"]
+
+
+def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+    """One row per trajectory of ``batch``, in its order.
+
+    A response is *truncated* if it used all of ``max_tokens`` without sampling the end-of-sequence token.
+
+    Returns:
+        Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
+        ``response_tokens``, ``truncated``, ``score``, every key of the grader (``acc``, ``feedback``, ...) and
+        ``ground_truth``.
+    """
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=_FIELDS)
+    scores = [row.sum().item() for row in data["rm_scores"].unbind()]
+    prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
+    rows = []
+    for i, key in enumerate(batch.keys):
+        uid, sample, _ = key.rsplit("_", 2)
+        extra_info = dict(_item(data, "extra_info", i) or {})
+        grade = dict((_item(data, "extra_fields", i) or {}).get("reward_extra_info") or {})
+        tokens = responses[i].tolist()
+        ended = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
+        rows.append(
+            {
+                "uid": uid,
+                "sample": int(sample),
+                "index": extra_info.get("index"),
+                "data_source": _item(data, "data_source", i),
+                "difficulty": extra_info.get("difficulty"),
+                "input": tokenizer.decode(prompts[i], skip_special_tokens=True),
+                "output": tokenizer.decode(tokens, skip_special_tokens=True),
+                "response_tokens": len(tokens),
+                "truncated": len(tokens) >= max_tokens and not ended,
+                "score": scores[i],
+                **grade,
+                "acc": float(grade.get("acc", scores[i])),
+                "ground_truth": (_item(data, "reward_model", i) or {}).get("ground_truth"),
+            }
+        )
+    return rows
+
+
+def _item(data: Any, name: str, i: int) -> Any:
+    values = data.get(name, None)
+    if values is None:
+        return None
+    return values.tolist()[i] if hasattr(values, "tolist") else list(values)[i]
+
+
+def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """Accuracy, response lengths (tokens), truncation and empty responses; other graded accuracies if present."""
+    if not rows:
+        return {}
+    tokens = np.array([row["response_tokens"] for row in rows])
+    metrics = {
+        f"{prefix}/accuracy": float(np.mean([row["acc"] for row in rows])),
+        f"{prefix}/tokens_mean": float(tokens.mean()),
+        f"{prefix}/tokens_min": float(tokens.min()),
+        f"{prefix}/tokens_max": float(tokens.max()),
+        f"{prefix}/truncated": float(np.mean([row["truncated"] for row in rows])),
+        f"{prefix}/empty": float((tokens == 0).mean()),
+        f"{prefix}/samples": float(len(rows)),
+    }
+    for key in ("acc_answer_only", "acc_boxed_only", "format_ok"):
+        if key in rows[0]:
+            metrics[f"{prefix}/{key}"] = float(np.mean([row[key] for row in rows]))
+    return metrics
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` to ``path`` so that the file is either absent, old or complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=float) + "\n" for row in rows)
+    os.replace(temporary, path)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process in which the trainer lives: verl's task runner, with our trainer registered and our files in place."""
+
+import importlib
+import os
+from pathlib import Path
+
+import ray
+from omegaconf import DictConfig
+from verl.trainer.main_ppo import TaskRunnerV1
+
+# verl decorates its runner with `ray.remote`; the class itself is what can be subclassed.
+_Runner = TaskRunnerV1.__ray_metadata__.modified_class
+
+
+@ray.remote
+class OPDTaskRunner(_Runner):
+    """Runs ``config.trainer.v1.trainer_mode=opd``."""
+
+    def run(self, config: DictConfig) -> None:
+        importlib.import_module("opd_ext.bridge.trainer")  # registers the trainer in this process
+        external = config.opd.external_lib
+        for library in [external] if isinstance(external, str) else external or []:
+            importlib.import_module(library)
+        os.environ["TENSORBOARD_DIR"] = str(Path(config.opd.run_dir) / "tensorboard")
+        super().run(config)

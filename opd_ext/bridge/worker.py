@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's hybrid worker with a teacher: the ``ref`` engine of the same process holds the teacher's weights."""
+
+import importlib
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.device import get_device_name
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
+from opd_ext.bridge.cpu_platform import init_process_group
+from opd_ext.objective.loss import Objective
+from opd_ext.teacher.weights import copy_shards, ema_shards
+
+
+def _local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's part of every parameter and persistent buffer, by name (aliases, not copies)."""
+    return {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in module.state_dict(keep_vars=False).items()
+    }
+
+
+def _shard_file(folder: str) -> Path:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return Path(folder) / f"world_size_{world}_rank_{rank}.pt"
+
+
+class OPDTrainingWorker(TrainingWorker):
+    """verl's training worker, able to join a process group without an accelerator."""
+
+    def __init__(self, config: TrainingWorkerConfig):
+        if get_device_name() == "cpu":
+            init_process_group()
+        super().__init__(config)
+
+
+class OPDWorker(ActorRolloutRefWorker):
+    """Actor, rollout and teacher in one process."""
+
+    actor_worker_cls = OPDTrainingWorker
+    ref_worker_cls = OPDTrainingWorker
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def configure(self, objective: Objective, external_libs: list[str]) -> None:
+        """Give the student's engine its loss and its teacher.
+
+        Args:
+            objective: the loss.
+            external_libs: user modules whose registered classes the loss may name.
+        """
+        for library in external_libs:
+            importlib.import_module(library)
+        self.actor.engine.objective = objective
+        self.actor.engine.teacher = self.ref.engine if self.ref is not None else None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def refresh_teacher(self, rate: float = 1.0) -> None:
+        """Move the teacher towards the student, shard by shard: teacher += rate (student - teacher); 1 copies.
+
+        Both engines are sharded over the same ranks by the same rule, so no communication is needed.
+        """
+        student, teacher = (_local_shards(worker.engine.module) for worker in (self.actor, self.ref))
+        if rate == 1.0:
+            copy_shards(student, teacher)
+        else:
+            ema_shards(student, teacher, rate)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_teacher(self, folder: str) -> None:
+        """Write this rank's teacher shards to ``folder``."""
+        path = _shard_file(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_local_shards(self.ref.engine.module), path)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_teacher(self, folder: str) -> None:
+        """Restore this rank's teacher shards from ``folder``.
+
+        Raises:
+            FileNotFoundError: the checkpoint was written by another number of ranks.
+        """
+        path = _shard_file(folder)
+        if not path.exists():
+            found = sorted(file.name for file in Path(folder).glob("*.pt"))
+            raise FileNotFoundError(
+                f"{path} is missing (found: {', '.join(found) or 'nothing'}); resume with the number of trainer ranks "
+                "that wrote the checkpoint."
+            )
+        copy_shards(torch.load(path, map_location="cpu", weights_only=True), _local_shards(self.ref.engine.module))

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``opd`` command. A subcommand imports what it needs when it runs, so that ``opd --help`` is instant."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd_ext import __version__
+
+app = typer.Typer(
+    name="opd",
+    help="On-policy distillation on stock verl: vLLM generates, FSDP trains, Ray places.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+data = typer.Typer(help="Build data sets and the models that go with them.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+def _refused(command: str, error: Exception) -> typer.Exit:
+    typer.echo(f"opd {command}: {error}", err=True)
+    return typer.Exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def opd(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    add_help_option=False,  # --help, too, is for the training parser to answer
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def train(overrides: Annotated[list[str] | None, typer.Argument(metavar="OVERRIDES")] = None) -> None:
+    """Train; the same as `python -m opd_ext.train`. See `opd train --help`."""
+    from opd_ext.train import main
+
+    raise typer.Exit(main(overrides or []))
+
+
+@app.command()
+def doctor() -> None:
+    """Look at versions, devices, plugin, memory and disk; exit 1 with one sentence per problem."""
+    from opd_ext.doctor import main
+
+    raise typer.Exit(main())
+
+
+def default_world() -> Path:
+    """Where scale `cpu_tiny` looks for the miniature world (its `opd.world`)."""
+    return Path(os.environ.get("OPD_HOME") or Path.home() / ".cache" / "opd_ext") / "tinymath"
+
+
+@data.command()
+def tinymath(
+    out: Annotated[
+        Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/tinymath")
+    ] = None,
+    models: Annotated[str, typer.Option(help="models to pre-train, separated by commas")] = "base,large",
+    force: Annotated[bool, typer.Option("--force", help="build anew what is there already")] = False,
+) -> None:
+    """Build the miniature world: tokenizer, arithmetic problems, small pre-trained models. No download."""
+    from opd_ext.data.tinymath.build import WorldError, build
+
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    try:
+        build(out or default_world(), names, force)
+    except (ValueError, WorldError) as error:
+        raise _refused("data tinymath", error) from None
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="the folder of a run")],
+) -> None:
+    """Write the before/after table and the curves of a run into its folder."""
+    from opd_ext.report.run_report import write_report
+
+    try:
+        write_report(run_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise _refused("report", error) from None
+
+
+if __name__ == "__main__":
+    app()

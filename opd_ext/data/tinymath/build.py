@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building the miniature world: one folder, complete or absent.
+
+    <out>/world.json                     settings, their hash, what was measured
+    <out>/MODEL_CARD.md                  the same for people
+    <out>/{train,val,test}.parquet       problems in verl's format
+    <out>/base/, <out>/large/            transformers checkpoints with their tokenizer
+
+The result is a function of the settings alone, up to floating-point differences between machines and
+thread counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from opd_ext.data.tinymath.card import measure_model, write_card
+from opd_ext.data.tinymath.chats import draw_chat
+from opd_ext.data.tinymath.pretrain import SPECS, make_corpus, make_model, pretrain
+from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
+from opd_ext.data.tinymath.splits import SIZES, draw_splits, write_splits
+from opd_ext.data.tinymath.tokenizer import make_tokenizer, phrases, words
+
+
+class WorldError(RuntimeError):
+    """The folder cannot be used as asked; the message says what to do."""
+
+
+def build(
+    out: Path,
+    models: Sequence[str] = ("base", "large"),
+    force: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Build the world in ``out``, or as much of it as is missing.
+
+    A world that is there already is left alone: a model that it lacks is added, nothing else is touched.
+    Everything is prepared beside its destination and renamed, so an interrupted build leaves no half world.
+
+    Args:
+        out: destination folder.
+        models: models to have, of ``base`` and ``large``.
+        force: build everything anew, with exactly the models named.
+        seed: of the splits, the corpus, the initial weights and the sampling of the model card.
+        progress: show progress bars and one line per thing done.
+
+    Returns:
+        ``out``, absolute.
+
+    Raises:
+        ValueError: an unknown model is named, or none.
+        WorldError: ``out`` holds something else, or a world built with other settings (unless ``force``).
+    """
+    unknown = [name for name in models if name not in SPECS]
+    if unknown or not models:
+        raise ValueError(f"unknown models {unknown}: name one or more of {', '.join(SPECS)}")
+    out = Path(out).expanduser().absolute()
+    found = _read_world(out)
+    settings = _settings(seed)
+    if found is None or force:
+        with _beside(out) as folder:
+            _start_world(folder, settings, seed)
+            _add_models(folder, models, seed, progress)
+            _put_in_place(folder, out)
+    else:
+        _check_same(out, found, settings, models)
+        missing = [name for name in models if name not in found["models"]]
+        _add_models(out, missing, seed, progress)
+        if progress and not missing:
+            print(f"tinymath: {out} is complete ({', '.join(found['models'])}), nothing to do")
+    return out
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(seed: int) -> dict:
+    """What decides the world. A sample of the corpus stands for the grammar, prompts and writing habits."""
+    rng = random.Random(20_260_305)
+    chats = []
+    for index in range(500):
+        difficulty = DIFFICULTIES[index % len(DIFFICULTIES)]
+        chats.append(asdict(draw_chat(rng, draw_question(rng, difficulty), difficulty, slip_scale=1.0)))
+    settings = {
+        "seed": seed,
+        "splits": SIZES,
+        "corpus_sample": _digest(chats),
+        "vocabulary": _digest([phrases(), words()]),
+    }
+    return {**settings, "hash": _digest(settings)}
+
+
+def _read_world(out: Path) -> dict | None:
+    """The world's record, None where nothing is; refuses a folder that holds something else."""
+    if (out / "world.json").is_file():
+        return json.loads((out / "world.json").read_text())
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WorldError(f"{out} exists and is not a tinymath world: choose another folder")
+    return None
+
+
+def _check_same(out: Path, found: dict, settings: dict, models: Sequence[str]) -> None:
+    changed = [key for key in settings if key != "hash" and found["settings"].get(key) != settings[key]]
+    changed += [
+        f"models.{name}"
+        for name in models
+        if name in found["models"] and found["models"][name]["spec"] != asdict(SPECS[name])
+    ]
+    if changed:
+        raise WorldError(
+            f"{out} was built with other settings ({', '.join(changed)}): "
+            "use force to replace it, or choose another folder"
+        )
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A scratch folder on the same file system as ``target``, gone afterwards unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename ``folder`` to ``target``; what was there stays whole until the moment of the exchange."""
+    if not target.exists():
+        os.rename(folder, target)
+        return
+    with _beside(target) as trash:
+        os.rename(target, trash / "old")
+        os.rename(folder, target)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _start_world(folder: Path, settings: dict, seed: int) -> None:
+    write_splits(draw_splits(seed), folder)
+    _write_json(folder / "world.json", {"settings": settings, "models": {}})
+
+
+def _add_models(world: Path, names: Sequence[str], seed: int, progress: bool) -> None:
+    for name in names:
+        with _beside(world / name) as folder:
+            record = _build_model(folder, name, seed, progress)
+            _put_in_place(folder, world / name)
+        found = json.loads((world / "world.json").read_text())
+        found["models"][name] = record
+        _write_json(world / "world.json", found)
+        write_card(found, world / "MODEL_CARD.md")
+        if progress:
+            print(f"tinymath: {name} built in {record['seconds']['total']:.0f} s, see MODEL_CARD.md")
+
+
+def _build_model(folder: Path, name: str, seed: int, progress: bool) -> dict:
+    """Pre-train, save and measure one model; returns its record for ``world.json``."""
+    import torch
+
+    started = time.perf_counter()
+    spec, splits, tokenizer = SPECS[name], draw_splits(seed), make_tokenizer()
+    held_out = {question for split in ("val", "test") for _, question in splits[split]}
+    corpus = make_corpus(tokenizer, spec, seed, held_out)
+    model = make_model(spec, tokenizer, seed)
+    training = time.perf_counter()
+    tokens = pretrain(model, corpus, spec, seed, progress, name)
+    trained = time.perf_counter()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    measured = measure_model(model, tokenizer, splits["val"], seed)
+    done = time.perf_counter()
+    return {
+        "spec": asdict(spec),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "tokens": tokens,
+        "threads": torch.get_num_threads(),
+        "seconds": {
+            "corpus": training - started,
+            "training": trained - training,
+            "measuring": done - trained,
+            "total": done - started,
+        },
+        "measured": measured,
+    }

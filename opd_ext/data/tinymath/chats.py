@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pre-training corpus: single-turn chats in the published prompt formats.
+
+Every context that a self-distillation teacher may be given occurs here, so that a model of this world
+reacts to it the way a pre-trained model does: an instruction changes how much filler it writes, a correct
+solution or feedback in the prompt keeps it from slipping.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from opd_ext.data.tinymath.problems import REWRITE, concise_solution, solve
+from opd_ext.data.tinymath.writing import VERBOSE, Author, write_solution
+from opd_ext.rewards.tinymath import describe_step
+from opd_ext.teacher import prompts
+
+MIXTURE = {"student": 0.44, "instruction": 0.32, "opsd_student": 0.04, "opsd": 0.08, "sdpo": 0.12}
+BUDGETS = {"pct": (10, 20, 30, 40, 50, 60, 70, 80, 90), "words": (10, 20, 30, 40, 50, 60, 80, 100)}
+_FILLER = {"v1": 0.03, "v2": 0.05, "v3": 0.05, "v4": 0.04, "v5": 0.06}
+_HARD_FILLER_V2 = 0.09
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One user message and the assistant's reply."""
+
+    prompt: str
+    response: str
+
+
+def filler_probability(text_id: str, difficulty: int) -> float:
+    """How probable filler is at each line under an instruction (``VERBOSE`` without one).
+
+    The difficulty-aware v2 leaves a little more of it on hard problems; budgets lie in between.
+    """
+    kind, _, amount = text_id.partition("-")
+    if kind == "pct":
+        return VERBOSE * (1 - int(amount) / 100)
+    if kind == "words":
+        return min(VERBOSE, VERBOSE * int(amount) / 100)
+    return _HARD_FILLER_V2 if text_id == "v2" and difficulty >= 4 else _FILLER[text_id]
+
+
+def draw_chat(rng: random.Random, question: str, difficulty: int, slip_scale: float) -> Chat:
+    """A chat about ``question``; the kind is drawn from ``MIXTURE``, slip rates are scaled."""
+    (kind,) = rng.choices(list(MIXTURE), list(MIXTURE.values()))
+    plain = Author(VERBOSE).careful(slip_scale)
+    if kind == "student":
+        shown = prompts.student_prompt(question)
+        # Evaluation sets of the published releases leave the reminder out.
+        shown = shown if rng.random() < 0.9 else shown.removesuffix(prompts.REMINDER)
+        return Chat(shown, write_solution(rng, question, plain))
+    if kind == "instruction":
+        return _instructed(rng, question, difficulty, slip_scale)
+    if kind == "opsd_student":
+        return Chat(prompts.opsd_student_prompt(question), write_solution(rng, question, plain))
+    # A writer who is shown the way does not slip.
+    informed = write_solution(rng, question, Author(VERBOSE).careful(0.0))
+    if kind == "opsd":
+        return Chat(prompts.opsd_teacher_prompt(question, _correct_solution(rng, question)), informed)
+    shows_solution, shows_feedback = rng.choice(((True, False), (False, True), (True, True)))
+    prompt = prompts.sdpo_prompt(
+        prompts.student_prompt(question),
+        solution=_correct_solution(rng, question) if shows_solution else None,
+        feedback=_feedback(rng, question) if shows_feedback else None,
+    )
+    return Chat(prompt, informed)
+
+
+def draw_textbook_chat(rng: random.Random, question: str, difficulty: int) -> Chat:
+    """A concise chat without slips: most of its tokens teach arithmetic."""
+    text_id = rng.choice(list(_FILLER))
+    author = Author(filler_probability(text_id, difficulty)).careful(0.0)
+    return Chat(prompts.teacher_prompt(question, text_id), write_solution(rng, question, author))
+
+
+def _instructed(rng: random.Random, question: str, difficulty: int, slip_scale: float) -> Chat:
+    text_id = rng.choice(("v1", "v2", "v2", "v3", "v4", "v5", "pct", "pct", "words"))
+    if text_id in BUDGETS:
+        text_id = f"{text_id}-{rng.choice(BUDGETS[text_id])}"
+    author = Author(filler_probability(text_id, difficulty)).careful(slip_scale)
+    # The released CRISP preparation repeats the reminder; the world knows both forms.
+    shown = question if rng.random() < 0.9 else question + prompts.REMINDER
+    return Chat(prompts.teacher_prompt(shown, text_id), write_solution(rng, question, author))
+
+
+def _correct_solution(rng: random.Random, question: str) -> str:
+    """A reference solution, or a successful attempt with its filler, as SDPO shows it."""
+    if rng.random() < 0.5:
+        return concise_solution(question)
+    return write_solution(rng, question, Author(VERBOSE).careful(0.0))
+
+
+def _feedback(rng: random.Random, question: str) -> str:
+    steps, answer = solve(question)
+    return describe_step(rng.choice([step for step in steps if step.label != REWRITE]), answer)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the teacher is shown that the student is not, and how prompts become tokens.
+
+In self-distillation the prompt is the teacher: with equal weights, everything the student learns comes from
+the difference between two token sequences that end in the same response. So there is one function that
+renders messages (:func:`render`, for student, teacher and evaluation alike), one that joins a prompt to the
+sampled ids (:func:`build_teacher_sequence`), and a registry of contexts that rewrite the messages in between.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd_ext.teacher import prompts
+
+
+def render(
+    tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a chat, generation prompt included: exactly what verl's agent loop sends to the model.
+
+    Args:
+        tokenizer: a ``transformers`` tokenizer with a chat template (or a custom one set on it).
+        messages: ``{"role", "content"}`` mappings, oldest first.
+        template_kwargs: verl's ``data.apply_chat_template_kwargs``, e.g. ``{"enable_thinking": True}``.
+
+    Returns:
+        Ids, one flat list. Not truncated: verl cuts prompts longer than ``rollout.prompt_length`` on the
+        left, which the data set's over-long filter must prevent.
+    """
+    encoded = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=True,
+        add_generation_prompt=True,
+        **(template_kwargs or {}),
+    )
+    # transformers >= 5 returns a mapping by default, and a template call may come back as a batch of one.
+    ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
+    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    return [int(token) for token in (ids[0] if ids and isinstance(ids[0], list) else ids)]
+
+
+def build_teacher_sequence(
+    teacher_prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    max_length: int,
+    *,
+    student_prompt_ids: Sequence[int] = (),
+) -> list[int] | None:
+    """The teacher's prompt followed by the very ids that the student sampled.
+
+    Nothing is decoded, re-encoded or appended: an end-of-sequence token is there only if it was sampled.
+
+    Args:
+        teacher_prompt_ids, response_ids: token ids.
+        max_length: cap on prompt plus response, in tokens, for the student's sequence and the teacher's.
+        student_prompt_ids: the prompt that the response was sampled from; leave it out where the student's
+            side is already known to fit.
+
+    Returns:
+        The ids, or None if either side is too long. Such a pair is dropped whole: cutting one side would pair
+        the student's distribution at one token with the teacher's at another.
+    """
+    prompt_length = max(len(teacher_prompt_ids), len(student_prompt_ids))
+    if prompt_length + len(response_ids) > max_length:
+        return None
+    return [*teacher_prompt_ids, *response_ids]
+
+
+class TeacherContext:
+    """Turns a sample into the teacher's messages.
+
+    Subclasses are frozen dataclasses; their fields are the options that stand beside ``kind`` in the config.
+    """
+
+    def messages(self, sample: Mapping[str, Any]) -> list[dict]:
+        """The teacher's chat for one sample.
+
+        Args:
+            sample: ``raw_prompt``, the student's messages; ``extra_info``, the data set's mapping with
+                ``index`` and what the context needs (``question``, ``solution``). It is left untouched.
+
+        Returns:
+            New messages; changing them does not change the sample.
+
+        Raises:
+            ValueError: the sample lacks what the context shows; the message names the sample's index.
+        """
+        raise NotImplementedError
+
+
+_CONTEXTS: dict[str, type[TeacherContext]] = {}
+
+
+def register_context(name: str) -> Callable[[type[TeacherContext]], type[TeacherContext]]:
+    """Class decorator that makes a context available as ``opd.context.kind=name``.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+
+    def register(cls: type[TeacherContext]) -> type[TeacherContext]:
+        taken = _CONTEXTS.get(name)
+        # A user module may be imported twice under one name; only a different class is a conflict.
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"teacher context {name!r} is already {taken.__qualname__}: choose another name")
+        _CONTEXTS[name] = cls
+        return cls
+
+    return register
+
+
+def get_context(name: str) -> type[TeacherContext]:
+    """The context class of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the names that exist.
+    """
+    if name not in _CONTEXTS:
+        raise ValueError(f"unknown teacher context {name!r}: use one of {', '.join(context_names())}")
+    return _CONTEXTS[name]
+
+
+def context_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_CONTEXTS)
+
+
+@register_context("same")
+@dataclass(frozen=True)
+class SameContext(TeacherContext):
+    """The student's own messages: distillation from other weights, or the zero-loss check with equal ones."""
+
+    def messages(self, sample):
+        return _copy_messages(sample)
+
+
+@register_context("instruction")
+@dataclass(frozen=True)
+class InstructionContext(TeacherContext):
+    """CRISP (arXiv 2603.05433): the teacher is asked to be concise.
+
+    The instruction takes the place of the DAPO header in the *last user message*, the request that the
+    response answers; system messages and earlier turns stay, byte for byte.
+
+    Attributes:
+        text: instruction id, see :func:`opd_ext.teacher.prompts.instruction`.
+        strip_suffix: remove the reminder of the student's prompt before the teacher's is appended. False
+        repeats
+            it, as the released code does.
+    """
+
+    text: str = "v2"
+    strip_suffix: bool = True
+
+    def __post_init__(self):
+        prompts.instruction(self.text)  # an unknown id is an error of the config, not of the first step
+
+    def messages(self, sample):
+        messages = _copy_messages(sample)
+        request = _last_user_message(messages, sample)
+        question = prompts.strip_student_prompt(request["content"], self.strip_suffix)
+        request["content"] = prompts.teacher_prompt(question, self.text)
+        return messages
+
+
+@register_context("solution")
+@dataclass(frozen=True)
+class SolutionContext(TeacherContext):
+    """OPSD (arXiv 2601.18734): the teacher is shown a reference solution and asked to derive the answer on
+    its own.
+
+    The last user message becomes OPSD's teacher prompt for ``extra_info["question"]`` and
+    ``extra_info["solution"]``; system messages and earlier turns stay, byte for byte.
+    """
+
+    def messages(self, sample):
+        messages = _copy_messages(sample)
+        question, solution = (_required_text(sample, key) for key in ("question", "solution"))
+        _last_user_message(messages, sample)["content"] = prompts.opsd_teacher_prompt(question, solution)
+        return messages
+
+
+def _copy_messages(sample: Mapping[str, Any]) -> list[dict]:
+    # Deep, because the content of a multimodal message is a list; through list(), because verl keeps object
+    # arrays.
+    return [copy.deepcopy(dict(message)) for message in list(sample["raw_prompt"])]
+
+
+def _last_user_message(messages: list[dict], sample: Mapping[str, Any]) -> dict:
+    last = next((message for message in reversed(messages) if message["role"] == "user"), None)
+    if last is None or not isinstance(last["content"], str):
+        raise ValueError(
+            f"sample {_index(sample)} has no plain-text user message, which this teacher context rewrites: "
+            "use context.kind=same or give the data set a text prompt"
+        )
+    return last
+
+
+def _required_text(sample: Mapping[str, Any], key: str) -> str:
+    value = (sample.get("extra_info") or {}).get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(
+            f"sample {_index(sample)} has no extra_info[{key!r}], which the teacher is to be shown: "
+            "add it to the data set or drop the sample"
+        )
+    return value
+
+
+def _index(sample: Mapping[str, Any]) -> Any:
+    return (sample.get("extra_info") or {}).get("index", sample.get("index", "without index"))

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``opd train`` and ``python -m opd_ext.train``: compose the configuration, check it, run verl with our trainer.
+
+    opd train method=crisp scale=cpu_tiny trainer.total_training_steps=10
+    opd train method=crisp scale=node_8xh200 --dry-run     what would run, without a GPU
+    opd train --cfg                                        the composed configuration
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from opd_ext.config import schema
+
+CONFIG_DIR = Path(__file__).parent / "config"
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """verl's ``ppo_trainer`` + method + scale + ``overrides``, composed by Hydra and fully resolved.
+
+    Raises:
+        ConfigError: for an override that Hydra cannot apply.
+    """
+    # Located without importing it: verl settles its platform at import, and the platform is part of this config.
+    verl = importlib.util.find_spec("verl")
+    if verl is None:
+        raise schema.ConfigError("verl is not installed in this environment; run `bash setup.sh`.")
+    search_path = f"hydra.searchpath=[file://{Path(verl.origin).parent / 'trainer' / 'config'}]"
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            config = compose("opd", overrides=[search_path, *overrides])
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise schema.ConfigError(f"The configuration does not compose: {reason}") from None
+    config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())
+    return config
+
+
+def prepare_environment(config: DictConfig) -> None:
+    """Set what every process of the run must find in its environment, before verl is imported here.
+
+    On the CPU, Ray is told of pretend accelerators: their numbers must be visible, and each trainer rank gets its
+    share of the cores.
+    """
+    runtime_env = config.ray_kwargs.ray_init.runtime_env
+    variables = {name: str(value) for name, value in (runtime_env.get("env_vars") or {}).items()}
+    if config.opd.device == "cpu":
+        ranks = config.trainer.n_gpus_per_node
+        variables.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    with open_dict(config):
+        runtime_env.env_vars = variables
+    os.environ.update(variables)
+
+
+def validate(config: DictConfig) -> schema.OPDConfig:
+    """Our schema, then verl's own validation and dataclasses.
+
+    Raises:
+        ConfigError: one sentence, whoever found the fault.
+    """
+    opd = schema.check(config)
+    from opd_ext.bridge.validation import validate_verl
+
+    validate_verl(config)
+    return opd
+
+
+class _Follow:
+    """Copies what is appended to a file to standard output while the block runs."""
+
+    def __init__(self, path: Path):
+        self._path, self._done = path, threading.Event()
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _copy(self) -> None:
+        with self._path.open() as file:
+            file.seek(0, os.SEEK_END)
+            while True:
+                finished = self._done.is_set()
+                if text := file.read():
+                    print(text, end="", flush=True)
+                if finished:
+                    return
+                time.sleep(0.1)
+
+
+def run(config: DictConfig, opd: schema.OPDConfig) -> None:
+    """Train, then print and write the report of the run folder."""
+    from verl.trainer.main_ppo import run_ppo
+
+    from opd_ext.bridge.runner import OPDTaskRunner
+    from opd_ext.report.run_report import write_report
+
+    run_dir = Path(opd.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, run_dir / "config.yaml")
+    console = run_dir / "console.log"
+    console.touch()
+    print(f"run folder: {run_dir}\nstarting Ray, {config.trainer.n_gpus_per_node * config.trainer.nnodes} trainer "
+          f"rank(s) and vLLM on {opd.device}; their own output is in Ray's logs (opd.console=full shows it)", flush=True)
+    with open_dict(config):
+        config.ray_kwargs.ray_init.log_to_driver = opd.console == "full"
+    with _Follow(console):
+        run_ppo(config, OPDTaskRunner)
+    if config.trainer.test_freq > 0:
+        write_report(run_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status (2: refused configuration)."""
+    parser = argparse.ArgumentParser(prog="opd train", description=__doc__.split("\n")[0], add_help=True)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. method=crisp scale=cpu_tiny opd.seed=2")
+    parser.add_argument("--dry-run", action="store_true", help="check the configuration and print the plan")
+    parser.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        config = compose_config(args.overrides)
+        if args.cfg:
+            print(OmegaConf.to_yaml(config))
+            return 0
+        prepare_environment(config)
+        opd = validate(config)
+        if args.dry_run:
+            from opd_ext.report.plan import print_plan
+
+            print_plan(config, opd)
+            return 0
+        schema.check_inputs(config)
+    except schema.ConfigError as error:
+        print(f"opd train: {error}", file=sys.stderr)
+        return 2
+    run(config, opd)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The line per step: aligned, complete, and plain text where there is no terminal."""
+
+import io
+
+from rich.console import Console
+
+from opd_ext.report.console import StepPrinter
+
+METRICS = {
+    "opd/loss": 0.01234,
+    "opd/divergence": 0.0123,
+    "opd/student_entropy": 0.3265,
+    "opd/teacher_entropy": 0.2871,
+    "opd/grad_norm": 0.4567,
+    "rollout/accuracy": 0.84375,
+    "rollout/tokens_mean": 61.24,
+    "rollout/truncated": 0.03125,
+    "teacher/age": 7.0,
+    "timing_s/gen": 0.42,
+    "timing_s/update_actor": 0.21,
+    "timing_s/step": 0.75,
+}
+
+
+def lines(steps=1, metrics=METRICS, **options):
+    out = io.StringIO()
+    printer = StepPrinter(console=Console(file=out, width=40), **options)
+    for step in range(1, steps + 1):
+        printer.train(step, metrics)
+    printer.validation(steps, {"val/accuracy": 0.9, "val/tokens_mean": 40.0, "val/truncated": 0.0})
+    return out.getvalue().splitlines()
+
+
+def test_a_row_holds_every_number_once_in_plain_text():
+    header, row, validation = lines(total_steps=41)
+    expected = "1/41 0.0123 0.0123 0.327/0.287 84.4 61.2 3.1 7 0.42/0.21/0.75 0.457 0:00:30"
+    assert row.split() == expected.split()
+    assert validation.split() == ["val", "1", "90.0", "40.0", "0.0"]
+    assert "\x1b" not in "".join((header, row, validation))  # no colour codes in a log
+
+
+def test_numbers_end_where_their_titles_end():
+    header, row, validation = lines()
+    for title, number in (("loss", "0.0123"), ("acc %", "84.4"), ("tokens", "61.2"), ("grad", "0.457")):
+        assert header.index(title) + len(title) == row.index(number) + len(number)
+    assert header.index("acc %") + len("acc %") == validation.index("90.0") + len("90.0")
+
+
+def test_the_header_returns_every_twenty_rows():
+    printed = lines(steps=45)
+    assert [number for number, line in enumerate(printed) if "entropy s/t" in line] == [0, 21, 42]
+    assert len(printed) == 45 + 1 + 3
+
+
+def test_missing_metrics_are_dashes_and_broken_ones_are_shown():
+    _, row, _ = lines(metrics={"opd/loss": float("nan"), "opd/divergence": 3.2e7})
+    assert row.split() == ["1", "nan", "3.2e+07", "-/-", "-", "-", "-", "-", "-/-/-", "-", "-"]

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the teacher is shown: exact bytes, exact ids, and nothing changed that should stay."""
+
+import copy
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from opd_ext.teacher.context import (
+    TeacherContext,
+    build_teacher_sequence,
+    get_context,
+    register_context,
+    render,
+)
+
+QUESTION = "What is $2 + 3$?"
+HEADER = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+CLAUSE = (
+    "The last line of your response should be of the form Answer: $Answer (without quotes) where "
+    "$Answer is the answer to the problem."
+)
+REMINDER = '\n\nRemember to put your answer on its own line after "Answer:".'
+STUDENT = HEADER + QUESTION + REMINDER
+
+# Written out once more, independently of the package: the bytes are the method.
+INSTRUCTIONS = {
+    "v1": (
+        "Solve the following math problem concisely and correctly. Be direct — avoid unnecessary "
+        "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
+        "needed to reach the answer."
+    ),
+    "v2": (
+        "Solve the following math problem concisely and correctly. Prioritize a correct final answer "
+        "above brevity. For straightforward problems, be direct: avoid unnecessary elaboration, "
+        "redundant steps, or restating the problem. For difficult or multi-step problems, do NOT "
+        "over-compress: keep every reasoning step needed for correctness, including case analysis, edge "
+        "cases, and a brief check of the final answer. Never omit a step that the answer depends on."
+    ),
+    "v3": (
+        "Write only what is needed: omit restatements, narration, and obvious arithmetic; keep every "
+        "logically necessary step (case splits, key idea, a one-line check)."
+    ),
+    "v4": (
+        "Write for an expert who wants only the essential reasoning: state the key steps and decisive "
+        "computation, skip standard-fact explanations and narration; include required case "
+        "analysis/checks."
+    ),
+    "v5": (
+        "Present the solution as a minimal numbered list---each step one short line, no prose, no "
+        "restatement; keep required cases and end with a one-line verification."
+    ),
+    "pct-50": (
+        "Solve the following math problem correctly using 50% fewer tokens than you normally would. Be "
+        "more concise — cut unnecessary elaboration, redundant steps, and verbose explanations while "
+        "preserving correctness."
+    ),
+    "words-80": (
+        "Solve the following math problem correctly in at most 80 words. Be concise — state only the "
+        "essential reasoning steps and skip any unnecessary elaboration."
+    ),
+}
+
+CHATML = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+    "{%- endif %}{%- endif %}"
+)
+
+
+def sample(content=STUDENT, **extra):
+    return {"raw_prompt": [{"role": "user", "content": content}], "extra_info": {"index": 17, **extra}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    built = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    built.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    built.chat_template = CHATML
+    return built
+
+
+@pytest.mark.parametrize("text", INSTRUCTIONS)
+def test_the_instruction_replaces_the_header_byte_for_byte(text):
+    (message,) = get_context("instruction")(text=text).messages(sample())
+    assert message == {"role": "user", "content": f"{INSTRUCTIONS[text]}\n\n{CLAUSE}\n\n{QUESTION}{REMINDER}"}
+
+
+def test_v2_is_the_default():
+    context = get_context("instruction")
+    assert context() == context(text="v2", strip_suffix=True)
+
+
+def test_parity_mode_repeats_the_reminder_as_the_released_code_does():
+    (message,) = get_context("instruction")(strip_suffix=False).messages(sample())
+    assert message["content"] == f"{INSTRUCTIONS['v2']}\n\n{CLAUSE}\n\n{QUESTION}{REMINDER}{REMINDER}"
+
+
+def test_an_unknown_instruction_is_refused_when_the_context_is_built():
+    with pytest.raises(ValueError, match="unknown instruction 'v9'"):
+        get_context("instruction")(text="v9")
+
+
+@pytest.mark.parametrize("kind", ["instruction", "solution"])
+def test_only_the_last_user_message_is_rewritten(kind):
+    chat = [
+        {"role": "system", "content": "You are careful."},
+        {"role": "user", "content": STUDENT},
+        {"role": "assistant", "content": "Answer: 6"},
+        {"role": "user", "content": HEADER + "Once more." + REMINDER},
+    ]
+    given = {
+        "raw_prompt": chat,
+        "extra_info": {"question": "Once more.", "solution": "2 + 3 = 5", "index": 0},
+    }
+    shown = get_context(kind)().messages(given)
+    assert shown[:3] == chat[:3]
+    assert shown[3]["role"] == "user" and shown[3]["content"] != chat[3]["content"]
+    assert "Once more." in shown[3]["content"]
+
+
+def test_solution_is_opsds_teacher_prompt_byte_for_byte():
+    (message,) = get_context("solution")().messages(sample(question=QUESTION, solution="2 + 3 = 5"))
+    assert message["content"] == (
+        "Problem: What is $2 + 3$?\n\nHere is a reference solution to this problem:\n=== Reference "
+        "Solution Begin ===\n2 + 3 = 5\n=== Reference Solution End ===\n\n\nAfter reading the reference "
+        "solution above, make sure you truly understand the reasoning behind each step — do not copy or "
+        "paraphrase it. Now, using your own words and independent reasoning, derive the same final "
+        "answer to the problem above. Think step by step, explore different approaches, and don't be "
+        "afraid to backtrack or reconsider if something doesn't work out:\n\nPlease reason step by "
+        "step, and put your final answer within \\boxed{}."
+    )
+
+
+@pytest.mark.parametrize("extra", [{}, {"solution": None}, {"solution": " "}])
+def test_a_missing_solution_names_the_sample(extra):
+    with pytest.raises(ValueError, match=r"sample 17 has no extra_info\['solution'\]"):
+        get_context("solution")().messages(sample(question=QUESTION, **extra))
+
+
+def test_a_prompt_without_user_text_names_the_sample():
+    given = {"raw_prompt": [{"role": "system", "content": "x"}], "extra_info": {"index": 17}}
+    with pytest.raises(ValueError, match="sample 17 has no plain-text user message"):
+        get_context("instruction")().messages(given)
+
+
+@pytest.mark.parametrize("kind", ["same", "instruction", "solution"])
+def test_the_sample_is_never_changed(kind):
+    given = sample(question=QUESTION, solution="5")
+    given["raw_prompt"] = np.array([{"role": "system", "content": "s"}, *given["raw_prompt"]], dtype=object)
+    before = copy.deepcopy(given)
+    shown = get_context(kind)().messages(given)
+    for message in shown:
+        message["content"] = "overwritten"
+    assert (
+        list(given["raw_prompt"]) == list(before["raw_prompt"])
+        and given["extra_info"] == before["extra_info"]
+    )
+
+
+def test_same_shows_the_students_messages():
+    assert get_context("same")().messages(sample()) == [{"role": "user", "content": STUDENT}]
+
+
+def test_unknown_contexts_are_refused_with_the_names_that_exist():
+    with pytest.raises(
+        ValueError, match="unknown teacher context 'hint': use one of .*instruction.*same.*solution"
+    ):
+        get_context("hint")
+
+
+def test_a_user_context_can_be_registered_but_not_take_a_name():
+    @register_context("shout")
+    class Shout(TeacherContext):
+        def messages(self, sample):
+            return [{"role": "user", "content": sample["raw_prompt"][-1]["content"].upper()}]
+
+    assert get_context("shout")().messages(sample("hi")) == [{"role": "user", "content": "HI"}]
+    with pytest.raises(ValueError, match="'same' is already SameContext"):
+        register_context("same")(Shout)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
+@pytest.mark.parametrize("chat", [1, 3])
+def test_render_gives_the_ids_of_verls_agent_loop(tokenizer, kwargs, chat):
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+    messages = [
+        {"role": "system", "content": "You are careful."},
+        {"role": "user", "content": STUDENT},
+        {"role": "assistant", "content": "Answer: 6"},
+        {"role": "user", "content": "Sure?"},
+    ][-chat:]
+    builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen3", chat_template_kwargs=kwargs)
+    ids = render(tokenizer, messages, kwargs)
+    assert ids == builder.build_initial_tokens(messages)
+    assert tokenizer.decode(ids).startswith("<|im_start|>" + messages[0]["role"])
+    assert tokenizer.decode(ids).endswith(
+        "</think>\n\n" if kwargs.get("enable_thinking") is False else "assistant\n"
+    )
+
+
+def test_render_reads_every_return_type_of_transformers(tokenizer):
+    class Returns:
+        def __init__(self, value):
+            self.value = value
+
+        def apply_chat_template(self, messages, **kwargs):
+            return self.value
+
+    flat = [1, 2, 3]
+    for value in (
+        flat,
+        [flat],
+        np.array(flat),
+        np.array([flat]),
+        {"input_ids": flat},
+        {"input_ids": np.array([flat])},
+    ):
+        assert render(Returns(value), [], None) == flat
+    encoding = tokenizer("ab")
+    assert render(Returns(encoding), [], None) == encoding["input_ids"]
+
+
+def test_sampled_ids_go_in_and_come_out():
+    assert build_teacher_sequence([1, 2], np.array([7, 8]), 4) == [1, 2, 7, 8]
+    assert build_teacher_sequence([1, 2], [], 4) == [1, 2]
+
+
+def test_a_pair_that_is_too_long_on_either_side_is_dropped_whole():
+    assert build_teacher_sequence([1, 2, 3], [7, 8], 4) is None
+    assert build_teacher_sequence([1], [7, 8], 4, student_prompt_ids=[1, 2, 3]) is None
+    assert build_teacher_sequence([1, 2], [7, 8], 4, student_prompt_ids=[1, 2]) == [1, 2, 7, 8]
