@@ -13,11 +13,12 @@ usage: bash setup.sh [--cpu | --gpu] [--dev]
 
 environment
   OPD_VENV             where to put the virtual environment (default: .venv)
-  PYTHON               which Python to use (default: the first of python3.12, 3.11, 3.10, python3 that is 3.10-3.12)
+  PYTHON               which Python to use (default: the first of python3.11, 3.12, 3.10, python3 that is 3.10-3.12)
   OPD_TORCH_INDEX_URL  package index for torch alone. On Linux the default wheel of torch is a CUDA build, which works
-                       on a CPU but is some GB larger; name PyTorch's index of CPU wheels here to avoid that.
+                       on a CPU but is 3 GB larger; name PyTorch's index of CPU wheels here to avoid that.
 
-The versions stand in opd_ext/constraints/{cpu,gpu}.txt. The CPU stack needs about 5 GB of disk, the GPU stack 20 GB.
+The versions stand in opd_ext/constraints/{cpu,gpu}.txt. Disk needed: CPU stack about 5 GB (8 GB with a CUDA build of
+torch), GPU stack about 20 GB.
 EOF
 }
 
@@ -45,10 +46,10 @@ in_range() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3.12 python3.11 python3.10 python3}; do
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
         if in_range "$candidate"; then command -v "$candidate"; return; fi
     done
-    die "no Python 3.10, 3.11 or 3.12 found (tried: ${PYTHON:-python3.12 python3.11 python3.10 python3}); set PYTHON to one."
+    die "no Python 3.10, 3.11 or 3.12 found (tried: ${PYTHON:-python3.11 python3.12 python3.10 python3}); set PYTHON to one."
 }
 
 pin() { grep -E "^$1==" "$constraints"; }
@@ -68,8 +69,8 @@ EOF
 explain_failure() {
     tail -n 15 "$log" >&2
     if grep -q 'No space left on device' "$log"; then
-        die "the disk is full: the $stack stack needs about $((need_gb)) GB in $venv and TMPDIR (${TMPDIR:-/tmp})."
-    elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeoutError|ProxyError' "$log"; then
+        die "the disk is full: the $stack stack needs about $need_gb GB in $venv and TMPDIR (${TMPDIR:-/tmp})."
+    elif grep -qE 'connection broken by|ReadTimeoutError|ProxyError|SSLError|ConnectionError' "$log"; then
         die "the package index cannot be reached: check the network, or point pip at your mirror (pip config)."
     elif grep -qE 'nvcc|CUDA_HOME' "$log"; then
         die "flash-attn could not be compiled: install the CUDA 13 toolkit (nvcc) or put a wheel in PIP_FIND_LINKS."

@@ -64,9 +64,7 @@ def default_world() -> Path:
 
 @data.command()
 def tinymath(
-    out: Annotated[
-        Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/tinymath")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/tinymath")] = None,
     models: Annotated[str, typer.Option(help="models to pre-train, separated by commas")] = "base,large",
     force: Annotated[bool, typer.Option("--force", help="build anew what is there already")] = False,
 ) -> None:
@@ -78,6 +76,39 @@ def tinymath(
         build(out or default_world(), names, force)
     except (ValueError, WorldError) as error:
         raise _refused("data tinymath", error) from None
+
+
+@data.command()
+def math(
+    out: Annotated[Path, typer.Option(help="folder for the parquet files", file_okay=False)],
+    dapo: Annotated[Path | None, typer.Option(help="DAPO-Math-17k, distinct-prompts-with-rewards.parquet")] = None,
+    math500: Annotated[Path | None, typer.Option(help="MATH-500: problem, answer, level")] = None,
+    aime24: Annotated[Path | None, typer.Option(help="AIME 2024: problem, answer or boxed solution")] = None,
+    aime25: Annotated[Path | None, typer.Option(help="AIME 2025: problem, answer")] = None,
+    val_fraction: Annotated[float, typer.Option(help="share of DAPO that is held out")] = 0.2,
+    eval_suffix: Annotated[
+        bool, typer.Option("--eval-suffix", help="evaluation prompts end with the reminder, as training prompts do")
+    ] = False,
+    teacher_prompt: Annotated[
+        str | None, typer.Option(help="also write the evaluation sets under this instruction, e.g. v2")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace files that have other content")] = False,
+) -> None:
+    """Prepare the published math data (parquet, JSON or JSON lines) for training and evaluation."""
+    from opd_ext.data.math import prepare
+
+    named = {"dapo": dapo, "math500": math500, "aime24": aime24, "aime25": aime25}
+    try:
+        prepare(
+            {name: path for name, path in named.items() if path is not None},
+            out,
+            val_fraction=val_fraction,
+            eval_suffix=eval_suffix,
+            teacher_prompt=teacher_prompt,
+            force=force,
+        )
+    except (ValueError, OSError) as error:
+        raise _refused("data math", error) from None
 
 
 @app.command()

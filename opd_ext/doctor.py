@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -87,9 +87,7 @@ def check_libraries(stack: Stack) -> list[Check]:
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
-        problem = (
-            "vLLM's CPU build needs libnuma.so.1; install it (Debian, Ubuntu: apt-get install libnuma1)."
-        )
+        problem = "vLLM's CPU build needs libnuma.so.1; install it (Debian, Ubuntu: apt-get install libnuma1)."
         return [Check("libnuma", "missing", "any", problem)]
     return [Check("libnuma", "found", "any")]
 
@@ -116,9 +114,7 @@ def check_plugin(stack: Stack) -> Check:
     wanted = "cpu" if stack == "cpu" else "cuda"
     probe = [sys.executable, "-c", f"from {__name__} import load_plugin; load_plugin()"]
     try:
-        answer = subprocess.run(
-            probe, capture_output=True, text=True, env=environment, timeout=PLUGIN_TIMEOUT
-        )
+        answer = subprocess.run(probe, capture_output=True, text=True, env=environment, timeout=PLUGIN_TIMEOUT)
     except subprocess.TimeoutExpired:
         problem = f"The verl plugin did not load within {PLUGIN_TIMEOUT} s; free the processor and try again."
         return Check("verl plugin", "no answer", wanted, problem)
@@ -144,9 +140,7 @@ def check_disk(subject: str, path: Path, remedy: str) -> Check:
     if free < MIN_DISK_GIB:
         problem = f"{path} has {free:.1f} GiB free and a run needs {MIN_DISK_GIB:.0f}; {remedy}."
     elif usage.used / usage.total > MAX_DISK_USE:
-        problem = (
-            f"The disk of {path} is over {MAX_DISK_USE:.0%} full and Ray refuses to work there; {remedy}."
-        )
+        problem = f"The disk of {path} is over {MAX_DISK_USE:.0%} full and Ray refuses to work there; {remedy}."
     else:
         problem = None
     return Check(subject, f"{free:.1f} GiB free in {path}", f">= {MIN_DISK_GIB:.0f} GiB", problem)
@@ -178,7 +172,8 @@ def run_checks() -> list[Check]:
     ]
 
 
-def render(checks: Iterable[Check], console: Console) -> None:
+def tell(checks: Sequence[Check], console: Console) -> int:
+    """Print the table, then one sentence per problem; 1 when there is a problem, else 0."""
     table = Table(title=f"opd doctor: {stack_in_use()} stack", title_justify="left")
     for column in ("", "found", "tested with / needed", ""):
         table.add_column(column)
@@ -186,15 +181,15 @@ def render(checks: Iterable[Check], console: Console) -> None:
         mark = "[red]problem[/red]" if check.problem else "[green]ok[/green]"
         table.add_row(check.subject, check.found, check.wanted, mark)
     console.print(table)
-
-
-def main(console: Console | None = None) -> int:
-    """Print the table, then one sentence per problem; 1 when there is a problem, else 0."""
-    console = console or Console()
-    with console.status("looking at this machine"):
-        checks = run_checks()
-    render(checks, console)
     problems = [check.problem for check in checks if check.problem]
     for problem in problems:
-        console.print(problem, style="red", markup=False, soft_wrap=True)
+        console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
     return 1 if problems else 0
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    console = Console()
+    with console.status("looking at this machine"):
+        checks = run_checks()
+    return tell(checks, console)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``opd train`` and ``python -m opd_ext.train``: compose the configuration, check it, run verl with our trainer.
 
-    opd train method=crisp scale=cpu_tiny trainer.total_training_steps=10
-    opd train method=crisp scale=node_8xh200 --dry-run     what would run, without a GPU
-    opd train --cfg                                        the composed configuration
+opd train method=crisp scale=cpu_tiny trainer.total_training_steps=10
+opd train method=crisp scale=node_8xh200 --dry-run     what would run, without a GPU
+opd train --cfg                                        the composed configuration
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -80,7 +81,7 @@ class _Follow:
     """Copies what is appended to a file to standard output while the block runs."""
 
     def __init__(self, path: Path):
-        self._path, self._done = path, threading.Event()
+        self._path, self._done, self._out = path, threading.Event(), sys.stdout
         self._thread = threading.Thread(target=self._copy, daemon=True)
 
     def __enter__(self) -> None:
@@ -96,7 +97,7 @@ class _Follow:
             while True:
                 finished = self._done.is_set()
                 if text := file.read():
-                    print(text, end="", flush=True)
+                    print(text, end="", flush=True, file=self._out)
                 if finished:
                     return
                 time.sleep(0.1)
@@ -114,13 +115,19 @@ def run(config: DictConfig, opd: schema.OPDConfig) -> None:
     OmegaConf.save(config, run_dir / "config.yaml")
     console = run_dir / "console.log"
     console.touch()
-    print(f"run folder: {run_dir}\nstarting Ray, {config.trainer.n_gpus_per_node * config.trainer.nnodes} trainer "
-          f"rank(s) and vLLM on {opd.device}; their own output is in Ray's logs (opd.console=full shows it)", flush=True)
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    print(f"run folder: {run_dir}", flush=True)
+    print(f"starting Ray, {ranks} trainer rank(s) and vLLM on {opd.device} (about a minute)", flush=True)
+    ray_init = config.ray_kwargs.ray_init
     with open_dict(config):
-        config.ray_kwargs.ray_init.log_to_driver = opd.console == "full"
-    with _Follow(console):
+        ray_init.log_to_driver = opd.console == "full"
+        if os.environ.get("RAY_ADDRESS"):  # a Ray job or a running cluster, whose resources are what they are
+            ray_init.num_cpus = ray_init.num_gpus = None
+    # verl prints its Ray settings as one long line; `full` shows it.
+    verl_output = nullcontext() if opd.console == "full" else redirect_stdout((run_dir / "driver.log").open("w"))
+    with _Follow(console), verl_output:
         run_ppo(config, OPDTaskRunner)
-    if config.trainer.test_freq > 0:
+    if len(list((run_dir / "generations").glob("val_*.jsonl"))) > 1:  # before and after
         write_report(run_dir)
 
 

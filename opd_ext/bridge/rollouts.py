@@ -87,3 +87,19 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     with temporary.open("w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, default=float) + "\n" for row in rows)
     os.replace(temporary, path)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove what a killed run recorded beyond ``step``, a half-written last line included: it will be done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

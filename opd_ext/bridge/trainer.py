@@ -256,12 +256,11 @@ class OPDTrainer(PPOTrainerSync):
         self.state.global_step = step
         self.state.write(folder)
         final = checkpoint.commit(folder, root, step, self.config.trainer.max_actor_ckpt_to_keep)
-        self.checkpoint_callback.on_save(
-            trainer=self, global_step=step, checkpoint_dir=str(final), async_save=False
-        )
+        self.checkpoint_callback.on_save(trainer=self, global_step=step, checkpoint_dir=str(final), async_save=False)
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
+        rollouts.drop_lines_after(self.run_dir / "metrics.jsonl", self.global_steps)
         if self.global_steps == 0:
             return
         explicit = self.config.trainer.resume_mode == "resume_path"

@@ -208,6 +208,13 @@ def _check_lengths(opd: OPDConfig, config: DictConfig) -> None:
             f"opd.max_pair_length={opd.max_pair_length} would drop full-length training rollouts; set it to at least "
             f"{shortest} (data.max_prompt_length + opd.rollout.train_tokens), better with room for the teacher's prompt."
         )
+    for part, key in (("actor", "ppo_max_token_len_per_gpu"), ("ref", "log_prob_max_token_len_per_gpu")):
+        section = config.actor_rollout_ref[part]
+        if section[key] < opd.max_pair_length:
+            raise ConfigError(
+                f"actor_rollout_ref.{part}.{key}={section[key]} cannot hold one sequence of opd.max_pair_length="
+                f"{opd.max_pair_length} tokens; raise the former or lower the latter."
+            )
 
 
 def _check_engine(opd: OPDConfig, config: DictConfig) -> None:

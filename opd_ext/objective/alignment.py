@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of a forward pass predict the response tokens.
 
-Row i of the logits predicts token i + 1, so response token j (from 0) of a sequence whose prompt has n tokens is
-predicted by row n + j - 1. Student and teacher read different prompts before the same response; gathered with these
-rows, both sides come out in the same order.
+Row i of the logits predicts token i + 1, so response token j (from 0) of a sequence whose prompt has n tokens
+is predicted by row n + j - 1. Student and teacher read different prompts before the same response; gathered
+with these rows, both sides come out in the same order.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def response_rows(prompt_len: int, response_len: int) -> Tensor:
     """
     if prompt_len < 1 or response_len < 0:
         raise ValueError(
-            f"A sequence needs a prompt of at least one token and a response of at least zero; got {prompt_len} and "
-            f"{response_len}."
+            "A sequence needs a prompt of at least one token and a response of at least zero; got "
+            f"{prompt_len} and {response_len}."
         )
     return torch.arange(prompt_len - 1, prompt_len + response_len - 1)
 
@@ -31,8 +31,8 @@ def packed_response_rows(cu_seqlens: Tensor, prompt_lens: Tensor, response_lens:
 
     Args:
         cu_seqlens: start of each sequence and the total length [B + 1], integers.
-        prompt_lens, response_lens: token counts [B], integers. Call it once with the student's and once with the
-            teacher's ``cu_seqlens`` and ``prompt_lens``, and with the *same* ``response_lens``.
+        prompt_lens, response_lens: token counts [B], integers. Call it once with the student's and once with
+            the teacher's ``cu_seqlens`` and ``prompt_lens``, and with the *same* ``response_lens``.
 
     Returns:
         Row indices [sum(response_lens)], int64, on the device of ``cu_seqlens``.
@@ -54,7 +54,8 @@ def packed_response_rows(cu_seqlens: Tensor, prompt_lens: Tensor, response_lens:
         i = int(bad[0])
         raise ValueError(
             f"Sample {i} has {int(packed_lens[i])} packed tokens but prompt {int(prompt_lens[i])} + response "
-            f"{int(response_lens[i])}; both sides must hold the whole response after a prompt of at least one token."
+            f"{int(response_lens[i])}; both sides must hold the whole response, "
+            "after a prompt of at least one token."
         )
     first = cu_seqlens[:-1] + prompt_lens - 1
     offset = torch.cumsum(response_lens, dim=0) - response_lens

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-token credit: how much each response token counts in the distillation term.
 
-Credits are constants of the loss. They multiply the weights of :mod:`opd_ext.objective.objective`; the denominators
-stay plain token or sequence counts.
+Credits are constants of the loss. They multiply the weights of :mod:`opd_ext.objective.objective`; the
+denominators stay plain token or sequence counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOG_RATIO_BOUND = 20.0
 
 
 class CreditInputs(NamedTuple):
-    """What a registered credit function may look at, all [B, T] and detached; ``None`` where a run has no such thing."""
+    """What a registered credit may look at: [B, T], detached; ``None`` where a run does not have it."""
 
     mask: Tensor
     student_log_prob: Tensor | None = None
@@ -36,13 +36,13 @@ class CreditInputs(NamedTuple):
 def position_weights(student_logp: Tensor, teacher_logp: Tensor, mask: Tensor, gamma: float = 0.5) -> Tensor:
     """IW-OPD's weights: early tokens, before student and teacher have drifted apart, count more.
 
-    ``w_t = 1 + gamma * (1 - sum_{k<t} d_k / (sum_k d_k + 1e-8))`` with ``d = |teacher_logp - student_logp|`` on
-    trained tokens (arXiv 2606.22600, eq. 17). The sum before t is exclusive and unsigned, and everything is per row:
-    the first trained token has weight ``1 + gamma``, weights never increase, and neither rows nor micro-batches
+    ``w_t = 1 + gamma * (1 - sum_{k<t} d_k / (sum_k d_k + 1e-8))`` with ``d = |teacher_logp - student_logp|``
+    on trained tokens (arXiv 2606.22600, eq. 17). The sum before t is exclusive and unsigned, and everything
+    is per row: the first trained token has weight ``1 + gamma``, weights never increase, and rows do not
     influence each other. Where the mask is 0 the weight is 1.
 
     Args:
-        student_logp, teacher_logp: log-probs of the sampled tokens [B, T]; values where the mask is 0 are ignored.
+        student_logp, teacher_logp: log-probs of the sampled tokens [B, T]; ignored where the mask is 0.
         mask: trained tokens [B, T], 0/1 or bool. Interior zeros (tool output) keep the running sum.
         gamma: strength, >= 0; 0 gives uniform weights.
 
@@ -65,8 +65,8 @@ def position_weights(student_logp: Tensor, teacher_logp: Tensor, mask: Tensor, g
 def importance_clip(logp: Tensor, old_logp: Tensor, cap: float) -> Tensor:
     """Truncated importance weight ``min(exp(logp - old_logp), cap)``: [B, T], [B, T] -> [B, T], detached.
 
-    One-sided, per token (SDPO, arXiv 2601.20802, with cap 2; trainer against rollout engine in IW-OPD with cap 5).
-    Positions without a trained token are the caller's to mask.
+    One-sided and per token: SDPO (arXiv 2601.20802) uses cap 2, IW-OPD's trainer against its rollout engine
+    cap 5. Positions without a trained token are the caller's to mask.
 
     Raises:
         ValueError: for a cap that is not positive.
@@ -87,5 +87,5 @@ def uniform(inputs: CreditInputs) -> Tensor:
 def position(inputs: CreditInputs, gamma: float = 0.5) -> Tensor:
     """:func:`position_weights` of the run's log-probs: [B, T]."""
     if inputs.student_log_prob is None or inputs.teacher_log_prob is None:
-        raise ValueError("Credit 'position' needs the log-probs of student and teacher on the sampled tokens.")
+        raise ValueError("Credit 'position' needs log-probs of student and teacher on the sampled tokens.")
     return position_weights(inputs.student_log_prob, inputs.teacher_log_prob, inputs.mask, gamma)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-token divergences between student and teacher next-token distributions, as functions of their logits.
 
-Notation: ``q`` is the student's distribution and ``p`` the teacher's, both softmax over the last dimension. Each
-divergence is defined once, by its terms over the vocabulary (``_*_terms``); the full-vocabulary, top-K and clipped
-forms, and the chunked head, all sum those terms. Gradients come from autograd, so a divergence registered by a user
-needs no hand-written backward. Teacher logits are constants: they never receive a gradient.
+Notation: ``q`` is the student's distribution and ``p`` the teacher's, both softmax over the last dimension.
+Each divergence is defined once, by its terms over the vocabulary (``_*_terms``); the full-vocabulary, top-K
+and clipped forms, and the chunked head, all sum those terms. Gradients come from autograd, so a divergence
+registered by a user needs no hand-written backward. Teacher logits are constants: they never receive a
+gradient.
 
-Half-precision logits are upcast to float32 before the softmax; float32 and float64 stay what they are. Logits must be
-finite.
+Half-precision logits are upcast to float32 before the softmax; float32 and float64 stay what they are. Logits
+must be finite.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ register_divergence = _divergences.register
 get_divergence = _divergences.get
 divergence_names = _divergences.names
 
-# Smallest tail mass that top-K divergences tell apart from an empty tail (SDPO, arXiv 2601.20802, released loss).
+# Smallest tail mass that top-K divergences tell apart from none (SDPO, arXiv 2601.20802, released loss).
 _LOG_TAIL_FLOOR = math.log(-math.expm1(-1e-7))
 
 
@@ -39,7 +40,7 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-softmax of ``logits / temperature`` over the last dimension, in float32 or wider: [..., V] -> [..., V]."""
+    """Log-softmax of ``logits / temperature`` in float32 or wider: [..., V] -> [..., V]."""
     return torch.log_softmax(_scaled(logits, temperature), dim=-1)
 
 
@@ -113,8 +114,8 @@ def reverse_kl(
 ) -> Tensor:
     """KL(q || p) = sum_v q (log q - log p) in nats per token: [..., V], [..., V] -> [...].
 
-    Mode-seeking; the loss of CRISP (arXiv 2603.05433, section 3). ``temperature`` divides both logits and the result
-    is not multiplied by its square. Clipping as in :func:`forward_kl`.
+    Mode-seeking; the loss of CRISP (arXiv 2603.05433). ``temperature`` divides both logits and the result is
+    not multiplied by its square. Clipping as in :func:`forward_kl`.
     """
     return _full("reverse_kl", student_logits, teacher_logits, None, entry_clip, entry_clip_mode, temperature)
 
@@ -136,10 +137,10 @@ def forward_kl(
         entry_clip: bound ``c > 0`` in nats, or None for no clipping.
         entry_clip_mode: what the bound applies to.
             ``vocab_max``: each signed vocabulary term becomes ``min(term, c)`` before the sum (OPSD, arXiv
-            2601.18734; TRACE, arXiv 2605.10194). Capped terms lose their gradient, so the sum can be negative and
-            the logit of a strongly under-allocated token is pushed *down*.
-            ``token_scale``: the token's divergence is multiplied by the constant ``min(1, c / divergence)``, which
-            bounds its size and keeps the direction of its gradient.
+            2601.18734; TRACE, arXiv 2605.10194). Capped terms lose their gradient, so the sum can be negative
+            and the logit of a strongly under-allocated token is pushed *down*.
+            ``token_scale``: the token's divergence is multiplied by the constant ``min(1, c / divergence)``,
+            which bounds its size and keeps the direction of its gradient.
             ``none``: the bound is ignored.
         temperature: divides both logits; the result is not multiplied by its square.
 
@@ -161,8 +162,9 @@ def jsd(
 ) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q: [..., V], [..., V] -> [...].
 
-    ``beta`` is the teacher's share of the mixture, as in CRISP and as ``alpha`` in SDPO (arXiv 2601.20802). Published
-    code disagrees on what 0 and 1 mean (zero loss, or one of the KLs), so both ends raise ``ValueError``.
+    ``beta`` is the teacher's share of the mixture, as in CRISP and as ``alpha`` in SDPO (arXiv 2601.20802).
+    Published code disagrees on what 0 and 1 mean (zero loss, or one of the KLs), so both ends raise
+    ``ValueError``.
     """
     return _full("jsd", student_logits, teacher_logits, beta, entry_clip, entry_clip_mode, temperature)
 
@@ -176,10 +178,10 @@ def clipped_fraction(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Share of vocabulary terms above ``entry_clip``, to be logged beside ``vocab_max``: [..., V] -> [...]."""
+    """Share of vocabulary terms above ``entry_clip``, to log beside ``vocab_max``: [..., V] -> [...]."""
     with torch.no_grad():
-        terms = _terms_of(kind, beta)(log_probs(student_logits, temperature), log_probs(teacher_logits, temperature))
-        return (terms > entry_clip).to(terms.dtype).mean(dim=-1)
+        logq, logp = log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
+        return (_terms_of(kind, beta)(logq, logp) > entry_clip).to(logq.dtype).mean(dim=-1)
 
 
 def _log_tail(logits: Tensor, logz: Tensor, support: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def _log_tail(logits: Tensor, logz: Tensor, support: Tensor) -> Tensor:
 
 
 def _restrict(logits: Tensor, support: Tensor, tail: str) -> Tensor:
-    """Log-probs over the K entries of ``support``, closed as ``tail`` says: [..., V] -> [..., K] or [..., K + 1]."""
+    """Log-probs on ``support``, closed as ``tail`` says: [..., V] -> [..., K] or [..., K + 1]."""
     logz = torch.logsumexp(logits, dim=-1, keepdim=True)
     head = logits.gather(-1, support) - logz
     if tail == "renorm":
@@ -218,10 +220,11 @@ def topk_divergence(
         k: size of the support, 1 <= k <= V. The choice of the support is not differentiated.
         kind: ``reverse_kl``, ``forward_kl`` or ``jsd``.
         support: whose K likeliest tokens.
-        tail: ``bucket`` adds one category with all remaining mass, so that the value is a lower bound of the full
-            divergence, monotone in k and exact at k = V. Masses below 1e-7 count as 1e-7 and carry no gradient
-            (SDPO, arXiv 2601.20802, eq. 11). ``renorm`` renormalises both sides over the support. ``none`` sums the
-            K terms of the full softmax as they are: it can be negative and pushes mass out of the support.
+        tail: ``bucket`` adds one category with all remaining mass, so that the value is a lower bound of the
+            full divergence, monotone in k and exact at k = V; tail masses below 1e-7 count as 1e-7 and carry
+            no gradient (SDPO, arXiv 2601.20802, eq. 11). ``renorm`` renormalises both sides over the support.
+            ``none`` sums the K terms of the full softmax as they are: it can be negative and pushes mass out
+            of the support.
         beta: mixture share, for ``jsd`` only.
 
     Raises:
@@ -238,7 +241,8 @@ def topk_divergence(
     student = _scaled(student_logits, temperature)
     teacher = _scaled(teacher_logits.detach(), temperature)
     ids = (student if support == "student" else teacher).detach().topk(k, dim=-1).indices
-    return _sum_terms(terms(_restrict(student, ids, tail), _restrict(teacher, ids, tail)), entry_clip, entry_clip_mode)
+    logq, logp = _restrict(student, ids, tail), _restrict(teacher, ids, tail)
+    return _sum_terms(terms(logq, logp), entry_clip, entry_clip_mode)
 
 
 for _kind in ("reverse_kl", "forward_kl", "jsd"):
@@ -250,8 +254,8 @@ def sampled_kl(
 ) -> Tensor:
     """Single-sample estimates of KL(q || p) from the log-probs of the sampled token: [...], [...] -> [...].
 
-    With ``d = log q - log p``: ``k1 = d`` (unbiased, signed), ``k2 = d^2 / 2`` (small bias, its gradient is the
-    policy gradient's), ``k3 = exp(-d) - 1 + d`` (unbiased, non-negative). The teacher is a constant.
+    With ``d = log q - log p``: ``k1 = d`` (unbiased, signed), ``k2 = d^2 / 2`` (small bias, its gradient is
+    the policy gradient's), ``k3 = exp(-d) - 1 + d`` (unbiased, non-negative). The teacher is a constant.
     """
     d = student_log_prob - teacher_log_prob.detach()
     if estimator == "k1":

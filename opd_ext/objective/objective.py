@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From per-token terms to the loss and its metrics, independent of how a batch is split.
 
-The loss is ``sum(token_weights * credit * divergence)``. The weights are known before the forward pass, because their
-denominators are counts over the *global* batch: sums over micro-batches, and means over data-parallel ranks, then give
-the same loss and gradient for every split. Metrics leave here as sums and counts for the same reason.
+The loss is ``sum(token_weights * credit * divergence)``. The weights are known before the forward pass,
+because their denominators are counts over the *global* batch: sums over micro-batches and means over
+data-parallel ranks then give the same loss and gradient for every split. Metrics leave here as sums and
+counts for the same reason.
 """
 
 from __future__ import annotations
@@ -45,23 +46,24 @@ def token_weights(
     """Weight of each token's divergence in the loss of this micro-batch.
 
     Args:
-        mask: trained tokens, 0/1 or bool: [B, T], or [N] for packed response rows together with ``sequence_lens``.
+        mask: trained tokens, 0/1 or bool: [B, T], or [N] for packed response rows with ``sequence_lens``.
         reduction:
             ``token-mean``: 1 / ``num_tokens``.
             ``seq-mean-token-mean``: 1 / (trained tokens of the sequence * ``num_sequences``).
             ``seq-mean-token-sum``: 1 / ``num_sequences``.
-            ``official``: 1 / (trained tokens of this micro-batch * ``num_micro_batches``), the reduction of CRISP's
-            released code. It depends on which sequences share a micro-batch; for parity runs only.
+            ``official``: 1 / (trained tokens of this micro-batch * ``num_micro_batches``), the reduction of
+            CRISP's released code. It depends on which sequences share a micro-batch; for parity runs only.
         num_tokens: trained tokens of the global batch (``token-mean``).
-        num_sequences: sequences of the global batch; the caller decides whether sequences without a trained token
+        num_sequences: sequences of the global batch; the caller decides whether those without a trained token
             count (``BatchCounts.sequences`` or ``.nonempty_sequences``).
         num_micro_batches: micro-batches per rank (``official``).
-        dp_size: data-parallel ranks whose gradients are averaged; cancels that mean where denominators are global.
+        dp_size: data-parallel ranks whose gradients are averaged; undoes that mean, as the denominators are
+            global already (``official`` keeps it).
         sequence_lens: rows of each sequence [B] in a packed mask.
 
     Returns:
-        Weights in the shape of ``mask`` and in its dtype if that is floating, else float32; all zero, not NaN,
-        without trained tokens.
+        Weights in the shape of ``mask`` and in its dtype if that is floating, else float32; zero, not NaN, if
+        nothing is trained.
 
     Raises:
         ValueError: for an unknown reduction or a missing count.
@@ -109,15 +111,18 @@ def position_buckets(response_index: Tensor, response_len: Tensor, edge: int = 1
 
 
 def token_class_masks(labels: Tensor, token_ids: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """One mask per named class of token ids, say ``{"think": [...], "eos": [...]}``, over labels of any shape."""
+    """One mask per class of token ids, say ``{"think": [...], "eos": [...]}``; labels of any shape."""
     return {name: torch.isin(labels, labels.new_tensor(ids)) for name, ids in token_ids.items()}
 
 
 def masked_sums(values: Tensor, mask: Tensor, groups: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """``{group: (sum of values, number of tokens)}`` over trained tokens, as detached float64 scalars.
 
-    ``values``, ``mask`` and each group share one shape. Add sums and counts over micro-batches and ranks, then divide.
+    ``values``, ``mask`` and each group share one shape. Add sums and counts over micro-batches and ranks,
+    then divide.
     """
-    selected = {name: mask.bool() & group for name, group in groups.items()}
-    wide = values.detach().double()
-    return {name: (torch.where(chosen, wide, 0.0).sum(), chosen.sum().double()) for name, chosen in selected.items()}
+    wide, sums = values.detach().double(), {}
+    for name, group in groups.items():
+        chosen = mask.bool() & group
+        sums[name] = torch.where(chosen, wide, 0.0).sum(), chosen.sum().double()
+    return sums

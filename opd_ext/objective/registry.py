@@ -18,7 +18,7 @@ class Registry:
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator that files a function under ``name``; a name that is taken by another function is refused."""
+        """Decorator that files a function under ``name``; ``ValueError`` if another one has that name."""
 
         def file(function: Callable[..., Any]) -> Callable[..., Any]:
             if self._functions.get(name, function) is not function:

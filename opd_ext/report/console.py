@@ -39,9 +39,7 @@ class StepPrinter:
         ("left", 9),
     )
 
-    def __init__(
-        self, total_steps: int | None = None, console: Console | None = None, header_every: int = 20
-    ):
+    def __init__(self, total_steps: int | None = None, console: Console | None = None, header_every: int = 20):
         self._total = total_steps
         self._console = console or Console()
         self._header_every = header_every

@@ -166,9 +166,7 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
             "resamples": RESAMPLES,
             "seed": SEED,
         },
-        "comparison": [
-            {key: _plain(value) for key, value in row.items()} for row in table.to_dict(orient="records")
-        ],
+        "comparison": [{key: _plain(value) for key, value in row.items()} for row in table.to_dict(orient="records")],
     }
     folder = run.directory / "report"
     folder.mkdir(exist_ok=True)
@@ -225,9 +223,7 @@ def _per_problem(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _group_row(name: str, problems: pd.DataFrame) -> dict:
-    columns = [
-        f"{key}_{side}" for key in ("acc", "response_tokens", "truncated") for side in ("before", "after")
-    ]
+    columns = [f"{key}_{side}" for key in ("acc", "response_tokens", "truncated") for side in ("before", "after")]
     values = problems[columns].to_numpy()
     means = resampled_means(values)
     statistics = {

@@ -36,8 +36,7 @@ MEMORY_BYTES = 4 << 30
 
 _ANSWER_LINE = re.compile(r"Answer\s*:\s*([^\n]+)", re.IGNORECASE)
 _NO_ANSWER = (
-    "No final answer was found. End with a line of the form 'Answer: ...' "
-    "or put the final answer within \\boxed{...}."
+    "No final answer was found. End with a line of the form 'Answer: ...' or put the final answer within \\boxed{...}."
 )
 _NOT_CHECKED = "The final answer could not be checked in time. Give it in a simpler form."
 
@@ -61,9 +60,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     """
     gold = "" if ground_truth is None else str(ground_truth).strip()
     if not gold:
-        raise ValueError(
-            f"data source {data_source!r} has a sample with an empty ground_truth; math grading needs one"
-        )
+        raise ValueError(f"data source {data_source!r} has a sample with an empty ground_truth; math grading needs one")
     response = (solution_str or "")[-MAX_RESPONSE_CHARS:]
     answer, box = answer_line(response), last_box(response)
     candidates = [f"\\boxed{{{text}}}" if text else "" for text in (answer, box)] + [response]
@@ -152,9 +149,7 @@ class _Grader:
             ready = False
         if not ready:
             self._stop()
-            raise RuntimeError(
-                "math-verify could not be started: install math-verify beside opd-ext and try again"
-            )
+            raise RuntimeError("math-verify could not be started: install math-verify beside opd-ext and try again")
 
     def _stop(self):
         self._child.kill()

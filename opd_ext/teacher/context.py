@@ -17,9 +17,7 @@ from typing import Any
 from opd_ext.teacher import prompts
 
 
-def render(
-    tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None
-) -> list[int]:
+def render(tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
     """Token ids of a chat, generation prompt included: exactly what verl's agent loop sends to the model.
 
     Args:

@@ -60,9 +60,7 @@ WORDS_TEMPLATE = (
 TEXT_PREFIX = "text:"
 
 OPSD_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-OPSD_SOLUTION_OPENING = (
-    "\n\nHere is a reference solution to this problem:\n=== Reference Solution Begin ===\n"
-)
+OPSD_SOLUTION_OPENING = "\n\nHere is a reference solution to this problem:\n=== Reference Solution Begin ===\n"
 OPSD_SOLUTION_CLOSING = "\n=== Reference Solution End ===\n"
 OPSD_GUARD = (
     "\n\nAfter reading the reference solution above, make sure you truly understand the reasoning behind "

@@ -30,8 +30,7 @@ def copy_shards(src: Mapping[str, Tensor], dst: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def ema_shards(src: Mapping[str, Tensor], dst: Mapping[str, Tensor], rate: float) -> None:
-    """Exponential moving average, in place: ``dst <- (1 - rate) * dst + rate * src`` (SDPO, arXiv
-    2601.20802).
+    """Moving average, in place: ``dst <- (1 - rate) * dst + rate * src`` (SDPO, arXiv 2601.20802).
 
     Computed in float32 or wider and rounded once to the storage dtype of ``dst``. A bfloat16 teacher keeps 8
     bits, so an update below 1/256 of a weight vanishes in that rounding; keep slow teachers in float32.
@@ -44,9 +43,7 @@ def ema_shards(src: Mapping[str, Tensor], dst: Mapping[str, Tensor], rate: float
         ValueError: for different names or shapes, or a rate outside [0, 1]; nothing has been written then.
     """
     if not 0.0 <= rate <= 1.0:
-        raise ValueError(
-            f"The EMA rate must lie in [0, 1] but is {rate}; it is the student's share per update."
-        )
+        raise ValueError(f"The EMA rate must lie in [0, 1] but is {rate}; it is the student's share per update.")
     _check_same(src, dst)
     for name, target in dst.items():
         wide = torch.promote_types(torch.float32, target.dtype)
@@ -58,8 +55,8 @@ def _check_same(src: Mapping[str, Tensor], dst: Mapping[str, Tensor]) -> None:
     if src.keys() != dst.keys():
         differing = sorted(src.keys() ^ dst.keys())
         raise ValueError(
-            f"Student and teacher must have the same parameters, but {len(differing)} exist on one side only, "
-            f"for example '{differing[0]}'; build both from the same model and wrap policy."
+            f"Student and teacher must have the same parameters, but {len(differing)} exist on one side "
+            f"only, for example '{differing[0]}'; build both from the same model and wrap policy."
         )
     for name, target in dst.items():
         if src[name].shape != target.shape:

@@ -85,8 +85,8 @@ from ray.job_submission import JobSubmissionClient
 client = JobSubmissionClient(sys.argv[1])
 while not (job := client.get_job_info(sys.argv[2])).status.is_terminal():
     time.sleep(2)
-print(f"{sys.argv[2]} {job.status.lower()}, exit code {job.driver_exit_code}")
+print(sys.argv[2], job.status.lower())
 if job.status != "SUCCEEDED":
     print(job.message.split(", last available logs")[0], file=sys.stderr)
-sys.exit(0 if job.status == "SUCCEEDED" else job.driver_exit_code or 1)
+    sys.exit(max(job.driver_exit_code or 1, 1))  # stopped jobs have none, or a signal's negative number
 EOF

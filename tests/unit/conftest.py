@@ -16,9 +16,7 @@ def load_vectors(method: str) -> dict:
     folder = Path(os.environ.get("OPD_VECTORS_DIR", DEFAULT_VECTORS))
     path = folder / f"{method}.json"
     if not path.is_file():
-        pytest.fail(
-            f"{path} does not exist; point OPD_VECTORS_DIR at a folder with {method}.json.", pytrace=False
-        )
+        pytest.fail(f"{path} does not exist; point OPD_VECTORS_DIR at a folder with {method}.json.", pytrace=False)
     return json.loads(path.read_text())
 
 

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from opd_ext.data.tinymath.card import measure_model, write_card
-from opd_ext.data.tinymath.chats import draw_chat
+from opd_ext.data.tinymath.chats import chats, draw_chat, textbook
 from opd_ext.data.tinymath.pretrain import SPECS, make_corpus, make_model, pretrain
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
 from opd_ext.data.tinymath.splits import SIZES, draw_splits, write_splits
@@ -88,15 +88,16 @@ def _digest(value: object) -> str:
 
 def _settings(seed: int) -> dict:
     """What decides the world. A sample of the corpus stands for the grammar, prompts and writing habits."""
-    rng = random.Random(20_260_305)
-    chats = []
+    rng = random.Random(0)
+    sample = []
     for index in range(500):
         difficulty = DIFFICULTIES[index % len(DIFFICULTIES)]
-        chats.append(asdict(draw_chat(rng, draw_question(rng, difficulty), difficulty, slip_scale=1.0)))
+        question = draw_question(rng, difficulty)
+        sample += [asdict(draw_chat(rng, question, difficulty, corpus)) for corpus in (textbook(), chats())]
     settings = {
         "seed": seed,
         "splits": SIZES,
-        "corpus_sample": _digest(chats),
+        "corpus_sample": _digest(sample),
         "vocabulary": _digest([phrases(), words()]),
     }
     return {**settings, "hash": _digest(settings)}

@@ -16,7 +16,6 @@ from opd_ext.data.tinymath.writing import VERBOSE, Author, write_solution
 from opd_ext.rewards.tinymath import describe_step
 from opd_ext.teacher import prompts
 
-MIXTURE = {"student": 0.44, "instruction": 0.32, "opsd_student": 0.04, "opsd": 0.08, "sdpo": 0.12}
 BUDGETS = {"pct": (10, 20, 30, 40, 50, 60, 70, 80, 90), "words": (10, 20, 30, 40, 50, 60, 80, 100)}
 _FILLER = {"v1": 0.03, "v2": 0.05, "v3": 0.05, "v4": 0.04, "v5": 0.06}
 _HARD_FILLER_V2 = 0.09
@@ -28,6 +27,31 @@ class Chat:
 
     prompt: str
     response: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What occurs in a phase of pre-training.
+
+    ``mixture`` holds the shares of the kinds of prompt, ``text_ids`` the instructions to draw from,
+    ``filler`` the habit of an author without instruction; slip rates are multiplied by ``slip_scale``.
+    """
+
+    mixture: dict[str, float]
+    text_ids: tuple[str, ...]
+    filler: float
+    slip_scale: float
+
+
+def textbook() -> Corpus:
+    """Concise and without slips: nearly every token teaches arithmetic, or to use what the prompt holds."""
+    return Corpus({"instruction": 0.7, "opsd": 0.12, "sdpo": 0.18}, tuple(_FILLER), 0.05, 0.0)
+
+
+def chats(slip_scale: float = 1.0) -> Corpus:
+    """The habits that the finished model has."""
+    mixture = {"student": 0.42, "instruction": 0.3, "opsd_student": 0.04, "opsd": 0.1, "sdpo": 0.14}
+    return Corpus(mixture, (*_FILLER, "v2", "pct", "pct", "words"), VERBOSE, slip_scale)
 
 
 def filler_probability(text_id: str, difficulty: int) -> float:
@@ -43,21 +67,17 @@ def filler_probability(text_id: str, difficulty: int) -> float:
     return _HARD_FILLER_V2 if text_id == "v2" and difficulty >= 4 else _FILLER[text_id]
 
 
-def draw_chat(rng: random.Random, question: str, difficulty: int, slip_scale: float) -> Chat:
-    """A chat about ``question``; the kind is drawn from ``MIXTURE``, slip rates are scaled."""
-    (kind,) = rng.choices(list(MIXTURE), list(MIXTURE.values()))
-    plain = Author(VERBOSE).careful(slip_scale)
-    if kind == "student":
-        shown = prompts.student_prompt(question)
-        # Evaluation sets of the published releases leave the reminder out.
-        shown = shown if rng.random() < 0.9 else shown.removesuffix(prompts.REMINDER)
-        return Chat(shown, write_solution(rng, question, plain))
+def draw_chat(rng: random.Random, question: str, difficulty: int, corpus: Corpus) -> Chat:
+    """A chat about ``question``, its kind drawn from the mixture of the corpus."""
+    (kind,) = rng.choices(list(corpus.mixture), list(corpus.mixture.values()))
     if kind == "instruction":
-        return _instructed(rng, question, difficulty, slip_scale)
-    if kind == "opsd_student":
-        return Chat(prompts.opsd_student_prompt(question), write_solution(rng, question, plain))
+        return _instructed(rng, question, difficulty, corpus)
+    plain = Author(corpus.filler)
+    if kind in ("student", "opsd_student"):
+        written = write_solution(rng, question, plain.careful(corpus.slip_scale))
+        return Chat(_plain_prompt(rng, question, kind), written)
     # A writer who is shown the way does not slip.
-    informed = write_solution(rng, question, Author(VERBOSE).careful(0.0))
+    informed = write_solution(rng, question, plain.careful(0.0))
     if kind == "opsd":
         return Chat(prompts.opsd_teacher_prompt(question, _correct_solution(rng, question)), informed)
     shows_solution, shows_feedback = rng.choice(((True, False), (False, True), (True, True)))
@@ -69,18 +89,19 @@ def draw_chat(rng: random.Random, question: str, difficulty: int, slip_scale: fl
     return Chat(prompt, informed)
 
 
-def draw_textbook_chat(rng: random.Random, question: str, difficulty: int) -> Chat:
-    """A concise chat without slips: most of its tokens teach arithmetic."""
-    text_id = rng.choice(list(_FILLER))
-    author = Author(filler_probability(text_id, difficulty)).careful(0.0)
-    return Chat(prompts.teacher_prompt(question, text_id), write_solution(rng, question, author))
+def _plain_prompt(rng: random.Random, question: str, kind: str) -> str:
+    if kind == "opsd_student":
+        return prompts.opsd_student_prompt(question)
+    shown = prompts.student_prompt(question)
+    # Evaluation sets of the published releases leave the reminder out.
+    return shown if rng.random() < 0.9 else shown.removesuffix(prompts.REMINDER)
 
 
-def _instructed(rng: random.Random, question: str, difficulty: int, slip_scale: float) -> Chat:
-    text_id = rng.choice(("v1", "v2", "v2", "v3", "v4", "v5", "pct", "pct", "words"))
+def _instructed(rng: random.Random, question: str, difficulty: int, corpus: Corpus) -> Chat:
+    text_id = rng.choice(corpus.text_ids)
     if text_id in BUDGETS:
         text_id = f"{text_id}-{rng.choice(BUDGETS[text_id])}"
-    author = Author(filler_probability(text_id, difficulty)).careful(slip_scale)
+    author = Author(filler_probability(text_id, difficulty)).careful(corpus.slip_scale)
     # The released CRISP preparation repeats the reminder; the world knows both forms.
     shown = question if rng.random() < 0.9 else question + prompts.REMINDER
     return Chat(prompts.teacher_prompt(shown, text_id), write_solution(rng, question, author))

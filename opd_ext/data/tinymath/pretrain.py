@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from opd_ext.data.tinymath.chats import Chat, draw_chat, draw_textbook_chat
+from opd_ext.data.tinymath.chats import Chat, chats, draw_chat, textbook
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class ModelSpec:
     slip_scale: float = 1.0
     head_dim: int = 32
     batch_size: int = 16
-    muon_rate: float = 0.02
+    muon_rate: float = 0.01
     adam_rate: float = 4e-3
     warmup: float = 0.05
     weight_decay: float = 0.05
@@ -65,8 +65,8 @@ SPECS: dict[str, ModelSpec] = {
         heads=6,
         kv_heads=2,
         intermediate_size=384,
-        textbook_chats=32_000,
-        chats=40_000,
+        textbook_chats=24_000,
+        chats=32_000,
         slip_scale=0.2,
     ),
 }
@@ -124,9 +124,11 @@ def make_corpus(
 ) -> list[list[Example]]:
     """The two phases of the corpus, tokenised; questions in ``held_out`` never occur in it."""
     rng = random.Random(seed)
-    textbook = [draw_textbook_chat(rng, q, d) for d, q in _questions(rng, spec.textbook_chats, held_out)]
-    chats = [draw_chat(rng, q, d, spec.slip_scale) for d, q in _questions(rng, spec.chats, held_out)]
-    return [_tokenise(tokenizer, textbook), _tokenise(tokenizer, chats)]
+    phases = ((textbook(), spec.textbook_chats), (chats(spec.slip_scale), spec.chats))
+    return [
+        _tokenise(tokenizer, [draw_chat(rng, q, d, corpus) for d, q in _questions(rng, count, held_out)])
+        for corpus, count in phases
+    ]
 
 
 def _questions(rng: random.Random, count: int, held_out: set[str]) -> Iterator[tuple[int, str]]:
@@ -138,9 +140,9 @@ def _questions(rng: random.Random, count: int, held_out: set[str]) -> Iterator[t
         yield difficulty, question
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerFast, chats: list[Chat]) -> list[Example]:
-    shown = tokenizer(render_prompts(tokenizer, [chat.prompt for chat in chats])).input_ids
-    replies = tokenizer([chat.response + tokenizer.eos_token for chat in chats]).input_ids
+def _tokenise(tokenizer: PreTrainedTokenizerFast, drawn: list[Chat]) -> list[Example]:
+    shown = tokenizer(render_prompts(tokenizer, [chat.prompt for chat in drawn])).input_ids
+    replies = tokenizer([chat.response + tokenizer.eos_token for chat in drawn]).input_ids
     return [Example(p + r, len(p)) for p, r in zip(shown, replies, strict=True)]
 
 

@@ -80,9 +80,7 @@ def _temperatures(case):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_each_divergence_has_the_reference_value_at_every_trained_token(case, batch, precision, name):
     for temperature, expected in _temperatures(case):
-        precision.assert_close(
-            batch.divergence(name, temperature), expected["per_token"][name], batch.trained
-        )
+        precision.assert_close(batch.divergence(name, temperature), expected["per_token"][name], batch.trained)
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd_0.5"])
@@ -116,9 +114,7 @@ def test_the_chunked_head_has_the_reference_value_and_gradient(case, batch, prec
         loss.backward()
         precision.assert_close(loss, expected["reductions"][name]["token_mean"])
         precision.assert_close(per_token.view_as(batch.mask), expected["per_token"][name], batch.trained)
-        precision.assert_close(
-            hidden.grad.view_as(batch.student), expected["grad_student_logits_token_mean"][name]
-        )
+        precision.assert_close(hidden.grad.view_as(batch.student), expected["grad_student_logits_token_mean"][name])
 
 
 def test_entropies(case, batch, precision):
@@ -174,8 +170,7 @@ def test_every_split_of_the_batch_gives_the_same_token_mean(crisp, precision):
     tokens = batch_counts(batch.mask).tokens
     for split in crisp["meta"]["splits_that_must_agree_on_token_mean"]:
         loss = sum(
-            (token_weights(batch.mask[rows], "token-mean", num_tokens=tokens) * values[rows]).sum()
-            for rows in split
+            (token_weights(batch.mask[rows], "token-mean", num_tokens=tokens) * values[rows]).sum() for rows in split
         )
         precision.assert_close(loss, case["expected"]["tau_1.0"]["reductions"]["reverse_kl"]["token_mean"])
 
@@ -202,9 +197,7 @@ def test_opsd_clipping(case, batch, precision, variant):
     expected, clip = opsd["variants"][variant], opsd["clip"]
 
     def divergence(**clipping):
-        return OPSD_VARIANTS[variant](
-            batch.student, batch.teacher, temperature=opsd["temperature"], **clipping
-        )
+        return OPSD_VARIANTS[variant](batch.student, batch.teacher, temperature=opsd["temperature"], **clipping)
 
     for prefix, values in (
         ("unclipped", divergence()),
@@ -215,9 +208,7 @@ def test_opsd_clipping(case, batch, precision, variant):
         precision.assert_close(values, expected[f"{prefix}_per_token"], batch.trained)
         precision.assert_close((batch.token_mean * values).sum(), expected[f"{prefix}_loss"])
     kind, beta = KIND_AND_BETA[variant]
-    fraction = clipped_fraction(
-        batch.student, batch.teacher, kind, clip, beta, temperature=opsd["temperature"]
-    )
+    fraction = clipped_fraction(batch.student, batch.teacher, kind, clip, beta, temperature=opsd["temperature"])
     precision.assert_close((batch.token_mean * fraction).sum(), expected["pointwise_clipped_fraction"])
 
 

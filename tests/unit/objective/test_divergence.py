@@ -151,9 +151,7 @@ def test_rounding_logits_to_half_precision_stays_within_five_hundredths(language
 @pytest.mark.parametrize("support", ["student", "teacher"])
 def test_the_bucketed_divergence_grows_with_k_up_to_the_full_one(logits, kind, support):
     kind_args = FULL[kind]
-    values = torch.stack(
-        [topk_divergence(*logits, k, kind, support, **kind_args) for k in (1, 2, 5, 20, 50, 100)]
-    )
+    values = torch.stack([topk_divergence(*logits, k, kind, support, **kind_args) for k in (1, 2, 5, 20, 50, 100)])
     assert (values >= -1e-12).all() and (values.diff(dim=0) >= -1e-9).all()
     full = get_divergence(kind)(*logits, **kind_args)
     # Below 1e-7 the tail is not resolved (SDPO's floor), and k = V has no tail at all.

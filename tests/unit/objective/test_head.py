@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_ext.objective import head
+from opd_ext.objective import chunks
 from opd_ext.objective.divergence import entropy, get_divergence, log_probs, register_divergence
 from opd_ext.objective.head import chunked_divergence, divergence_head
 
@@ -127,9 +127,7 @@ def test_recompute_honours_the_upstream_gradient_of_every_term(problem, chunk_si
     ours = problem.gradients(objective(out.divergence, out.student_log_prob, out.student_entropy))
     student, teacher = problem.logits()
     chosen = log_probs(student).gather(-1, problem.labels[:, None])[:, 0]
-    dense = problem.gradients(
-        objective(get_divergence("reverse_kl")(student, teacher), chosen, entropy(student))
-    )
+    dense = problem.gradients(objective(get_divergence("reverse_kl")(student, teacher), chosen, entropy(student)))
     for a, b in zip(ours, dense, strict=True):
         problem.assert_close(a, b)
 
@@ -156,9 +154,7 @@ def test_tied_embedding_collects_both_gradients():
         lambda h: chunked_divergence(h, *problem.sides[1:], problem.token_weight, chunk_size=5)[0],
         lambda h: (
             problem.token_weight
-            * get_divergence("reverse_kl")(
-                h @ problem.weight.T, problem.teacher_hidden @ problem.teacher_weight.T
-            )
+            * get_divergence("reverse_kl")(h @ problem.weight.T, problem.teacher_hidden @ problem.teacher_weight.T)
         ).sum(),
     ):
         embedded = torch.tanh(problem.weight[ids])
@@ -175,7 +171,7 @@ def test_only_what_requires_a_gradient_gets_one(mode, hidden_grad, weight_grad, 
     problem.hidden.requires_grad_(hidden_grad)
     problem.weight.requires_grad_(weight_grad)
     products = []
-    monkeypatch.setattr(head, "_accumulate", lambda *args, f=head._accumulate: (products.append(1), f(*args)))
+    monkeypatch.setattr(chunks, "_accumulate", lambda *args, f=chunks._accumulate: (products.append(1), f(*args)))
     out = divergence_head(*problem.sides, token_weight=problem.token_weight, mode=mode)
     assert out.loss.requires_grad == (hidden_grad or weight_grad)
     if out.loss.requires_grad:
@@ -212,9 +208,7 @@ def test_blocks_without_weight_are_not_differentiated(monkeypatch):
     loss, _ = chunked_divergence(*problem.sides, problem.token_weight, chunk_size=3)
     monkeypatch.undo()
     assert len(differentiated) == 1
-    for a, b in zip(
-        problem.gradients(loss), problem.gradients(problem.dense("reverse_kl", {})[0]), strict=True
-    ):
+    for a, b in zip(problem.gradients(loss), problem.gradients(problem.dense("reverse_kl", {})[0]), strict=True):
         problem.assert_close(a, b)
 
 
@@ -274,9 +268,7 @@ def test_nothing_of_size_n_times_v_is_saved(mode):
     problem.hidden = problem.hidden.detach().repeat(n // N + 1, 1)[:n].requires_grad_()
     problem.teacher_hidden = problem.teacher_hidden.repeat(n // N + 1, 1)[:n]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (saved.append(weakref.ref(t)), t)[1], lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(weakref.ref(t)), t)[1], lambda t: t):
         loss = divergence_head(*problem.sides, token_weight=torch.full((n,), 1.0 / n), mode=mode).loss
     kept = [tensor for reference in saved if (tensor := reference()) is not None]
     inputs_and_gradients = n * H + V * H + n * HT + V * HT + 10 * n

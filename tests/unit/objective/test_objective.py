@@ -112,10 +112,7 @@ def test_packed_rows_equal_single_rows_plus_offset():
     prompts, responses = (torch.randint(low, 9, (20,), generator=generator) for low in (1, 0))
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), (prompts + responses).cumsum(0)])
     expected = torch.cat(
-        [
-            start + response_rows(int(p), int(r))
-            for start, p, r in zip(cu_seqlens[:-1], prompts, responses, strict=True)
-        ]
+        [start + response_rows(int(p), int(r)) for start, p, r in zip(cu_seqlens[:-1], prompts, responses, strict=True)]
     )
     assert packed_response_rows(cu_seqlens, prompts, responses).equal(expected)
     assert packed_response_rows(cu_seqlens.int(), prompts.int(), responses.int()).equal(expected)
@@ -171,7 +168,7 @@ def test_uniform_credit_is_one_everywhere():
         (lambda: importance_clip(torch.zeros(1), torch.zeros(1), cap=0.0), "cap"),
         (
             lambda: get_credit("position")(CreditInputs(mask=torch.ones(1, 1))),
-            "log-probs of student and teacher",
+            "needs log-probs of student and teacher",
         ),
         (lambda: get_credit("postion"), "allowed: position, uniform"),
         (lambda: teacher_version(0, 5), "count from 1"),

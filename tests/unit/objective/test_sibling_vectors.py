@@ -22,9 +22,7 @@ def _garbage_where_untrained(values, mask, precision):
     return torch.where(mask, precision.tensor(values), torch.nan)
 
 
-@pytest.mark.parametrize(
-    "gamma, case", [(0.5, "iw_opd_gamma0.5"), (1.0, "iw_opd_gamma1.0"), (0.0, "opd_gamma0")]
-)
+@pytest.mark.parametrize("gamma, case", [(0.5, "iw_opd_gamma0.5"), (1.0, "iw_opd_gamma1.0"), (0.0, "opd_gamma0")])
 def test_position_weights(vectors, precision, gamma, case):
     batch = vectors("iw_opd")["batch_a"]
     _check_position_weights(batch, batch["cases"][case], gamma, precision)
@@ -69,9 +67,7 @@ def test_full_vocabulary_and_top_k_in_iw_opd(vectors, precision):
         "forward_kl_teacher_topk_clamped_min0": raw.clamp(min=0.0),
         "forward_kl_teacher_topk_tail_bucket": topk_divergence(student, teacher, k, "forward_kl"),
         "reverse_kl_student_topk_tail_bucket": topk_divergence(student, teacher, k, "reverse_kl", "student"),
-        "reverse_kl_student_topk_renormalised": topk_divergence(
-            student, teacher, k, "reverse_kl", "student", "renorm"
-        ),
+        "reverse_kl_student_topk_renormalised": topk_divergence(student, teacher, k, "reverse_kl", "student", "renorm"),
     }.items():
         precision.assert_close(values, batch[key], mask)
 

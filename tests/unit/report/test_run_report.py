@@ -159,13 +159,8 @@ def test_problems_are_matched_by_data_source_and_index_and_others_are_left_out(t
     assert table["problems"].tolist() == [2, 1, 1, 1]
     assert table.loc["aime", "tokens_change"] == -40 and table.loc["tinymath", "tokens_change"] == -6
     assert np.isnan(table.loc["aime", "tokens_change_low"])
-    write_report(
-        tmp_path, Console(file=io.StringIO())
-    )  # a group of one problem has no interval, but a report
-    assert (
-        json.loads((tmp_path / "report/summary.json").read_text())["comparison"][1]["tokens_change_low"]
-        is None
-    )
+    write_report(tmp_path, Console(file=io.StringIO()))  # a group of one problem has no interval, but a report
+    assert json.loads((tmp_path / "report/summary.json").read_text())["comparison"][1]["tokens_change_low"] is None
 
 
 def test_report_files_hold_the_numbers(run_dir):

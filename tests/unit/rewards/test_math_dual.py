@@ -77,9 +77,7 @@ def test_threads_grade_as_the_main_thread_does():
 
 
 def test_an_answer_that_never_evaluates_costs_its_deadline_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(
-        math_dual, "DEADLINE_SECONDS", 1.0
-    )  # below math-verify's own 5 s, so the child is killed
+    monkeypatch.setattr(math_dual, "DEADLINE_SECONDS", 1.0)  # below math-verify's own 5 s, so the child is killed
     started = time.monotonic()
     result = compute_score("math", "Answer: $10^{10^{10}}$", "42")
     assert time.monotonic() - started < 4
@@ -97,9 +95,7 @@ def test_a_killed_grading_process_is_replaced():
 
 def test_a_forked_process_grades_for_itself():
     def grade(results):
-        results.put(
-            [compute_score("math", response, "42")["acc"] for response in ("Answer: 42", "Answer: 41")]
-        )
+        results.put([compute_score("math", response, "42")["acc"] for response in ("Answer: 42", "Answer: 41")])
 
     compute_score("math", "Answer: 42", "42")
     context = multiprocessing.get_context("fork")

@@ -162,10 +162,7 @@ def test_the_sample_is_never_changed(kind):
     shown = get_context(kind)().messages(given)
     for message in shown:
         message["content"] = "overwritten"
-    assert (
-        list(given["raw_prompt"]) == list(before["raw_prompt"])
-        and given["extra_info"] == before["extra_info"]
-    )
+    assert list(given["raw_prompt"]) == list(before["raw_prompt"]) and given["extra_info"] == before["extra_info"]
 
 
 def test_same_shows_the_students_messages():
@@ -173,9 +170,7 @@ def test_same_shows_the_students_messages():
 
 
 def test_unknown_contexts_are_refused_with_the_names_that_exist():
-    with pytest.raises(
-        ValueError, match="unknown teacher context 'hint': use one of .*instruction.*same.*solution"
-    ):
+    with pytest.raises(ValueError, match="unknown teacher context 'hint': use one of .*instruction.*same.*solution"):
         get_context("hint")
 
 
@@ -205,9 +200,7 @@ def test_render_gives_the_ids_of_verls_agent_loop(tokenizer, kwargs, chat):
     ids = render(tokenizer, messages, kwargs)
     assert ids == builder.build_initial_tokens(messages)
     assert tokenizer.decode(ids).startswith("<|im_start|>" + messages[0]["role"])
-    assert tokenizer.decode(ids).endswith(
-        "</think>\n\n" if kwargs.get("enable_thinking") is False else "assistant\n"
-    )
+    assert tokenizer.decode(ids).endswith("</think>\n\n" if kwargs.get("enable_thinking") is False else "assistant\n")
 
 
 def test_render_reads_every_return_type_of_transformers(tokenizer):

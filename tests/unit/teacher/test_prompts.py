@@ -95,9 +95,7 @@ def test_opsd_teacher_shows_problem_solution_and_the_students_own_closing_reques
 
 def test_sdpo_leaves_out_what_is_absent_and_does_not_read_braces():
     assert sdpo_prompt("P") == "P"
-    assert sdpo_prompt("P", solution="{0}") == (
-        "P\nCorrect solution:\n\n{0}\n\nCorrectly solve the original question."
-    )
+    assert sdpo_prompt("P", solution="{0}") == ("P\nCorrect solution:\n\n{0}\n\nCorrectly solve the original question.")
     assert sdpo_prompt("P", "S", "{feedback}") == (
         "P\nCorrect solution:\n\nS"
         "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback}"

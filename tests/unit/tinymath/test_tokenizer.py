@@ -6,7 +6,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from opd_ext.data.tinymath.chats import draw_chat
+from opd_ext.data.tinymath.chats import chats, draw_chat
 from opd_ext.data.tinymath.pretrain import SPECS, make_model
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
 from opd_ext.data.tinymath.tokenizer import make_tokenizer
@@ -44,7 +44,7 @@ def test_the_corpus_round_trips_and_tokenises_the_same_again(tokenizer):
     rng = random.Random(0)
     for index in range(300):
         difficulty = DIFFICULTIES[index % 5]
-        chat = draw_chat(rng, draw_question(rng, difficulty), difficulty, slip_scale=1.0)
+        chat = draw_chat(rng, draw_question(rng, difficulty), difficulty, chats())
         text = render(tokenizer, chat.prompt) + chat.response + tokenizer.eos_token
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text

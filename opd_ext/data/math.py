@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published math data in verl's format: DAPO-Math-17k for training, MATH-500 and AIME for evaluation.
+
+A comparison with published numbers stands or falls with the rows and the bytes around each question, so both
+follow CRISP (arXiv 2603.05433) and its release: the same shuffle and split of the training file, and evaluation
+prompts that open like the training prompt but do not repeat the reminder at their end.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from opd_ext.rewards.math_dual import last_box
+from opd_ext.teacher import prompts
+
+SPLIT_SEED = 42
+
+# One schema for every file: data sets whose levels are all null, and others, must concatenate.
+SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+        (
+            "extra_info",
+            pa.struct(
+                [
+                    ("index", pa.int64()),
+                    ("split", pa.string()),
+                    ("question", pa.string()),
+                    ("difficulty", pa.int64()),
+                ]
+            ),
+        ),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a published file is laid out.
+
+    Attributes:
+        data_source: its name in the rows.
+        questions: columns that may hold the question, the first that exists is used.
+        answers: columns that may hold the answer, likewise.
+        boxed: columns whose last ``\\boxed{...}`` is the answer, where none of ``answers`` exists.
+        sha256: of the published file, if it was published.
+    """
+
+    data_source: str
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    boxed: tuple[str, ...] = ()
+    sha256: str | None = None
+
+
+SOURCES = {
+    # `prompt` is a chat or its text, in DAPO's own wording; the processed variants have `solution` for the bare answer.
+    "dapo": Source(
+        "math_dapo",
+        ("prompt", "question", "problem"),
+        ("reward_model", "answer", "solution"),
+        sha256="c65f47247b9b13cb62321462243c2d1fe8d4ede2d800644a7dda61fea76d4286",
+    ),
+    "math500": Source("math500", ("problem", "question"), ("answer",), ("solution",)),
+    # The published file has the answer only as the box of its solution.
+    "aime24": Source(
+        "aime24",
+        ("problem", "question"),
+        ("answer",),
+        ("solution",),
+        sha256="2602156eb2a0ab64393dc46617a3bfee3451ae3c985a7ea6ac2b55436e094a38",
+    ),
+    "aime25": Source("aime25", ("problem", "question"), ("answer",), ("solution",)),
+}
+TRAINING = "dapo"
+
+
+class Problem(NamedTuple):
+    """One row of a source; ``reason`` says why it cannot be used, and is empty if it can."""
+
+    index: int  # the row's place in its file
+    question: str
+    answer: str
+    difficulty: int | None
+    reason: str
+
+
+@dataclass
+class DataSet:
+    """Rows of one file to be written, and how many source rows were left out for which reason."""
+
+    rows: list[dict] = field(default_factory=list)
+    dropped: Counter = field(default_factory=Counter)
+
+
+def prepare(
+    files: Mapping[str, Path],
+    out: Path,
+    *,
+    val_fraction: float = 0.2,
+    eval_suffix: bool = False,
+    teacher_prompt: str | None = None,
+    force: bool = False,
+    console: Console | None = None,
+) -> list[Path]:
+    """Read published files and write one parquet file per data set into ``out``.
+
+    ``dapo`` becomes ``dapo_train`` and ``dapo_val``, every other source a file of its own name. A file that
+    is there already with the same content is left alone; nothing is written unless everything can be.
+
+    Args:
+        files: source name (a key of ``SOURCES``) -> parquet, JSON or JSON-lines file.
+        out: destination folder.
+        val_fraction: share of the shuffled training source that is held out, in [0, 1).
+        eval_suffix: close evaluation prompts with the reminder, as training prompts do. The release does not.
+        teacher_prompt: instruction id; adds ``<source>_<id>`` files, the evaluation sets as the teacher reads
+            them: the baseline that only asks for brevity.
+        force: replace files that exist with other content.
+        console: where to print.
+
+    Returns:
+        The paths of all files.
+
+    Raises:
+        ValueError: an option or a source file makes no sense; one sentence.
+        FileNotFoundError: a source does not exist.
+        FileExistsError: a file exists with other content.
+    """
+    console = console or Console()
+    if not files:
+        raise ValueError(f"nothing to prepare: name at least one of {', '.join('--' + name for name in SOURCES)}.")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"--val-fraction {val_fraction:g} must be at least 0 and below 1.")
+    if teacher_prompt is not None:
+        prompts.instruction(teacher_prompt)
+        if set(files) <= {TRAINING}:
+            raise ValueError("--teacher-prompt renders evaluation sets: name at least one besides --dapo.")
+    data_sets: dict[str, DataSet] = {}
+    for name, path in files.items():
+        frame = read_frame(Path(path))
+        _warn_of_other_file(name, Path(path), console)
+        if name == TRAINING:
+            data_sets |= training_sets(frame, path, val_fraction)
+        else:
+            data_sets |= evaluation_sets(name, frame, path, eval_suffix, teacher_prompt)
+    status = write_tables({Path(out) / f"{name}.parquet": _table(data) for name, data in data_sets.items()}, force)
+    console.print(_summary(data_sets, status))
+    return list(status)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A parquet, JSON (list of objects) or JSON-lines file as a frame; JSON values keep their types.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is no file.")
+    if path.suffix not in (".parquet", ".json", ".jsonl"):
+        raise ValueError(f"{path} is none of .parquet, .json, .jsonl.")
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.DataFrame(_json_records(path), dtype=object)
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}") from error
+    if frame.empty:
+        raise ValueError(f"{path} holds no rows.")
+    return frame
+
+
+def _json_records(path: Path) -> list[dict]:
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _warn_of_other_file(name: str, path: Path, console: Console) -> None:
+    published = SOURCES[name].sha256
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if published and found != published:
+        console.print(
+            f"WARNING: {path} is not the published file of --{name} (sha256 {found[:12]}..., published "
+            f"{published[:12]}...): rows and split may differ from published runs.",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _column(frame: pd.DataFrame, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in frame.columns), None)
+
+
+def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
+    """Every row of a source, usable or not, in the order of ``frame``; its index labels are the rows' places.
+
+    Raises:
+        ValueError: the file has no column for the question or for the answer.
+    """
+    source = SOURCES[name]
+    question_column = _column(frame, source.questions)
+    answer_column, boxed_column = _column(frame, source.answers), _column(frame, source.boxed)
+    if question_column is None or (answer_column or boxed_column) is None:
+        raise ValueError(
+            f"{path} does not look like --{name}: it needs a column {' or '.join(source.questions)} and a column "
+            f"{' or '.join(source.answers + source.boxed)}, but has {', '.join(map(str, frame.columns))}."
+        )
+    levels = frame["level"] if "level" in frame.columns else [None] * len(frame)
+    columns = (frame.index, frame[question_column], frame[answer_column or boxed_column], levels)
+    for index, asked, answered, level in zip(*columns, strict=True):
+        question = user_text(asked)
+        answer = ground_truth(answered) if answer_column else last_box(_text(answered))
+        reason = ""
+        if question is None:
+            reason = f"{question_column} is not one user message"
+        elif not (question := prompts.strip_student_prompt(question.strip()).strip()):
+            reason = "empty question"
+        elif not answer:
+            reason = "no answer" if answer_column else f"no box in {boxed_column}"
+        yield Problem(int(index), question or "", answer, _level(level), reason)
+
+
+def user_text(prompt: Any) -> str | None:
+    """The text of a question: a string, or a chat of one user message (as such or as JSON); None if neither."""
+    if isinstance(prompt, str):
+        if not prompt.lstrip().startswith("[{"):
+            return prompt
+        try:
+            prompt = json.loads(prompt)
+        except json.JSONDecodeError:
+            return prompt
+    if not isinstance(prompt, list | tuple | np.ndarray) or len(prompt) != 1 or not isinstance(prompt[0], Mapping):
+        return None
+    message = prompt[0]
+    is_request = message.get("role") == "user" and isinstance(message.get("content"), str)
+    return message["content"] if is_request else None
+
+
+def ground_truth(answer: Any) -> str:
+    """The reference as text: a scalar, or a verl ``reward_model`` (as such or as JSON); empty if there is none."""
+    if isinstance(answer, str) and answer.lstrip().startswith('{"'):
+        try:
+            answer = json.loads(answer)
+        except json.JSONDecodeError:
+            return answer.strip()
+    return _text(answer.get("ground_truth") if isinstance(answer, Mapping) else answer)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if value is None or not np.isscalar(value) or value != value:
+        return ""
+    # A column of integers with a gap in it is a column of floats.
+    return str(int(value)) if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
+
+
+def _level(value: Any) -> int | None:
+    digits = re.search(r"\d+", _text(value))
+    return int(digits[0]) if digits else None
+
+
+# ---------------------------------------------------------------------- data sets
+
+
+def training_sets(frame: pd.DataFrame, path: Path, val_fraction: float) -> dict[str, DataSet]:
+    """``dapo_train`` and ``dapo_val`` (absent for a fraction of 0) under the unchanged DAPO prompt.
+
+    The split is made before unusable rows are dropped, so that it is the published one whatever is dropped.
+    """
+    frame = frame.reset_index(drop=True).sample(frac=1, random_state=SPLIT_SEED)
+    held_out = math.ceil(round(len(frame) * val_fraction, 6))
+    parts = {"train": frame.iloc[: len(frame) - held_out], "val": frame.iloc[len(frame) - held_out :]}
+    return {
+        f"{TRAINING}_{split}": _data_set(
+            problems(TRAINING, part, path), SOURCES[TRAINING].data_source, split, prompts.student_prompt
+        )
+        for split, part in parts.items()
+        if split == "train" or held_out
+    }
+
+
+def evaluation_sets(
+    name: str, frame: pd.DataFrame, path: Path, suffix: bool, teacher_prompt: str | None
+) -> dict[str, DataSet]:
+    """``{name: ...}`` under the student's prompt, and ``{name}_{id}`` under the teacher's if that is asked for."""
+
+    def ending(prompt: str) -> str:
+        return prompt if suffix else prompt.removesuffix(prompts.REMINDER)
+
+    read = list(problems(name, frame.reset_index(drop=True), path))
+    source = SOURCES[name].data_source
+    data_sets = {name: _data_set(read, source, "test", lambda q: ending(prompts.student_prompt(q)))}
+    if teacher_prompt is not None:
+        label = "own" if teacher_prompt.startswith(prompts.TEXT_PREFIX) else teacher_prompt
+        data_sets[f"{name}_{label}"] = _data_set(
+            read, f"{source}_{label}", "test", lambda q: ending(prompts.teacher_prompt(q, teacher_prompt))
+        )
+    return data_sets
+
+
+def _data_set(read: Iterable[Problem], data_source: str, split: str, render: Callable[[str], str]) -> DataSet:
+    data = DataSet()
+    for index, question, answer, difficulty, reason in read:
+        if reason:
+            data.dropped[reason] += 1
+            continue
+        data.rows.append(
+            {
+                "data_source": data_source,
+                "prompt": [{"role": "user", "content": render(question)}],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": answer},
+                "extra_info": {"index": index, "split": split, "question": question, "difficulty": difficulty},
+            }
+        )
+    return data
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def _table(data: DataSet) -> pa.Table:
+    return pa.Table.from_pylist(data.rows, schema=SCHEMA)
+
+
+def write_tables(tables: Mapping[Path, pa.Table], force: bool) -> dict[Path, str]:
+    """Write every table or, if a file stands in the way, none; returns what happened to each file.
+
+    Raises:
+        FileExistsError: files exist with other content, and not ``force``.
+    """
+    status = {path: _status(path, table) for path, table in tables.items()}
+    blocked = [str(path) for path, what in status.items() if what == "replaced"]
+    if blocked and not force:
+        raise FileExistsError(
+            f"{', '.join(blocked)} exists with other content: use --force to replace it or choose another --out."
+        )
+    for path, table in tables.items():
+        if status[path] != "unchanged":
+            _write_whole(path, table)
+    return status
+
+
+def _status(path: Path, table: pa.Table) -> str:
+    if not path.exists():
+        return "written"
+    try:
+        return "unchanged" if pq.read_table(path).equals(table) else "replaced"
+    except (pa.ArrowException, OSError):
+        return "replaced"
+
+
+def _write_whole(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        pq.write_table(table, partial)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _summary(data_sets: Mapping[str, DataSet], status: Mapping[Path, str]) -> Table:
+    table = Table(title="Math data", title_justify="left")
+    for heading in ("file", "", "rows", "prompt characters: median", "longest", "dropped"):
+        table.add_column(heading, justify="left" if heading in ("file", "", "dropped") else "right")
+    for (path, what), data in zip(status.items(), data_sets.values(), strict=True):
+        lengths = [len(row["prompt"][0]["content"]) for row in data.rows] or [0]
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in data.dropped.most_common())
+        table.add_row(
+            str(path), what, f"{len(data.rows):,}", f"{np.median(lengths):.0f}", str(max(lengths)), reasons or "-"
+        )
+    return table

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building the world, at a size that takes seconds: complete or absent, never rebuilt without need."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd_ext.data.tinymath import build as building
+from opd_ext.data.tinymath import measure
+from opd_ext.data.tinymath.build import WorldError, build
+from opd_ext.data.tinymath.pretrain import (
+    SPECS,
+    batches,
+    collate,
+    make_corpus,
+    make_model,
+    pretrain,
+    reply_loss,
+)
+from opd_ext.data.tinymath.splits import SIZES, draw_splits
+from opd_ext.data.tinymath.tokenizer import make_tokenizer
+from opd_ext.rewards.tinymath import compute_score
+from opd_ext.teacher.prompts import strip_student_prompt
+
+
+def shrink(patch):
+    for name, layers in (("base", 1), ("large", 2)):
+        small = replace(
+            SPECS[name], hidden_size=32, heads=1, kv_heads=1, layers=layers, intermediate_size=32,
+            textbook_chats=32, chats=32,
+        )  # fmt: skip
+        patch.setitem(SPECS, name, small)
+    for split, size in (("train", 40), ("val", 10), ("test", 20)):
+        patch.setitem(SIZES, split, size)
+    patch.setattr(measure, "MAX_NEW_TOKENS", 8)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small world with its base model; tests that change it come with their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        return build(tmp_path_factory.mktemp("home") / "tinymath", ["base"], progress=False)
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_world_is_loaded_by_stock_transformers(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    model = AutoModelForCausalLM.from_pretrained(world / "base")
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.dtype == torch.float32
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_rows_have_verls_schema_and_grade_their_own_solution_as_right(world):
+    for split, size in (("train", 40), ("val", 10), ("test", 20)):
+        rows = pd.read_parquet(world / f"{split}.parquet").to_dict("records")
+        assert len(rows) == size
+        for index, row in enumerate(rows):
+            info = row["extra_info"]
+            assert (row["data_source"], row["ability"]) == ("tinymath", "math")
+            assert (info["index"], info["split"]) == (index, split)
+            (message,) = row["prompt"]
+            assert message["role"] == "user"
+            assert strip_student_prompt(message["content"]) == info["question"]
+            assert row["reward_model"]["style"] == "rule"
+            truth = row["reward_model"]["ground_truth"]
+            assert compute_score(row["data_source"], info["solution"], truth, info)["score"] == 1.0
+
+
+def test_a_question_occurs_in_one_split_only_and_held_out_ones_never_in_pre_training():
+    splits = draw_splits(seed=0)
+    everything = [question for pairs in splits.values() for _, question in pairs]
+    assert len(everything) == len(set(everything)) == 20_768
+    held_out = {question for split in ("val", "test") for _, question in splits[split]}
+    tokenizer, spec = make_tokenizer(), replace(SPECS["base"], textbook_chats=500, chats=500)
+    examples = itertools.chain(*make_corpus(tokenizer, spec, 0, held_out))
+    seen = "".join(tokenizer.decode(example.ids) for example in examples)
+    assert not [question for question in held_out if question in seen]
+
+
+def test_the_card_states_what_was_measured(world):
+    card = (world / "MODEL_CARD.md").read_text()
+    record = json.loads((world / "world.json").read_text())["models"]["base"]
+    assert f"{record['parameters']:,} parameters" in card
+    assert record["measured"]["student"]["all"]["n"] == 10
+    assert "| the student prompt | 10 |" in card and "| instruction v2 | 10 |" in card
+
+
+def test_a_second_build_touches_nothing_and_says_so(world, small, capsys):
+    before = content(world)
+    build(world, ["base"])
+    assert content(world) == before
+    assert "complete (base), nothing to do" in capsys.readouterr().out
+
+
+def test_a_missing_model_is_added_and_the_rest_stays_as_it_is(tmp_path, small):
+    world = build(tmp_path / "w", ["base"], progress=False)
+    before = content(world)
+    build(world, ["base", "large"], progress=False)
+    after = content(world)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"world.json", "MODEL_CARD.md"}
+    assert {name.split("/")[0] for name in after if name not in before} == {"large"}
+
+
+def test_the_same_settings_give_the_same_world(world, tmp_path, small):
+    again = content(build(tmp_path / "w", ["base"], progress=False))
+    for name, data in content(world).items():
+        if name not in ("world.json", "MODEL_CARD.md"):  # these hold timings
+            assert again[name] == data, name
+
+
+def test_other_settings_are_refused_unless_forced(tmp_path, small, monkeypatch):
+    world = build(tmp_path / "w", ["base"], progress=False)
+    with pytest.raises(WorldError, match=r"built with other settings \(seed\): use force"):
+        build(world, ["base"], seed=1, progress=False)
+    monkeypatch.setitem(SPECS, "base", replace(SPECS["base"], chats=48))
+    with pytest.raises(WorldError, match=r"built with other settings \(models.base\)"):
+        build(world, ["base"], progress=False)
+    build(world, ["base"], seed=1, force=True, progress=False)
+    assert json.loads((world / "world.json").read_text())["settings"]["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_folder_with_something_else_in_it_is_refused_even_when_forced(tmp_path, small):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(WorldError, match="not a tinymath world: choose another folder"):
+            build(tmp_path, ["base"], force=force)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unknown_model_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="'huge'.*base, large"):
+        build(tmp_path / "w", ["base", "huge"])
+    with pytest.raises(ValueError, match="name one or more of base, large"):
+        build(tmp_path / "w", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_build_leaves_nothing_half(tmp_path, small, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    world = build(tmp_path / "w", ["base"], progress=False)
+    before = content(world)
+    monkeypatch.setattr(building, "measure_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "new", ["base"], progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        build(world, ["large"], progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        build(world, ["base"], force=True, progress=False)
+    assert content(world) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_padding_changes_no_loss():
+    """Rows padded on the right need no attention mask: their loss is that of each row on its own."""
+    tokenizer, spec = make_tokenizer(), replace(SPECS["base"], textbook_chats=1, chats=6)
+    _, examples = make_corpus(tokenizer, spec, 0, set())
+    model = make_model(spec, tokenizer, 0).double()
+    together = reply_loss(model, *collate(examples, tokenizer.pad_token_id))
+    counts = [len(e.ids) - e.reply_start for e in examples]
+    apart = [reply_loss(model, *collate([e], tokenizer.pad_token_id)) for e in examples]
+    weighted = sum(n * loss for n, loss in zip(counts, apart, strict=True)) / sum(counts)
+    torch.testing.assert_close(together, weighted, rtol=1e-10, atol=0)  # float64 rounding only
+
+
+def test_one_pass_visits_every_example_once():
+    tokenizer, spec = make_tokenizer(), replace(SPECS["base"], textbook_chats=1, chats=1000)
+    _, examples = make_corpus(tokenizer, spec, 0, set())
+    visited = [id(example) for batch in batches(examples, 16, seed=0) for example in batch]
+    assert sorted(visited) == sorted(id(example) for example in examples)
+
+
+def test_pre_training_lowers_the_loss():
+    tokenizer = make_tokenizer()
+    spec = replace(SPECS["base"], layers=1, hidden_size=64, heads=2, textbook_chats=400, chats=1)
+    corpus, model = make_corpus(tokenizer, spec, 0, set()), make_model(spec, tokenizer, 0)
+    held_back = collate(corpus[0][:64], tokenizer.pad_token_id)
+    before = reply_loss(model, *held_back).item()
+    pretrain(model, [corpus[0][64:]], spec, 0, progress=False, name="base")
+    after = reply_loss(model, *held_back).item()
+    assert after < 0.6 * before, "twenty steps take it from log 356 to well under 3.5 nats per token"
