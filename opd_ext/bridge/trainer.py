@@ -6,7 +6,6 @@ teacher on schedule, save, sync the weights to vLLM. Everything that verl does a
 generation, rewards, weight sync) is inherited.
 """
 
-import dataclasses
 import json
 import math
 import time
@@ -33,7 +32,7 @@ from opd_ext.bridge.worker import OPDWorker
 from opd_ext.config import schema
 from opd_ext.objective.loss import Objective, means
 from opd_ext.report.console import StepPrinter
-from opd_ext.teacher.context import TeacherContext, build_teacher_sequence, get_context, render
+from opd_ext.teacher.context import build_context, build_teacher_sequence, render
 
 # What the workers read of a rollout; everything else stays in the queue.
 _UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mask", "rollout_log_probs"]
@@ -216,7 +215,7 @@ class OPDTrainer(PPOTrainerSync):
     # ------------------------------------------------------------------ teacher
 
     def _refresh_teacher(self, metrics: dict) -> None:
-        """After the optimiser step, before saving and weight sync; used from the next step on (CRISP, released code)."""
+        """After the optimiser step, before saving and weight sync; used from the next step on (released CRISP code)."""
         teacher, step = self.opd.teacher, self.global_steps
         metrics["teacher/version"] = float(step - 1 if teacher.weights == "live" else self.state.teacher_version)
         metrics["teacher/age"] = step - 1 - metrics["teacher/version"]
@@ -315,13 +314,6 @@ class OPDTrainer(PPOTrainerSync):
         with (self.run_dir / "metrics.jsonl").open("a") as file:
             file.write(line + "\n")
         (self.printer.train if phase == "train" else self.printer.validation)(self.global_steps, numbers)
-
-
-def build_context(config: schema.ContextConfig) -> TeacherContext:
-    """The context that ``opd.context`` names, with those of its options that this context has."""
-    kind = get_context(config.kind)
-    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(kind)}
-    return kind(**options)
 
 
 def _data(value: Any) -> Any:

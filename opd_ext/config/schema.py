@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd_ext.objective.divergence import divergence_names
 from opd_ext.objective.objective import REDUCTIONS
-from opd_ext.teacher.context import context_names
+from opd_ext.teacher.context import build_context, context_names
 
 TEACHER_WEIGHTS = ("live", "frozen", "periodic", "ema")
 SUPPORTS = ("full",)
@@ -160,7 +160,12 @@ def _check_choices(opd: OPDConfig) -> None:
     _one_of("opd.reduction", opd.reduction, REDUCTIONS)
     _one_of("opd.teacher.weights", opd.teacher.weights, TEACHER_WEIGHTS)
     _one_of("opd.context.kind", opd.context.kind, context_names())
-    _one_of("opd.divergence.kind", opd.divergence.kind, divergence_names())
+    try:
+        build_context(opd.context)
+    except ValueError as error:
+        raise ConfigError(f"opd.context: {error}") from None
+    full = [name for name in divergence_names() if not name.startswith("topk_")]
+    _one_of("opd.divergence.kind", opd.divergence.kind, full)
     _one_of("opd.divergence.support", opd.divergence.support, SUPPORTS)
     _one_of("opd.credit.kind", opd.credit.kind, CREDITS)
     _positive("opd.teacher.interval", opd.teacher.interval, zero=True)
@@ -206,7 +211,7 @@ def _check_lengths(opd: OPDConfig, config: DictConfig) -> None:
     if opd.max_pair_length is None or opd.max_pair_length < shortest:
         raise ConfigError(
             f"opd.max_pair_length={opd.max_pair_length} would drop full-length training rollouts; set it to at least "
-            f"{shortest} (data.max_prompt_length + opd.rollout.train_tokens), better with room for the teacher's prompt."
+            f"{shortest} (data.max_prompt_length + opd.rollout.train_tokens), better with room for the teacher's."
         )
     for part, key in (("actor", "ppo_max_token_len_per_gpu"), ("ref", "log_prob_max_token_len_per_gpu")):
         section = config.actor_rollout_ref[part]
@@ -245,8 +250,8 @@ def _check_engine(opd: OPDConfig, config: DictConfig) -> None:
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     if actor.ppo_mini_batch_size * rollout.n % ranks:
         raise ConfigError(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size x rollout.n = {actor.ppo_mini_batch_size * rollout.n} must be "
-            f"divisible by the {ranks} trainer ranks."
+            f"actor_rollout_ref.actor.ppo_mini_batch_size x rollout.n = {actor.ppo_mini_batch_size * rollout.n} must "
+            f"be divisible by the {ranks} trainer ranks."
         )
     if data_too_small := config.data.train_batch_size % actor.ppo_mini_batch_size:
         raise ConfigError(

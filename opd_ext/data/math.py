@@ -384,13 +384,16 @@ def _write_whole(path: Path, table: pa.Table) -> None:
 
 
 def _summary(data_sets: Mapping[str, DataSet], status: Mapping[Path, str]) -> Table:
-    table = Table(title="Math data", title_justify="left")
-    for heading in ("file", "", "rows", "prompt characters: median", "longest", "dropped"):
-        table.add_column(heading, justify="left" if heading in ("file", "", "dropped") else "right")
+    """``data_sets`` and ``status`` are in the same order."""
+    table = Table(title=f"Math data in {next(iter(status)).parent}", title_justify="left")
+    table.add_column("file", no_wrap=True)
+    table.add_column("")
+    for heading in ("rows", "prompt characters\nmedian", "\nlongest"):
+        table.add_column(heading, justify="right")
+    table.add_column("rows dropped")
     for (path, what), data in zip(status.items(), data_sets.values(), strict=True):
         lengths = [len(row["prompt"][0]["content"]) for row in data.rows] or [0]
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in data.dropped.most_common())
-        table.add_row(
-            str(path), what, f"{len(data.rows):,}", f"{np.median(lengths):.0f}", str(max(lengths)), reasons or "-"
-        )
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.dropped.most_common())
+        numbers = (f"{number:,}" for number in (len(data.rows), int(np.median(lengths)), max(lengths)))
+        table.add_row(path.name, what, *numbers, reasons or "none")
     return table

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from opd_ext.teacher import prompts
@@ -125,6 +125,16 @@ def get_context(name: str) -> type[TeacherContext]:
 def context_names() -> list[str]:
     """All registered names, sorted."""
     return sorted(_CONTEXTS)
+
+
+def build_context(config: Any) -> TeacherContext:
+    """The context named ``config.kind``, with those attributes of ``config`` that this context has as options.
+
+    Raises:
+        ValueError: an unknown kind, or an option that the context refuses.
+    """
+    kind = get_context(config.kind)
+    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
 
 
 @register_context("same")

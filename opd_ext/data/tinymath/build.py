@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from opd_ext.data.tinymath.card import measure_model, write_card
+from opd_ext.data.tinymath.card import measure_model, render_card
 from opd_ext.data.tinymath.chats import chats, draw_chat, textbook
 from opd_ext.data.tinymath.pretrain import SPECS, make_corpus, make_model, pretrain
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
@@ -148,15 +148,20 @@ def _put_in_place(folder: Path, target: Path) -> None:
         os.rename(folder, target)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)
+
+
+def _write_record(world: Path, record: dict) -> None:
+    _write(world / "MODEL_CARD.md", render_card(record))
+    _write(world / "world.json", json.dumps(record, indent=2) + "\n")
 
 
 def _start_world(folder: Path, settings: dict, seed: int) -> None:
     write_splits(draw_splits(seed), folder)
-    _write_json(folder / "world.json", {"settings": settings, "models": {}})
+    _write_record(folder, {"settings": settings, "models": {}})
 
 
 def _add_models(world: Path, names: Sequence[str], seed: int, progress: bool) -> None:
@@ -166,8 +171,7 @@ def _add_models(world: Path, names: Sequence[str], seed: int, progress: bool) ->
             _put_in_place(folder, world / name)
         found = json.loads((world / "world.json").read_text())
         found["models"][name] = record
-        _write_json(world / "world.json", found)
-        write_card(found, world / "MODEL_CARD.md")
+        _write_record(world, found)
         if progress:
             print(f"tinymath: {name} built in {record['seconds']['total']:.0f} s, see MODEL_CARD.md")
 

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd_ext.data.tinymath.measure import Outcome, Problem, interval, measure
@@ -82,8 +80,8 @@ def _cells(table: dict) -> str:
     return f"{table['n']} | {100 * accuracy:.1f} ± {100 * a:.1f} | {tokens:.1f} ± {t:.1f}"
 
 
-def write_card(world: dict, path: Path) -> None:
-    """Write the card of a world (the content of ``world.json``) in Markdown."""
+def render_card(world: dict) -> str:
+    """The card of a world (the content of ``world.json``) in Markdown."""
     lines = [
         "# Models of the miniature world",
         "",
@@ -123,6 +121,4 @@ def write_card(world: dict, path: Path) -> None:
             for difficulty, table in measured[context].items()
             if difficulty != "all"
         ]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("\n".join(lines) + "\n")
-    os.replace(partial, path)
+    return "\n".join(lines) + "\n"

@@ -45,12 +45,12 @@ class Corpus:
 
 def textbook() -> Corpus:
     """Concise and without slips: nearly every token teaches arithmetic, or to use what the prompt holds."""
-    return Corpus({"instruction": 0.7, "opsd": 0.12, "sdpo": 0.18}, tuple(_FILLER), 0.05, 0.0)
+    return Corpus({"instruction": 0.58, "opsd": 0.12, "sdpo": 0.3}, tuple(_FILLER), 0.05, 0.0)
 
 
 def chats(slip_scale: float = 1.0) -> Corpus:
     """The habits that the finished model has."""
-    mixture = {"student": 0.42, "instruction": 0.3, "opsd_student": 0.04, "opsd": 0.1, "sdpo": 0.14}
+    mixture = {"student": 0.39, "instruction": 0.3, "opsd_student": 0.04, "opsd": 0.09, "sdpo": 0.18}
     return Corpus(mixture, (*_FILLER, "v2", "pct", "pct", "words"), VERBOSE, slip_scale)
 
 
@@ -80,7 +80,7 @@ def draw_chat(rng: random.Random, question: str, difficulty: int, corpus: Corpus
     informed = write_solution(rng, question, plain.careful(0.0))
     if kind == "opsd":
         return Chat(prompts.opsd_teacher_prompt(question, _correct_solution(rng, question)), informed)
-    shows_solution, shows_feedback = rng.choice(((True, False), (False, True), (True, True)))
+    shows_solution, shows_feedback = rng.choice(((True, False), (False, True), (False, True), (True, True)))
     prompt = prompts.sdpo_prompt(
         prompts.student_prompt(question),
         solution=_correct_solution(rng, question) if shows_solution else None,

@@ -23,6 +23,7 @@ from opd_ext.data.tinymath.chats import Chat, chats, draw_chat, textbook
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 
@@ -56,7 +57,7 @@ SPECS: dict[str, ModelSpec] = {
         heads=4,
         kv_heads=2,
         intermediate_size=256,
-        textbook_chats=20_000,
+        textbook_chats=22_000,
         chats=24_000,
     ),
     "large": ModelSpec(
@@ -65,8 +66,8 @@ SPECS: dict[str, ModelSpec] = {
         heads=6,
         kv_heads=2,
         intermediate_size=384,
-        textbook_chats=24_000,
-        chats=32_000,
+        textbook_chats=26_000,
+        chats=28_000,
         slip_scale=0.2,
     ),
 }
@@ -115,8 +116,8 @@ def make_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
 def render_prompts(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
     """User messages as text, through the chat template, up to where the assistant begins."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
 
 
 def make_corpus(
@@ -225,7 +226,7 @@ def _rate(done: float, warmup: float) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _progress_bar(enabled: bool):
+def _progress_bar(enabled: bool) -> Progress:
     from rich.progress import (
         BarColumn,
         Progress,

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must not go wrong around a step: seeds, checkpoints, and what a killed run leaves behind."""
+
+import json
+import os
+from unittest.mock import patch
+
+import pytest
+
+os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
+
+from opd_ext.bridge import checkpoint, rollouts
+from opd_ext.bridge.agent_loop import request_seed
+
+
+def test_a_request_seed_depends_on_run_step_prompt_and_session_and_on_nothing_else():
+    prompt = [{"role": "user", "content": "1 + 1"}]
+    base = request_seed(1, 2, prompt, 3)
+    assert base == request_seed(1, 2, [{"content": "1 + 1", "role": "user"}], 3)
+    others = {
+        request_seed(9, 2, prompt, 3),
+        request_seed(1, 9, prompt, 3),
+        request_seed(1, 2, [{"role": "user", "content": "1 + 2"}], 3),
+        request_seed(1, 2, prompt, 9),
+    }
+    assert len(others | {base}) == 5
+    assert all(0 <= seed < 2**63 for seed in others)
+
+
+def write_checkpoint(root, step, keep=None):
+    folder = checkpoint.begin(root, step)
+    (folder / "actor").mkdir()
+    checkpoint.TrainerState(global_step=step, teacher_version=step - 1).write(folder)
+    return checkpoint.commit(folder, root, step, keep)
+
+
+def test_a_checkpoint_appears_whole_and_the_tracker_names_it(tmp_path):
+    final = write_checkpoint(tmp_path / "ckpt", 5)
+    assert final.name == "global_step_5"
+    assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "5"
+    assert checkpoint.TrainerState.read(final).teacher_version == 4
+
+
+def test_a_save_that_is_killed_leaves_the_last_checkpoint_in_charge(tmp_path):
+    write_checkpoint(tmp_path, 5)
+    folder = checkpoint.begin(tmp_path, 6)
+    (folder / "half").write_text("...")
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "5"
+    assert not (tmp_path / "global_step_6").exists()
+    checkpoint.begin(tmp_path, 6)
+    assert not (folder / "half").exists()
+
+
+def test_a_kill_between_rename_and_tracker_resumes_from_the_older_one_and_saves_again(tmp_path):
+    write_checkpoint(tmp_path, 5)
+    folder = checkpoint.begin(tmp_path, 6)
+    with patch.object(checkpoint, "_replace_text", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        checkpoint.commit(folder, tmp_path, 6, None)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "5"
+    assert write_checkpoint(tmp_path, 6).exists()
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "6"
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    for step in (2, 4, 10):
+        write_checkpoint(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("global_step_*")) == ["global_step_10", "global_step_4"]
+
+
+def test_a_folder_without_state_is_not_taken_for_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a complete checkpoint"):
+        checkpoint.TrainerState.read(tmp_path)
+
+
+def test_metrics_beyond_the_resumed_step_and_half_written_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 1, 2, 3)) + '{"step": 3, "x')
+    rollouts.drop_lines_after(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    rollouts.drop_lines_after(tmp_path / "absent.jsonl", 2)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_rollout_metrics_are_means_over_samples():
+    rows = [
+        {"acc": 1.0, "response_tokens": 10, "truncated": False, "format_ok": 1.0},
+        {"acc": 0.0, "response_tokens": 0, "truncated": True, "format_ok": 0.0},
+    ]
+    assert rollouts.summarise(rows, "val") == {
+        "val/accuracy": 0.5,
+        "val/tokens_mean": 5.0,
+        "val/tokens_min": 0.0,
+        "val/tokens_max": 10.0,
+        "val/truncated": 0.5,
+        "val/empty": 0.5,
+        "val/samples": 2.0,
+        "val/format_ok": 0.5,
+    }

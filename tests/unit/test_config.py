@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A wrong configuration is refused before anything starts, in one sentence that names the key."""
+
+import subprocess
+import sys
+
+import pytest
+
+from opd_ext import train
+from opd_ext.config import schema
+
+PATHS = ["data.train_files=/data/train.parquet", "data.val_files=/data/val.parquet"]
+
+
+def check(*overrides: str) -> schema.OPDConfig:
+    return schema.check(train.compose_config(list(overrides)))
+
+
+@pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
+def test_every_scale_composes_with_crisp(scale):
+    opd = check("method=crisp", f"scale={scale}", *PATHS)
+    assert (opd.method, opd.scale) == ("crisp", scale)
+    assert (opd.teacher.weights, opd.context.kind, opd.context.text) == ("periodic", "instruction", "v2")
+    assert (opd.divergence.kind, opd.divergence.support, opd.divergence.temperature) == ("reverse_kl", "full", 1.0)
+    assert opd.reduction == "token-mean" and opd.policy is None
+
+
+def test_the_node_carries_the_published_settings_of_crisp():
+    config = train.compose_config(["method=crisp", "scale=node_8xh200", *PATHS])
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (actor.optim.lr, actor.optim.weight_decay, list(actor.optim.betas)) == (1e-6, 0.01, [0.9, 0.999])
+    assert (actor.optim.lr_scheduler_type, actor.optim.lr_warmup_steps, actor.grad_clip) == ("constant", 0, 1.0)
+    assert (config.data.train_batch_size, rollout.n, rollout.temperature, rollout.top_p) == (32, 1, 1.0, 1.0)
+    assert (config.opd.teacher.interval, config.opd.max_pair_length) == (50, 10240)
+    assert (config.opd.rollout.train_tokens, config.opd.rollout.val_tokens) == (8192, 30000)
+    val = rollout.val_kwargs
+    assert (val.temperature, val.top_p, val.top_k, val.n) == (0.6, 0.95, 20, 8)
+    assert config.trainer.total_training_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["opd.teacher.weights=stale"], ["opd.teacher.weights=stale", "ema", "frozen", "live", "periodic"]),
+        (["opd.divergence.kind=kl"], ["opd.divergence.kind=kl", "forward_kl", "jsd", "reverse_kl"]),
+        (["opd.divergence.support=sampled"], ["opd.divergence.support=sampled", "full"]),
+        (["opd.context.kind=hint"], ["opd.context.kind=hint", "instruction", "same", "solution"]),
+        (["opd.context.text=v9"], ["v9", "v1", "v5"]),
+        (["opd.credit.kind=position"], ["opd.credit.kind=position", "uniform"]),
+        (["opd.reduction=mean"], ["opd.reduction=mean", "token-mean", "official"]),
+        (["+opd.divergence.beta=0.5"], ["opd.divergence.beta", "jsd"]),
+        (["opd.divergence.kind=jsd"], ["opd.divergence.beta", "jsd"]),
+        (["opd.divergence.kind=jsd", "+opd.divergence.beta=1.0"], ["beta=1.0", "between 0 and 1"]),
+        (["+opd.divergence.clip=0.05"], ["opd.divergence.clip", "forward_kl"]),
+        (["opd.teacher.interval=-1"], ["opd.teacher.interval=-1"]),
+        (["opd.teacher.weights=ema", "+opd.teacher.rate=0"], ["opd.teacher.rate=0", "(0, 1]"]),
+        (["opd.context.kind=same", "opd.teacher.weights=live"], ["opd.context.kind=same", "loss 0"]),
+        (["+opd.policy.loss=vanilla"], ["opd.policy", "null"]),
+        (["opd.rollout.train_tokens=999"], ["opd.rollout.train_tokens=999", "data.max_response_length=128"]),
+        (["actor_rollout_ref.rollout.max_model_len=300"], ["max_model_len=300", "320"]),
+        (["opd.max_pair_length=200"], ["opd.max_pair_length=200", "320"]),
+        (["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=300"], ["ppo_max_token_len_per_gpu=300", "384"]),
+        (
+            ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
+            ["ulysses_sequence_parallel_size=2", "set it to 1"],
+        ),
+        (["actor_rollout_ref.actor.strategy=fsdp"], ["fsdp2"]),
+        (["actor_rollout_ref.model.use_remove_padding=false"], ["use_remove_padding", "true"]),
+        (["actor_rollout_ref.model.use_fused_kernels=true"], ["use_fused_kernels", "false"]),
+        (["actor_rollout_ref.model.lora_rank=8"], ["LoRA", "lora_rank=0"]),
+        (["actor_rollout_ref.actor.ppo_epochs=2"], ["ppo_epochs=2"]),
+        (["trainer.n_gpus_per_node=3"], ["divisible", "3"]),
+        (["actor_rollout_ref.actor.ppo_mini_batch_size=24"], ["train_batch_size=32", "24"]),
+        (
+            ["opd.teacher.weights=ema", "actor_rollout_ref.ref.fsdp_config.model_dtype=bf16"],
+            ["opd.teacher.weights=ema", "model_dtype", "fp32"],
+        ),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused_by_name(overrides, words):
+    with pytest.raises(schema.ConfigError) as refusal:
+        check(*overrides)
+    message = str(refusal.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("override", ["opd.techer.interval=3", "opd.teacher.intervall=3", "trainer.no_such_key=1"])
+def test_an_unknown_key_is_refused(override):
+    with pytest.raises(schema.ConfigError, match=override.split("=")[0].split(".")[-1]):
+        check(override)
+
+
+def test_a_key_added_by_force_is_refused_too():
+    with pytest.raises(schema.ConfigError, match="opd.teacher.intervall"):
+        check("+opd.teacher.intervall=3")
+
+
+def test_an_unknown_method_is_refused_with_the_ones_that_exist():
+    with pytest.raises(schema.ConfigError, match="crisp"):
+        check("method=no_such_method")
+
+
+def test_missing_inputs_are_named_with_the_command_that_makes_them(tmp_path):
+    config = train.compose_config([f"opd.world={tmp_path}/nowhere"])
+    with pytest.raises(schema.ConfigError, match=r"model.path=.*nowhere/base does not exist.*opd data tinymath"):
+        schema.check_inputs(config)
+
+
+def test_the_command_refuses_in_one_sentence_and_with_status_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "opd_ext.train", "opd.teacher.weights=stale"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert "opd.teacher.weights=stale" in done.stderr
+
+
+@pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
+def test_a_dry_run_passes_verls_validation_and_prints_the_plan(scale):
+    done = subprocess.run(
+        [sys.executable, "-m", "opd_ext.train", f"scale={scale}", *PATHS, "--dry-run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "tokens per step" in done.stdout and "passes" in done.stdout
+
+
+def test_verls_own_objections_are_told_in_one_sentence():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "opd_ext.train",
+            "actor_rollout_ref.actor.use_dynamic_bsz=false",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+            "actor_rollout_ref.actor.ppo_micro_batch_size=1",
+            "--dry-run",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "verl refuses" in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
