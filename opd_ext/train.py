@@ -58,10 +58,15 @@ def prepare_environment(config: DictConfig) -> None:
     if config.opd.device == "cpu":
         ranks = config.trainer.n_gpus_per_node
         variables.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
+        variables.setdefault("OMP_NUM_THREADS", threads)
     with open_dict(config):
         runtime_env.env_vars = variables
     os.environ.update(variables)
+    # verl would only log at DEBUG that its plugin failed to load, and then not know the platform.
+    from opd_ext import plugin
+
+    plugin.register()
 
 
 def validate(config: DictConfig) -> schema.OPDConfig:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CRISP on the real stack: data parallel 2, teacher refresh, weight sync, and the student that is its own teacher."""
 
+import json
 import math
 
 import pytest
@@ -100,10 +101,31 @@ def test_a_student_that_is_its_own_teacher_has_no_loss(world, tmp_path, capsys):
     assert floor < 1e-6
 
 
-def test_a_live_teacher_needs_no_second_model(world, tmp_path):
-    run_dir = tmp_path / "run"
-    train(world, run_dir, "opd.teacher.weights=live", "trainer.total_training_steps=2")
-    lines = metrics(run_dir)
+@pytest.fixture(scope="module")
+def live(world, tmp_path_factory):
+    """A live teacher, and pairs that are one token too long if a prompt of 17 tokens meets a full-length response."""
+    run_dir = tmp_path_factory.mktemp("live") / "run"
+    train(
+        world,
+        run_dir,
+        "opd.teacher.weights=live",
+        "trainer.total_training_steps=2",
+        "data.max_prompt_length=17",  # the teacher's prompt has one token more
+        "opd.max_pair_length=81",  # 17 + 64
+    )
+    return run_dir
+
+
+def test_a_pair_that_is_too_long_is_dropped_whole(live):
+    rows = [json.loads(row) for row in (live / "generations" / "train_1.jsonl").read_text().splitlines()]
+    line = metrics(live)[0]
+    dropped = round(line["rollout/dropped"] * len(rows))
+    assert 0 < dropped < len(rows)
+    assert line["opd/response_tokens"] == sum(row["response_tokens"] for row in rows) - 64 * dropped
+
+
+def test_a_live_teacher_needs_no_second_model(live):
+    run_dir, lines = live, metrics(live)
     assert [line["teacher/age"] for line in lines] == [0, 0]
     assert [line["teacher/version"] for line in lines] == [0, 1]
     assert all(line["opd/divergence"] > 1e-4 for line in lines)  # the instruction alone makes the difference
