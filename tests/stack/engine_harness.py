@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Student and teacher engines in real FSDP2 processes over gloo, without Ray and without vLLM.
+
+The parent describes updates (:class:`Update`) and gets back what they did; verl's own training worker builds the
+engines in the children. verl is imported there only: it resolves its platform at import, from the environment.
+"""
+
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_ext.objective.loss import Objective, means
+from opd_ext.teacher.weights import copy_shards, ema_shards
+
+VOCABULARY = 67  # odd, so that two ranks hold shards of different size
+LEARNING_RATE = 1e-2
+DEADLINE_S = 300  # for all updates of one spawn: some 15 s of imports and a few seconds of work
+WHOLE = 100_000  # a token budget that no batch reaches: everything in one micro-batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One rollout: two prompts for the same response, which of its tokens train, what the sampler said of them."""
+
+    prompt: list[int]
+    teacher_prompt: list[int]
+    response: list[int]
+    mask: list[int]
+    rollout_log_probs: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One call of the student's engine. ``rows``, if given, is a fixed micro-batch size in place of ``budget``."""
+
+    samples: list[Sample]
+    model: str = "untied"
+    teacher: str | None = "teacher"  # a model folder; None: live
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    budget: int = 64
+    rows: int | None = None
+    param_dtype: str = "fp32"
+    rollout_temperature: float = 1.0
+
+
+# ---------------------------------------------------------------------- inputs
+
+
+def save_models(folder: Path) -> None:
+    """Random Qwen3 checkpoints with a tokenizer: ``untied``, ``tied`` and a ``teacher`` for each of them."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w2")
+    for seed, name in enumerate(("untied", "tied", "teacher", "tied_teacher")):
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=256,
+            tie_word_embeddings=name.startswith("tied"),
+            initializer_range=0.2,  # logits of about unit scale: at the usual 0.02 every divergence is nearly zero
+            bos_token_id=None,
+            eos_token_id=2,
+        )
+        Qwen3ForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def make_samples(response_lens: list[int], seed: int = 0) -> list[Sample]:
+    """Random rollouts; the teacher's prompts are longer than the student's, each by another length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
+
+    samples = []
+    for i, n in enumerate(response_lens):
+        mask = [int(j % 4 != 2) for j in range(n)] if i % 3 == 1 else [1] * n  # masked tokens inside some responses
+        log_probs = (-3.0 * torch.rand(n, generator=generator)).tolist()
+        samples.append(Sample(ids(3 + i % 4), ids(5 + 3 * (i % 5)), ids(n), mask, log_probs))
+    return samples
+
+
+def to_batch(samples: list[Sample], **non_tensors: Any):
+    """What the trainer hands to ``update_actor``: jagged [B, j1] tensors."""
+    from verl.utils import tensordict_utils as tu
+
+    def jagged(rows: list[list], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.nested.as_nested_tensor([torch.tensor(row, dtype=dtype) for row in rows], layout=torch.jagged)
+
+    return tu.get_tensordict(
+        {
+            "input_ids": jagged([s.prompt + s.response for s in samples]),
+            "position_ids": jagged([list(range(len(s.prompt + s.response))) for s in samples]),
+            "prompts": jagged([s.prompt for s in samples]),
+            "responses": jagged([s.response for s in samples]),
+            "loss_mask": jagged([s.mask for s in samples]),
+            "rollout_log_probs": jagged([s.rollout_log_probs for s in samples], torch.float32),
+            "teacher_input_ids": jagged([s.teacher_prompt + s.response for s in samples]),
+        },
+        non_tensors,
+    )
+
+
+# ---------------------------------------------------------------------- processes
+
+
+@contextmanager
+def _environment(values: dict[str, str]):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def run_ranks(world_size: int, folder: Path, job: Callable[["Rank"], dict]) -> list[dict]:
+    """``job(rank)`` in ``world_size`` fresh processes of one process group; what each of them returned.
+
+    Args:
+        folder: holds the models of :func:`save_models`; results are exchanged through it.
+        job: picklable; receives a :class:`Rank`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    settings |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    with _environment(settings):
+        group = torch.multiprocessing.spawn(_enter, (folder, job), nprocs=world_size, join=False)
+    end = time.monotonic() + DEADLINE_S
+    try:
+        while not group.join(timeout=max(0.0, end - time.monotonic())):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{world_size} ranks did not finish within {DEADLINE_S} s: one of them hangs.")
+    finally:
+        for process in group.processes:
+            process.kill()
+    return [torch.load(folder / f"world_{world_size}_rank_{rank}.pt") for rank in range(world_size)]
+
+
+def _enter(rank: int, folder: Path, job: Callable[["Rank"], dict]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0")
+    torch.set_num_threads(1)
+    from opd_ext import plugin
+
+    plugin.register()
+    from opd_ext.bridge.cpu_platform import init_process_group
+
+    init_process_group()
+    place = Rank(folder)
+    torch.save(job(place), folder / f"world_{place.world_size}_rank_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class Rank:
+    """One rank's engines. Every method is collective: all ranks call it with the same arguments."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.worker = cache(self._build_worker)
+
+    def configs(self, model: str, forward_only: bool, param_dtype: str):
+        """Model, engine, optimiser and checkpoint config in the manner of the `cpu_tiny` scale."""
+        from verl.trainer.config import CheckpointConfig
+        from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+
+        return (
+            HFModelConfig(
+                path=str(self.folder / model),
+                override_config={"attn_implementation": "sdpa"},
+                enable_gradient_checkpointing=False,
+                use_remove_padding=True,
+            ),
+            FSDPEngineConfig(
+                strategy="fsdp2",
+                forward_only=forward_only,
+                model_dtype="fp32",
+                mixed_precision={"param_dtype": param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+                use_torch_compile=False,
+            ),
+            FSDPOptimizerConfig(lr=LEARNING_RATE, total_training_steps=1),
+            CheckpointConfig(),
+        )
+
+    def _build_worker(self, model: str, forward_only: bool = False, param_dtype: str = "fp32"):
+        from verl.workers.config import TrainingWorkerConfig
+
+        from opd_ext.bridge.worker import OPDTrainingWorker
+
+        names = ("model_config", "engine_config", "optimizer_config", "checkpoint_config")
+        configs = dict(zip(names, self.configs(model, forward_only, param_dtype), strict=True))
+        worker = OPDTrainingWorker(TrainingWorkerConfig(model_type="language_model", **configs))
+        worker.reset()
+        return worker
+
+    def local_shards(self, model: str, forward_only: bool = False) -> dict[str, torch.Tensor]:
+        """This rank's weights of one engine, by the function that the teacher's refresh uses."""
+        from opd_ext.bridge.worker import _local_shards
+
+        return _local_shards(self.worker(model, forward_only).engine.module)
+
+    def _prepared(self, update: Update):
+        """The student's worker, configured for ``update``, and this rank's contiguous share of the batch."""
+        student = self.worker(update.model, param_dtype=update.param_dtype)
+        engines = [student.engine]
+        if update.teacher is not None:
+            engines.append(self.worker(update.teacher, True, update.param_dtype).engine)
+        student.engine.teacher = None if update.teacher is None else engines[1]
+        student.engine.objective = update.objective
+        for engine in engines:
+            engine.engine_config.use_dynamic_bsz = update.rows is None
+            engine.engine_config.max_token_len_per_gpu = update.budget
+            engine.engine_config.infer_max_token_len_per_gpu = update.budget
+            engine.engine_config.micro_batch_size_per_gpu = update.rows
+            engine.engine_config.infer_micro_batch_size_per_gpu = update.rows
+        share = len(update.samples) // self.world_size
+        samples = update.samples[self.rank * share : (self.rank + 1) * share]
+        return student, to_batch(samples, temperature=update.rollout_temperature)
+
+    def gradients(self, update: Update) -> dict:
+        """Loss, mean metrics and whole gradients, as ``train_batch`` has them just before the optimiser step."""
+        from verl.utils import tensordict_utils as tu
+
+        student, batch = self._prepared(update)
+        engine, config = student.engine, student.engine.engine_config
+        tu.assign_non_tensor(
+            batch,
+            use_remove_padding=True,
+            use_dynamic_bsz=config.use_dynamic_bsz,
+            max_token_len_per_gpu=config.max_token_len_per_gpu,
+            micro_batch_size_per_gpu=config.micro_batch_size_per_gpu,
+            use_fused_kernels=False,
+        )
+        with engine.train_mode():
+            engine.optimizer_zero_grad()
+            output = engine.forward_backward_batch(batch, loss_function=None)
+            grads = {name: p.grad.full_tensor() for name, p in engine.module.named_parameters()}
+        loss = torch.tensor(sum(output["loss"]), dtype=torch.float64)
+        torch.distributed.all_reduce(loss)
+        sums = {name: metric.aggregate() for name, metric in output["metrics"].items()}
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        torch.distributed.all_reduce(totals)
+        return {
+            "loss": loss.item() / self.world_size,
+            "grads": grads,
+            "metrics": means(dict(zip(sums, totals.tolist(), strict=True))),
+            "micro_batches": len(output["loss"]),
+        }
+
+    def train(self, update: Update) -> dict:
+        """One update through verl's ``train_mini_batch``: reduced metrics and whole weights after it.
+
+        The weights are put back, so that the next call starts from the checkpoint again.
+        """
+        from verl.utils import tensordict_utils as tu
+        from verl.utils.metric import reduce_metrics
+
+        student, batch = self._prepared(update)
+        student.loss_fn = _unused_loss
+        before = {name: shard.clone() for name, shard in self.local_shards(update.model).items()}
+        size = len(update.samples)
+        tu.assign_non_tensor(
+            batch,
+            global_batch_size=size,
+            mini_batch_size=size,
+            epochs=1,
+            seed=1,
+            dataloader_kwargs={"shuffle": False},
+        )
+        metrics = reduce_metrics(tu.get(student.train_mini_batch(batch), "metrics"))
+        weights = {name: p.full_tensor().detach().clone() for name, p in student.engine.module.named_parameters()}
+        copy_shards(before, self.local_shards(update.model))
+        return {"metrics": {name: float(value) for name, value in metrics.items()}, "weights": weights}
+
+    def refresh(self, student: str, teacher: str, rate: float | None) -> dict:
+        """Shards of teacher before, student, teacher after a refresh (``rate`` None: copied); then put back."""
+        source, target = self.local_shards(student), self.local_shards(teacher, True)
+        before = {name: shard.clone() for name, shard in target.items()}
+        copy_shards(source, target) if rate is None else ema_shards(source, target, rate)
+        after = {name: shard.clone() for name, shard in self.local_shards(teacher, True).items()}
+        whole = {n: p.full_tensor() for n, p in self.worker(teacher, True).engine.module.named_parameters()}
+        copy_shards(before, target)
+        return {"before": before, "student": dict(source), "after": after, "whole": whole}
+
+    def log_probs(self, model: str, samples: list[Sample], stock: bool) -> list[torch.Tensor]:
+        """Per sequence, what ``infer_batch`` says of a batch without a teacher, from verl's engine or from ours."""
+        from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+        if stock:
+            engine = FSDPEngineWithLMHead(*self.configs(model, False, "fp32"))
+            engine.initialize()
+        else:
+            engine = self.worker(model).engine
+        batch = to_batch(samples, temperature=0.7, use_dynamic_bsz=True, max_token_len_per_gpu=64)
+        batch = batch.exclude("teacher_input_ids")
+        with engine.eval_mode():
+            return list(engine.infer_batch(batch)["model_output"]["log_probs"].unbind())
+
+
+def _unused_loss(**_: Any):
+    raise AssertionError("A batch with a teacher must not reach verl's loss function.")
