@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's agent loop with two additions per request: its own sampling seed and the token limit of its phase."""
+"""verl's agent loop with additions per request: its own sampling seed and the token limit of its phase."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from vllm.sampling_params import RequestOutputKind
 
 
 def request_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
@@ -30,7 +31,7 @@ _Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
 
 class OPDAgentLoopWorker(_Worker):
-    """Sets ``seed`` and ``max_tokens`` on every request; verl passes both to the server unchanged."""
+    """Sets ``seed``, ``max_tokens`` and what vLLM need not produce; verl passes them to the server unchanged."""
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         opd, validate = self.config.opd, trajectory["validate"]
@@ -39,6 +40,8 @@ class OPDAgentLoopWorker(_Worker):
         params = dict(sampling_params)
         params["seed"] = request_seed(opd.seed, step, messages, int(kwargs["session_id"]))
         params["max_tokens"] = opd.rollout.val_tokens if validate else opd.rollout.train_tokens
+        # Only the finished token ids are read: no text and no intermediate output per token and request.
+        params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         return await super()._run_agent_loop(params, trajectory=trajectory, **kwargs)
 
 

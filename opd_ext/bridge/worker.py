@@ -18,11 +18,16 @@ from opd_ext.teacher.weights import copy_shards, ema_shards
 
 
 def _local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's part of every parameter and persistent buffer, by name (aliases, not copies)."""
-    return {
-        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in module.state_dict(keep_vars=False).items()
-    }
+    """This rank's part of every parameter and persistent buffer, by name (aliases, not copies).
+
+    A tied weight appears once, under its first name: a moving average over both names would move it twice.
+    """
+    tensors = module.state_dict(keep_vars=True)
+    first_names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first_names.setdefault(id(tensor), name)
+    shards = {name: tensors[name].detach() for name in first_names.values()}
+    return {name: shard.to_local() if isinstance(shard, DTensor) else shard for name, shard in shards.items()}
 
 
 def _shard_file(folder: str) -> Path:

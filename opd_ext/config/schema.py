@@ -258,8 +258,8 @@ def _check_engine(opd: OPDConfig, config: DictConfig) -> None:
             f"data.train_batch_size={config.data.train_batch_size} must be a multiple of "
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (remainder {data_too_small})."
         )
-    if opd.device == "cpu" and rollout.name != "vllm":
-        raise ConfigError(f"actor_rollout_ref.rollout.name={rollout.name} has no CPU build here; use vllm.")
+    if rollout.name != "vllm":
+        raise ConfigError(f"actor_rollout_ref.rollout.name={rollout.name} is not supported: set it to vllm.")
 
 
 def check_inputs(config: DictConfig) -> None:

@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
 from tests.stack.conftest import ROOT, SMALL, TIMEOUT_S, environment, metrics
 
 SUBMIT = ROOT / "recipes" / "ray" / "submit.sh"
