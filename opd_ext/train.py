@@ -39,11 +39,11 @@ def compose_config(overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
             config = compose("opd", overrides=[search_path, *overrides])
+        config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())  # what follows from it included
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise schema.ConfigError(f"The configuration does not compose: {reason}") from None
-    config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())
     return config
 
 

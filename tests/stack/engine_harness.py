@@ -38,31 +38,50 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class EngineSpec:
+    """Which engine: the folder of its model, and what the configuration says of it."""
+
+    model: str
+    forward_only: bool = False
+    param_dtype: str = "fp32"
+    gradient_checkpointing: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Update:
-    """One call of the student's engine. ``rows``, if given, is a fixed micro-batch size in place of ``budget``."""
+    """One call of the student's engine.
+
+    ``budget`` and ``teacher_budget`` are tokens per micro-batch of either pass; ``rows``, if given, is a fixed
+    micro-batch size in their place.
+    """
 
     samples: list[Sample]
     model: str = "untied"
-    teacher: str | None = "teacher"  # a model folder; None: live
+    teacher: str | None = "untied_teacher"  # a model folder; None: live
     objective: Objective = dataclasses.field(default_factory=Objective)
     budget: int = 64
+    teacher_budget: int = 80
     rows: int | None = None
     param_dtype: str = "fp32"
     rollout_temperature: float = 1.0
+    gradient_checkpointing: bool = False
 
 
 # ---------------------------------------------------------------------- inputs
 
 
 def save_models(folder: Path) -> None:
-    """Random Qwen3 checkpoints with a tokenizer: ``untied``, ``tied`` and a ``teacher`` for each of them."""
+    """Random Qwen3 checkpoints with a tokenizer: ``untied`` and ``tied`` students, and for each a ``_teacher``.
+
+    A teacher is its student with every weight disturbed, so that the two agree where they read the same position.
+    """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w2")
-    for seed, name in enumerate(("untied", "tied", "teacher", "tied_teacher")):
-        torch.manual_seed(seed)
+    for name in ("untied", "tied"):
+        torch.manual_seed(0)
         config = Qwen3Config(
             vocab_size=VOCABULARY,
             hidden_size=32,
@@ -72,17 +91,23 @@ def save_models(folder: Path) -> None:
             num_key_value_heads=1,
             head_dim=16,
             max_position_embeddings=256,
-            tie_word_embeddings=name.startswith("tied"),
+            tie_word_embeddings=name == "tied",
             initializer_range=0.2,  # logits of about unit scale: at the usual 0.02 every divergence is nearly zero
             bos_token_id=None,
             eos_token_id=2,
         )
-        Qwen3ForCausalLM(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        model = Qwen3ForCausalLM(config)
+        model.save_pretrained(folder / name)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.05 * torch.randn_like(weight))
+        model.save_pretrained(folder / f"{name}_teacher")
+        for target in (name, f"{name}_teacher"):
+            tokenizer.save_pretrained(folder / target)
 
 
 def make_samples(response_lens: list[int], seed: int = 0) -> list[Sample]:
-    """Random rollouts; the teacher's prompts are longer than the student's, each by another length."""
+    """Random rollouts; the teacher's prompt is the student's behind 1 to 13 tokens more."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> list[int]:
@@ -92,7 +117,8 @@ def make_samples(response_lens: list[int], seed: int = 0) -> list[Sample]:
     for i, n in enumerate(response_lens):
         mask = [int(j % 4 != 2) for j in range(n)] if i % 3 == 1 else [1] * n  # masked tokens inside some responses
         log_probs = (-3.0 * torch.rand(n, generator=generator)).tolist()
-        samples.append(Sample(ids(3 + i % 4), ids(5 + 3 * (i % 5)), ids(n), mask, log_probs))
+        prompt = ids(3 + i % 4)
+        samples.append(Sample(prompt, ids(1 + 3 * (i % 5)) + prompt, ids(n), mask, log_probs))
     return samples
 
 
@@ -178,58 +204,58 @@ class Rank:
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.worker = cache(self._build_worker)
 
-    def configs(self, model: str, forward_only: bool, param_dtype: str):
+    def configs(self, spec: EngineSpec) -> tuple:
         """Model, engine, optimiser and checkpoint config in the manner of the `cpu_tiny` scale."""
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
         return (
             HFModelConfig(
-                path=str(self.folder / model),
+                path=str(self.folder / spec.model),
                 override_config={"attn_implementation": "sdpa"},
-                enable_gradient_checkpointing=False,
+                enable_gradient_checkpointing=spec.gradient_checkpointing,
                 use_remove_padding=True,
             ),
             FSDPEngineConfig(
                 strategy="fsdp2",
-                forward_only=forward_only,
+                forward_only=spec.forward_only,
                 model_dtype="fp32",
-                mixed_precision={"param_dtype": param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+                mixed_precision={"param_dtype": spec.param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
                 use_torch_compile=False,
             ),
             FSDPOptimizerConfig(lr=LEARNING_RATE, total_training_steps=1),
             CheckpointConfig(),
         )
 
-    def _build_worker(self, model: str, forward_only: bool = False, param_dtype: str = "fp32"):
+    def _build_worker(self, spec: EngineSpec):
         from verl.workers.config import TrainingWorkerConfig
 
         from opd_ext.bridge.worker import OPDTrainingWorker
 
         names = ("model_config", "engine_config", "optimizer_config", "checkpoint_config")
-        configs = dict(zip(names, self.configs(model, forward_only, param_dtype), strict=True))
+        configs = dict(zip(names, self.configs(spec), strict=True))
         worker = OPDTrainingWorker(TrainingWorkerConfig(model_type="language_model", **configs))
         worker.reset()
         return worker
 
-    def local_shards(self, model: str, forward_only: bool = False) -> dict[str, torch.Tensor]:
-        """This rank's weights of one engine, by the function that the teacher's refresh uses."""
+    def local_shards(self, spec: EngineSpec) -> dict[str, torch.Tensor]:
+        """This rank's weights of an engine, by the function that the teacher's refresh uses."""
         from opd_ext.bridge.worker import _local_shards
 
-        return _local_shards(self.worker(model, forward_only).engine.module)
+        return _local_shards(self.worker(spec).engine.module)
 
     def _prepared(self, update: Update):
         """The student's worker, configured for ``update``, and this rank's contiguous share of the batch."""
-        student = self.worker(update.model, param_dtype=update.param_dtype)
+        student = self.worker(EngineSpec(update.model, False, update.param_dtype, update.gradient_checkpointing))
         engines = [student.engine]
         if update.teacher is not None:
-            engines.append(self.worker(update.teacher, True, update.param_dtype).engine)
+            engines.append(self.worker(EngineSpec(update.teacher, True, update.param_dtype)).engine)
         student.engine.teacher = None if update.teacher is None else engines[1]
         student.engine.objective = update.objective
         for engine in engines:
             engine.engine_config.use_dynamic_bsz = update.rows is None
             engine.engine_config.max_token_len_per_gpu = update.budget
-            engine.engine_config.infer_max_token_len_per_gpu = update.budget
+            engine.engine_config.infer_max_token_len_per_gpu = update.teacher_budget
             engine.engine_config.micro_batch_size_per_gpu = update.rows
             engine.engine_config.infer_micro_batch_size_per_gpu = update.rows
         share = len(update.samples) // self.world_size
@@ -276,7 +302,7 @@ class Rank:
 
         student, batch = self._prepared(update)
         student.loss_fn = _unused_loss
-        before = {name: shard.clone() for name, shard in self.local_shards(update.model).items()}
+        before = {name: shard.clone() for name, shard in self.local_shards(EngineSpec(update.model)).items()}
         size = len(update.samples)
         tu.assign_non_tensor(
             batch,
@@ -288,28 +314,33 @@ class Rank:
         )
         metrics = reduce_metrics(tu.get(student.train_mini_batch(batch), "metrics"))
         weights = {name: p.full_tensor().detach().clone() for name, p in student.engine.module.named_parameters()}
-        copy_shards(before, self.local_shards(update.model))
+        copy_shards(before, self.local_shards(EngineSpec(update.model)))
         return {"metrics": {name: float(value) for name, value in metrics.items()}, "weights": weights}
 
     def refresh(self, student: str, teacher: str, rate: float | None) -> dict:
-        """Shards of teacher before, student, teacher after a refresh (``rate`` None: copied); then put back."""
-        source, target = self.local_shards(student), self.local_shards(teacher, True)
+        """What a refresh (``rate`` None: copy) does: shards before and after, the whole teacher, the next update.
+
+        The teacher is then put back.
+        """
+        role = EngineSpec(teacher, forward_only=True)
+        source, target = self.local_shards(EngineSpec(student)), self.local_shards(role)
         before = {name: shard.clone() for name, shard in target.items()}
         copy_shards(source, target) if rate is None else ema_shards(source, target, rate)
-        after = {name: shard.clone() for name, shard in self.local_shards(teacher, True).items()}
-        whole = {n: p.full_tensor() for n, p in self.worker(teacher, True).engine.module.named_parameters()}
+        after = {name: shard.clone() for name, shard in self.local_shards(role).items()}
+        whole = {name: p.full_tensor() for name, p in self.worker(role).engine.module.named_parameters()}
+        following = self.gradients(Update(make_samples([4, 6]), student, teacher))
         copy_shards(before, target)
-        return {"before": before, "student": dict(source), "after": after, "whole": whole}
+        return {"before": before, "student": source, "after": after, "whole": whole, "next": following}
 
     def log_probs(self, model: str, samples: list[Sample], stock: bool) -> list[torch.Tensor]:
         """Per sequence, what ``infer_batch`` says of a batch without a teacher, from verl's engine or from ours."""
         from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
         if stock:
-            engine = FSDPEngineWithLMHead(*self.configs(model, False, "fp32"))
+            engine = FSDPEngineWithLMHead(*self.configs(EngineSpec(model)))
             engine.initialize()
         else:
-            engine = self.worker(model).engine
+            engine = self.worker(EngineSpec(model)).engine
         batch = to_batch(samples, temperature=0.7, use_dynamic_bsz=True, max_token_len_per_gpu=64)
         batch = batch.exclude("teacher_input_ids")
         with engine.eval_mode():

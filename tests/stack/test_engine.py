@@ -15,9 +15,10 @@ from tests.stack.dense_reference import dense_update
 from tests.stack.engine_harness import LEARNING_RATE, WHOLE, Rank, Sample, Update, make_samples, run_ranks, save_models
 
 # fp32 engine against a float64 reference, relative to a parameter's largest gradient: fp32 holds 7 digits, and the
-# sums over 50 positions and two layers lose one or two of them. A wrong row, mask or weight shows at 1e-2 and above.
+# sums over 50 positions and two layers lose one of them (measured: up to 2.4e-6). A wrong row, mask or weight shows
+# at 1e-2 and above.
 FP32 = 2e-5
-# Two fp32 computations of the same sum in another order: measured 3e-7 to 2e-6.
+# Two fp32 computations of the same sums in another order (measured: 3e-7 to 1.4e-6).
 REORDERED = 1e-5
 
 SAMPLES = make_samples([7, 12, 1, 9, 5, 15, 3, 8])  # masked tokens inside rows 1, 4 and 7; a response of one token
@@ -27,7 +28,12 @@ EMPTY = Sample([5, 6, 7], [8, 9], [], [], [])
 NOTHING = [PADDING, UNTRAINED, EMPTY, PADDING]
 SAME_PROMPTS = [dataclasses.replace(s, teacher_prompt=s.prompt) for s in SAMPLES]
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
-SPLITS = {"whole": {"budget": WHOLE}, "tight": {"budget": 40}, "pairs": {"rows": 2}, "singles": {"rows": 1}}
+SPLITS = {
+    "whole": {"budget": WHOLE, "teacher_budget": WHOLE},
+    "tight": {"budget": 40, "teacher_budget": 50},
+    "pairs": {"rows": 2},
+    "singles": {"rows": 1},
+}
 DIVERGENCES = {
     "forward_kl": Objective("forward_kl"),
     "jsd": Objective("jsd", {"beta": 0.3}),
@@ -50,9 +56,11 @@ ON_ONE_RANK = {
     },
     "nothing packed": Update(SAMPLES + NOTHING),
     "only nothing": Update(NOTHING),
-    "own teacher": Update(SAME_PROMPTS, teacher="untied"),
-    "own teacher, live": Update(SAME_PROMPTS, teacher=None),
+    "own teacher": Update(SAME_PROMPTS, teacher="untied", teacher_budget=WHOLE),
+    "own teacher, live": Update(SAME_PROMPTS, teacher=None, teacher_budget=WHOLE),
     "copied": Update(SAMPLES, teacher="untied"),
+    "official": Update(SAMPLES, objective=Objective(reduction="official"), rows=2),
+    "checkpointed": Update(SAMPLES, gradient_checkpointing=True),
     "live": Update(SAMPLES, teacher=None),
     "chunk of 1": Update(SAMPLES, objective=Objective(chunk_size=1)),
     "chunk of 5": Update(SAMPLES, objective=Objective(chunk_size=5)),
@@ -65,12 +73,13 @@ ON_ONE_RANK = {
 ON_TWO_RANKS = {
     "untied": USUAL,
     "tied": TIED,
-    **{f"{reduction} tight": Update(SAMPLES, objective=Objective(reduction=reduction), budget=40) for reduction in REDUCTIONS},
+    **{f"{r} tight": Update(SAMPLES, objective=Objective(reduction=r), **SPLITS["tight"]) for r in REDUCTIONS},
     "one rank has nothing": Update(SAMPLES[:4] + NOTHING, rows=1),
     "only nothing": Update(NOTHING),
     "live": Update(SAMPLES, teacher=None),
+    **{f"{m} after a refresh": Update(make_samples([4, 6]), model=m, teacher=m) for m in ("untied", "tied")},
 }
-MODELS = {"untied": "teacher", "tied": "tied_teacher"}
+MODELS = {"untied": "untied_teacher", "tied": "tied_teacher"}
 RATE = 0.25
 
 
@@ -139,8 +148,7 @@ def test_metrics_are_token_means_of_the_dense_quantities(one, folder, name):
 
 
 def test_a_teacher_that_is_one_row_off_gives_another_loss(one, folder):
-    shifted = dense_update(folder, USUAL, shift=1)
-    assert abs(one["updates"]["untied"]["loss"] - shifted["loss"]) > 0.01 * shifted["loss"]
+    assert dense_update(folder, USUAL, shift=1)["loss"] > 1.2 * one["updates"]["untied"]["loss"]
 
 
 def test_a_tied_head_also_learns_through_the_embedding(one):
@@ -148,6 +156,14 @@ def test_a_tied_head_also_learns_through_the_embedding(one):
     assert "lm_head.weight" not in grads
     in_no_sequence = sorted(set(range(67)) - {t for s in SAMPLES for t in s.prompt + s.response})
     assert grads["model.embed_tokens.weight"][in_no_sequence].abs().min() > 0  # reached through the head alone
+
+
+def test_the_official_reduction_means_the_token_means_of_micro_batches(one, folder):
+    pairs = [dense_update(folder, Update(SAMPLES[i : i + 2])) for i in range(0, len(SAMPLES), 2)]
+    grads = {name: sum(pair["grads"][name] for pair in pairs) / len(pairs) for name in pairs[0]["grads"]}
+    expected = {"loss": sum(pair["loss"] for pair in pairs) / len(pairs), "grads": grads}
+    assert distance(one["updates"]["official"], expected) < FP32
+    assert distance(one["updates"]["token-mean pairs"], expected) > 0.01
 
 
 # ---------------------------------------------------------------------- the split does not matter
@@ -223,7 +239,7 @@ def test_a_student_that_is_its_own_teacher_has_no_loss(one, capsys):
     usual = max(grad.abs().max().item() for grad in one["updates"]["untied"]["grads"].values())
     with capsys.disabled():
         losses = ", ".join(f"{update['loss']:.1e}" for update in updates)
-        print(f"\nnoise floor, student = teacher: loss {losses} nats per token, gradient {gradient / usual:.1e} of usual")
+        print(f"\nnoise floor, student = teacher: loss {losses} nats, gradient {gradient / usual:.1e} of usual")
     # q (log q - log p) sums 67 roundings of log-probs, 1e-7 each and of either sign.
     assert all(abs(update["loss"]) < 1e-6 for update in updates)
     assert gradient < 1e-5 * usual
@@ -255,6 +271,13 @@ def test_both_ranks_together_hold_the_students_weights_after_a_refresh(two, fold
 
 
 @pytest.mark.parametrize("student", MODELS)
+def test_the_next_update_asks_the_refreshed_teacher(two, student):
+    for rank in two:
+        assert identical(rank["copied"][student]["next"], rank["updates"][f"{student} after a refresh"])
+        assert not identical(rank["averaged"][student]["next"], rank["copied"][student]["next"])
+
+
+@pytest.mark.parametrize("student", MODELS)
 def test_a_moving_average_moves_every_weight_once(two, student):
     for rank in two:
         state = rank["averaged"][student]
@@ -278,10 +301,14 @@ def test_an_fp32_head_changes_nothing_for_an_fp32_model(one):
 @pytest.mark.parametrize("name", ["bf16", "bf16, fp32 head"])
 def test_bf16_training_approximates_fp32_training(one, name):
     low, full = one["updates"][name], one["updates"]["untied"]
-    # bf16 keeps 8 bits: 0.4 % per operation. Hidden states of a random model carry that through two layers.
-    assert low["loss"] == pytest.approx(full["loss"], rel=0.05)
+    # bf16 keeps 8 bits: 0.4 % per operation, of either sign (measured: loss 0.2 %, 1 - cosine 4e-4).
+    assert low["loss"] == pytest.approx(full["loss"], rel=0.02)
     a, b = (torch.cat([u["grads"][n].flatten() for n in full["grads"]]) for u in (low, full))
     assert torch.cosine_similarity(a, b, dim=0) > 0.99
+
+
+def test_gradient_checkpointing_changes_nothing(one):
+    assert identical(one["updates"]["checkpointed"], one["updates"]["untied"])
 
 
 def test_an_fp32_head_is_another_computation_in_bf16(one):
