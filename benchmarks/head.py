@@ -17,28 +17,20 @@ a third process: the median, and the fastest, which tells more on a machine that
 """
 
 import dataclasses
-import datetime
-import json
-import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from measure import RESULTS, in_fresh_process, provenance, resident, timed, write_json
 from rich.console import Console
 from rich.table import Table
 
 from opd_ext.objective.divergence import reverse_kl
 from opd_ext.objective.head import chunked_divergence
 
-RESULTS = Path(__file__).parent / "results"
 ARMS = ("dense", "head")
 
 
@@ -85,14 +77,6 @@ class Problem:
         return torch.autograd.grad(getattr(self, arm)(), (self.hidden, self.weight))
 
 
-def _resident(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}; CPU memory is measured on Linux only.")
-
-
 def extra_memory(setting: Setting, arm: str) -> int:
     """Peak bytes of one call above its inputs and its two gradients; run in a fresh process."""
     # Loads kernels and thread pools, and compiles on CUDA, at a size that does not move the high-water mark.
@@ -104,24 +88,14 @@ def extra_memory(setting: Setting, arm: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        before, peak = _resident("VmRSS"), lambda: _resident("VmHWM")
+        before, peak = resident("VmRSS"), lambda: resident("VmHWM")
     gradients = problem.gradients(arm)
     return peak() - before - sum(g.numel() * g.element_size() for g in gradients)
 
 
-def _timed(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def _fastest(call: Callable[[], object], setting: Setting) -> float:
-    _timed(call, setting.device)
-    return min(_timed(call, setting.device) for _ in range(setting.repeats))
+    timed(call, setting.device)
+    return min(timed(call, setting.device) for _ in range(setting.repeats))
 
 
 def compare(setting: Setting) -> dict:
@@ -136,7 +110,7 @@ def compare(setting: Setting) -> dict:
     times = {arm: [] for arm in ARMS}
     for _ in range(setting.repeats):
         for arm in ARMS:
-            times[arm].append(_timed(lambda arm=arm: problem.gradients(arm), setting.device))
+            times[arm].append(timed(lambda arm=arm: problem.gradients(arm), setting.device))
     median = {arm: statistics.median(values) for arm, values in times.items()}
     fastest = {arm: min(values) for arm, values in times.items()}
     with torch.no_grad():
@@ -158,22 +132,6 @@ def compare(setting: Setting) -> dict:
     }
 
 
-def _in_fresh_process(function: Callable, *args: object) -> object:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-def _hardware(device: str) -> dict:
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-        return {"name": torch.cuda.get_device_name(), "driver": driver}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return {"name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-
-
 def _table(result: dict) -> Table:
     setting, memory = result["setting"], result["extra_memory_bytes"]
     sizes = ", ".join(f"{key} {setting[key]}" for key in ("n", "v", "h", "dtype", "chunk_size", "device"))
@@ -193,13 +151,6 @@ def _table(result: dict) -> Table:
     table.add_row("products", ceiling, f"{share:.0%} of it", "")
     table.add_row("copy", f"ceiling {result['copy_ceiling_gb_per_s']:.0f} GB/s", "", "")
     return table
-
-
-def _write(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def main(
@@ -224,20 +175,18 @@ def main(
         memory = {}
         for arm in ARMS:
             status.update(f"memory of the {arm} arm")
-            memory[arm] = _in_fresh_process(extra_memory, setting, arm)
+            memory[arm] = in_fresh_process(extra_memory, setting, arm)
         status.update("gradients and times")
-        compared = _in_fresh_process(compare, setting)
+        compared = in_fresh_process(compare, setting)
     result = {
-        "date": date or datetime.date.today().isoformat(),
-        "hardware": _hardware(device),
-        "torch": torch.__version__,
+        **provenance(device, date),
         "setting": dataclasses.asdict(setting),
         "extra_memory_bytes": memory,
         "memory_ratio": memory["head"] / memory["dense"],
         **compared,
     }
     console.print(_table(result))
-    _write(out, result)
+    write_json(out, result)
     console.print(f"written to {out}")
 
 

@@ -201,7 +201,8 @@ class OPDTrainer(PPOTrainerSync):
         output = reduce_metrics(self.actor_rollout_wg.update_actor(batch)["metrics"])
         batch.fields = None
         metrics.update({f"opd/{name}": float(value) for name, value in means(output).items()})
-        metrics["opd/entropy_diff"] = metrics["opd/student_entropy"] - metrics["opd/teacher_entropy"]
+        if "opd/teacher_entropy" in metrics:  # absent if no token of the batch is trained
+            metrics["opd/entropy_diff"] = metrics["opd/student_entropy"] - metrics["opd/teacher_entropy"]
         metrics["opd/response_tokens"] = float(output["divergence:count"] * self._dp_size())
         for name in ("loss", "grad_norm", "lr"):
             metrics[f"opd/{name}"] = float(output[name])
@@ -236,7 +237,7 @@ class OPDTrainer(PPOTrainerSync):
         Raises:
             RuntimeError: the mean entropy is close to that of the uniform distribution.
         """
-        share = metrics["opd/teacher_entropy"] / math.log(len(self.tokenizer))
+        share = metrics.get("opd/teacher_entropy", 0.0) / math.log(len(self.tokenizer))
         if self.opd.max_teacher_entropy is not None and share > self.opd.max_teacher_entropy:
             raise RuntimeError(
                 f"The teacher's entropy is {share:.0%} of log V at step {self.global_steps}: its weights are not those "

@@ -23,6 +23,15 @@ def test_the_reference_solution_is_right_and_gets_no_feedback():
     assert compute_score("tinymath", "Answer: 843", "843") == expected
 
 
+def test_a_solution_without_slips_is_right_however_wordy():
+    rng = random.Random(2)
+    for index in range(500):
+        question = draw_question(rng, DIFFICULTIES[index % 5])
+        for filler in (0.0, VERBOSE, 1.0):
+            written = write_solution(rng, question, Author(filler).careful(0.0))
+            assert grade(written, question, str(solve(question)[1]))["score"] == 1.0
+
+
 def test_the_last_answer_line_counts():
     assert grade("Answer: 1\nAnswer: 843")["score"] == 1.0
     assert grade("Answer: 843\nno, Answer: 1")["score"] == 0.0
