@@ -16,9 +16,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 command -v opd >/dev/null || PATH=${OPD_VENV:-$here/../../.venv}/bin:$PATH
 command -v opd >/dev/null || { echo "tiny_cpu.sh: opd is not installed; run bash setup.sh." >&2; exit 2; }
 
+world=${OPD_HOME:-$HOME/.cache/opd_ext}/tinymath
 case " $* " in
     *" --dry-run "* | *" --cfg "* | *" --help "* | *" -h "*) ;;
-    *) opd data tinymath --models base ;; # says so and stops if it is there; refuses a world of other settings
+    *) [[ -f $world/base/config.json ]] || opd data tinymath --models base ;;
 esac
 
 exec opd train method=crisp scale=cpu_tiny "$@"
