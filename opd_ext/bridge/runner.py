@@ -9,6 +9,8 @@ import ray
 from omegaconf import DictConfig
 from verl.trainer.main_ppo import TaskRunnerV1
 
+from opd_ext.config import schema
+
 # verl decorates its runner with `ray.remote`; the class itself is what can be subclassed.
 _Runner = TaskRunnerV1.__ray_metadata__.modified_class
 
@@ -19,8 +21,6 @@ class OPDTaskRunner(_Runner):
 
     def run(self, config: DictConfig) -> None:
         importlib.import_module("opd_ext.bridge.trainer")  # registers the trainer in this process
-        external = config.opd.external_lib
-        for library in [external] if isinstance(external, str) else external or []:
-            importlib.import_module(library)
+        schema.load(config.opd).import_external_libs()
         os.environ["TENSORBOARD_DIR"] = str(Path(config.opd.run_dir) / "tensorboard")
         super().run(config)

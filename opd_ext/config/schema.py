@@ -4,6 +4,7 @@
 Everything here runs before Ray starts. A wrong key, value or combination becomes one sentence (:class:`ConfigError`).
 """
 
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,18 @@ class OPDConfig:
             return []
         return [self.external_lib] if isinstance(self.external_lib, str) else list(self.external_lib)
 
+    def import_external_libs(self) -> None:
+        """Import the user's modules in this process, so that their registered classes exist.
+
+        Raises:
+            ConfigError: naming the module that cannot be imported.
+        """
+        for library in self.external_libs:
+            try:
+                importlib.import_module(library)
+            except ImportError as error:
+                raise ConfigError(f"opd.external_lib: {library} cannot be imported ({error}).") from None
+
     @property
     def needs_teacher_engine(self) -> bool:
         """A live teacher is the student itself; every other one has weights of its own."""
@@ -148,6 +161,7 @@ def check(config: DictConfig) -> OPDConfig:
         ConfigError: one sentence that names the key and the allowed values.
     """
     opd = load(config.opd)
+    opd.import_external_libs()  # they may register what the next check looks up
     _check_choices(opd)
     _check_lengths(opd, config)
     _check_engine(opd, config)

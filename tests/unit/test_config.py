@@ -96,6 +96,17 @@ def test_a_key_added_by_force_is_refused_too():
         check("+opd.teacher.intervall=3")
 
 
+def test_a_divergence_of_a_users_module_can_be_chosen(tmp_path, monkeypatch):
+    (tmp_path / "my_divergence.py").write_text(
+        "from opd_ext.objective.divergence import register_divergence, reverse_kl\n"
+        "register_divergence('mine')(lambda *args, **kwargs: 2 * reverse_kl(*args, **kwargs))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert check("opd.divergence.kind=mine", "opd.external_lib=my_divergence").divergence.kind == "mine"
+    with pytest.raises(schema.ConfigError, match="no_such_module cannot be imported"):
+        check("opd.external_lib=no_such_module")
+
+
 def test_an_unknown_method_is_refused_with_the_ones_that_exist():
     with pytest.raises(schema.ConfigError, match="crisp"):
         check("method=no_such_method")

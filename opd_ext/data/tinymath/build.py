@@ -26,7 +26,7 @@ from pathlib import Path
 
 from opd_ext.data.tinymath.card import measure_model, render_card
 from opd_ext.data.tinymath.chats import chats, draw_chat, textbook
-from opd_ext.data.tinymath.pretrain import SPECS, make_corpus, make_model, pretrain
+from opd_ext.data.tinymath.pretrain import MAX_THREADS, SPECS, make_corpus, make_model, pretrain
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
 from opd_ext.data.tinymath.splits import SIZES, draw_splits, write_splits
 from opd_ext.data.tinymath.tokenizer import make_tokenizer, phrases, words
@@ -197,7 +197,7 @@ def _build_model(folder: Path, name: str, seed: int, progress: bool) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "tokens": tokens,
-        "threads": torch.get_num_threads(),
+        "threads": min(torch.get_num_threads(), MAX_THREADS),
         "seconds": {
             "corpus": training - started,
             "training": trained - training,

@@ -106,8 +106,8 @@ def render_card(world: dict) -> str:
             f"{spec['muon_rate']:g} (Muon) and {spec['adam_rate']:g} (AdamW), slip rates x "
             f"{spec['slip_scale']:g}.",
             "",
-            f"Built in {seconds['total']:.0f} s on {record['threads']} threads: corpus "
-            f"{seconds['corpus']:.0f}, training {seconds['training']:.0f}, "
+            f"Built in {seconds['total']:.0f} s: corpus "
+            f"{seconds['corpus']:.0f}, training {seconds['training']:.0f} on {record['threads']} threads, "
             f"measuring {seconds['measuring']:.0f}.",
             "",
             "| shown | problems | accuracy | tokens |",
