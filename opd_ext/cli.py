@@ -50,6 +50,16 @@ def train(overrides: Annotated[list[str] | None, typer.Argument(metavar="OVERRID
 
 
 @app.command()
+def methods(
+    config_dir: Annotated[list[Path] | None, typer.Option(help="folder with presets of yours", file_okay=False)] = None,
+) -> None:
+    """List the methods with their choices in the five places."""
+    from opd_ext.report.methods import print_methods
+
+    print_methods(config_dir or [])
+
+
+@app.command()
 def doctor() -> None:
     """Look at versions, devices, plugin, memory and disk; exit 1 with one sentence per problem."""
     from opd_ext.doctor import main

@@ -4,6 +4,7 @@
 opd train method=crisp scale=cpu_tiny trainer.total_training_steps=10
 opd train method=crisp scale=node_8xh200 --dry-run     what would run, without a GPU
 opd train --cfg                                        the composed configuration
+opd train --config-dir DIR method=mine                 a preset of yours: DIR/method/mine.yaml
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
@@ -20,13 +22,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from opd_ext.config import schema
+from opd_ext.config import checks, schema
 
 CONFIG_DIR = Path(__file__).parent / "config"
 
 
-def compose_config(overrides: list[str]) -> DictConfig:
+def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
     """verl's ``ppo_trainer`` + method + scale + ``overrides``, composed by Hydra and fully resolved.
+
+    Args:
+        overrides: in Hydra's grammar.
+        config_dirs: further folders with presets of the same groups (``method/``, ``scale/``, ``tuning/``).
 
     Raises:
         ConfigError: for an override that Hydra cannot apply.
@@ -35,7 +41,8 @@ def compose_config(overrides: list[str]) -> DictConfig:
     verl = importlib.util.find_spec("verl")
     if verl is None:
         raise schema.ConfigError("verl is not installed in this environment; run `bash setup.sh`.")
-    search_path = f"hydra.searchpath=[file://{Path(verl.origin).parent / 'trainer' / 'config'}]"
+    folders = [Path(verl.origin).parent / "trainer" / "config", *(Path(folder).absolute() for folder in config_dirs)]
+    search_path = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
             config = compose("opd", overrides=[search_path, *overrides])
@@ -75,7 +82,7 @@ def validate(config: DictConfig) -> schema.OPDConfig:
     Raises:
         ConfigError: one sentence, whoever found the fault.
     """
-    opd = schema.check(config)
+    opd = checks.check(config)
     from opd_ext.bridge.validation import validate_verl
 
     validate_verl(config)
@@ -141,10 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="opd train", description=__doc__.split("\n")[0], add_help=True)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. method=crisp scale=cpu_tiny opd.seed=2")
     parser.add_argument("--dry-run", action="store_true", help="check the configuration and print the plan")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], metavar="DIR", help="a folder with presets (method/NAME.yaml)"
+    )
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
     args = parser.parse_intermixed_args(argv)
     try:
-        config = compose_config(args.overrides)
+        config = compose_config(args.overrides, args.config_dir)
         if args.cfg:
             print(OmegaConf.to_yaml(config))
             return 0
@@ -155,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
             print_plan(config, opd)
             return 0
-        schema.check_inputs(config)
+        checks.check_inputs(config)
     except schema.ConfigError as error:
         print(f"opd train: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's agent loop with additions per request: its own sampling seed and the token limit of its phase."""
+"""verl's agent loop with additions per request: its own sampling seed, the token limit of its phase, annotation."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from vllm.sampling_params import RequestOutputKind
+
+from opd_ext.bridge.rollouts import ANNOTATION
+from opd_ext.config import schema
+from opd_ext.teacher.annotate import Request, build_annotator
+from opd_ext.teacher.context import render
 
 
 def request_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
@@ -31,18 +38,84 @@ _Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
 
 class OPDAgentLoopWorker(_Worker):
-    """Sets ``seed``, ``max_tokens`` and what vLLM need not produce; verl passes them to the server unchanged."""
+    """Sets ``seed``, ``max_tokens`` and what vLLM need not produce, and annotates rollouts as they are finished."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.opd = schema.load(self.config.opd)
+        self.opd.import_external_libs()
+        self.annotator = None
+        if self.opd.annotates:
+            self.annotator = build_annotator(self.opd.credit.annotator, self.tokenizer, self._generate_annotation)
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
-        opd, validate = self.config.opd, trajectory["validate"]
+        validate = trajectory["validate"]
         step = 0 if validate else int(trajectory["step"])
-        messages = [dict(message) for message in kwargs["raw_prompt"]]
         params = dict(sampling_params)
-        params["seed"] = request_seed(opd.seed, step, messages, int(kwargs["session_id"]))
-        params["max_tokens"] = opd.rollout.val_tokens if validate else opd.rollout.train_tokens
+        params["seed"] = request_seed(self.opd.seed, step, _messages(kwargs), int(kwargs["session_id"]))
+        params["max_tokens"] = self.opd.rollout.val_tokens if validate else self.opd.rollout.train_tokens
         # Only the finished token ids are read: no text and no intermediate output per token and request.
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         return await super()._run_agent_loop(params, trajectory=trajectory, **kwargs)
+
+    # ------------------------------------------------------------------ annotation
+
+    async def _compute_teacher_logprobs(self, output, prompt_ids, response_ids, validate, **kwargs: Any) -> None:
+        """verl's hook between the score of a rollout and its way into the queue: the rollout servers are still awake,
+        and earlier rollouts are annotated while later ones are being sampled."""
+        await super()._compute_teacher_logprobs(output, prompt_ids, response_ids, validate, **kwargs)
+        if self.annotator is not None and not validate:
+            annotation = await self._annotate(output, kwargs["sample_kwargs"])
+            if annotation is not None:
+                output.extra_fields[ANNOTATION] = annotation
+
+    async def _annotate(self, output: Any, sample: dict[str, Any]) -> dict[str, Any] | None:
+        """The annotation of one rollout, or None if no loss term of this step would read it. Never raises."""
+        step = int(sample["global_steps"])
+        if self.opd.schedule(step)[0] == 0:
+            return None
+        grade = output.extra_fields.get("reward_extra_info") or {}
+        correct = float(grade.get("acc", output.reward_score or 0.0)) > 0.5
+        divergence = self.opd.divergence
+        if divergence.by_class and (divergence.key if correct else divergence.error) is None:
+            return None
+        extra_info, messages = dict(sample.get("extra_info") or {}), _messages(sample)
+        ids = list(output.response_ids)
+        request = Request(
+            problem=str(extra_info.get("question") or messages[-1]["content"]),
+            response_ids=tuple(ids),
+            correct=correct,
+            finished=bool(ids) and ids[-1] == self.tokenizer.eos_token_id,
+            extra_info=extra_info,
+            seed=request_seed(self.opd.seed, step, messages, int(sample["session_id"])),
+        )
+        return (await self.annotator.annotate(request)).as_dict()
+
+    async def _generate_annotation(
+        self, messages: Sequence[dict], max_tokens: int, temperature: float
+    ) -> tuple[str, int, int]:
+        """A chat with the model that is being trained, on its rollout servers, without thinking.
+
+        Returns:
+            Text, prompt tokens, sampled tokens.
+
+        Raises:
+            ValueError: prompt and answer exceed the servers' model length.
+        """
+        kwargs = {**(self.config.data.apply_chat_template_kwargs or {}), "enable_thinking": False}
+        prompt = render(self.tokenizer, messages, kwargs)
+        longest = self.config.actor_rollout_ref.rollout.max_model_len
+        if len(prompt) + max_tokens > longest:
+            raise ValueError(f"annotation needs {len(prompt)} + {max_tokens} tokens, max_model_len is {longest}")
+        params = {"temperature": temperature, "max_tokens": max_tokens, "top_p": 1.0, "top_k": -1, "logprobs": False}
+        params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        answer = await self.llm_client.generate(request_id=uuid4().hex, prompt_ids=prompt, sampling_params=params)
+        text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        return text, len(prompt), len(answer.token_ids)
+
+
+def _messages(sample: dict[str, Any]) -> list[dict]:
+    return [dict(message) for message in sample["raw_prompt"]]
 
 
 class OPDAgentLoopManager(AgentLoopManagerTQ):

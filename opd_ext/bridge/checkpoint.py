@@ -27,6 +27,7 @@ class TrainerState:
     method: str = ""
     context: str = ""  # what the teacher reads, e.g. "instruction:v2"
     grader: str = ""
+    attempts: int = 0  # rollouts sampled so far, where a run stops at the first success
 
     @classmethod
     def read(cls, folder: Path) -> "TrainerState":

@@ -28,7 +28,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 
 from opd_ext.objective.alignment import packed_response_rows
-from opd_ext.objective.loss import BatchShape, Objective
+from opd_ext.objective.loss import MicroBatch, Objective, PolicyTerm
 
 # What `lm_head` does to its input: (hidden [1, R, H], weight [V, H]) -> tensor.
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,15 +38,23 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def _open_head(lm_head: torch.nn.Module) -> None:
-    """Let ``lm_head.head_fn`` replace the projection for the duration of a forward pass."""
+    """Let ``lm_head.head_fn`` replace the projection for the duration of a forward pass.
+
+    With ``lm_head.fp32`` the projection itself, on which verl's own log-probs rest, computes in float32 too.
+    """
     if getattr(lm_head, "bias", None) is not None:
         raise ValueError("The chunked head does not support an lm_head with a bias.")
     project = lm_head.forward
 
     def forward(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        return project(hidden) if self.head_fn is None else self.head_fn(hidden, self.weight)
+        if self.head_fn is not None:
+            return self.head_fn(hidden, self.weight)
+        if not self.fp32:
+            return project(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.float(), self.weight.float())
 
-    lm_head.head_fn = None
+    lm_head.head_fn, lm_head.fp32 = None, False
     lm_head.forward = types.MethodType(forward, lm_head)
 
 
@@ -71,11 +79,14 @@ def _restarting_positions(ids: torch.Tensor) -> torch.Tensor:
 class OPDEngine(FSDPEngineWithLMHead):
     """verl's language-model engine, able to be a teacher, a student, or what it was before.
 
-    A batch with ``teacher_input_ids`` takes the distillation step; every other batch takes verl's own path.
+    A batch with ``has_teacher`` takes the distillation step; every other batch takes verl's own path.
     """
 
     teacher: "OPDEngine | None" = None  # the engine whose weights teach; None: the student's own (live teacher)
+    trust: float | None = None  # share of the live student in a trust-region teacher; None: the teacher's weights alone
+    base_teaches: bool = False  # with LoRA: a live teacher without its adapter, which is the initial model
     objective: Objective | None = None
+    denominator: str = "trained"  # whose tokens and sequences the reductions count: all trained or the distilled ones
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
@@ -132,13 +143,15 @@ class OPDEngine(FSDPEngineWithLMHead):
         """Trunk-only pass over the teacher's sequences, packed by their own lengths.
 
         Args:
-            data: jagged ``teacher_input_ids`` and ``responses``, batch size B; the responses end the sequences.
+            data: jagged ``teacher_input_ids`` and ``responses``, and ``has_teacher`` [B]; where that is false the
+                teacher's sequence is a placeholder of two tokens.
 
         Returns:
-            B tensors [R_i, H] in the compute dtype: the rows that predict the R_i response tokens of sample i.
+            B tensors in the compute dtype, [R_i, H]: the rows that predict the R_i response tokens of sample i. One row
+            of no meaning for a placeholder.
         """
         ids = data["teacher_input_ids"]
-        lengths = data["responses"].offsets().diff()
+        lengths = torch.where(data["has_teacher"].bool(), data["responses"].offsets().diff(), 1)
         batch = tu.get_tensordict(
             {
                 "input_ids": ids,
@@ -167,30 +180,54 @@ class OPDEngine(FSDPEngineWithLMHead):
         return hidden
 
     def _ask_teacher(self, data: TensorDict) -> None:
-        """Fill what the student's micro-batches need: teacher rows per sample, teacher head, global counts."""
-        if self.teacher is None:
+        """Fill what the student's micro-batches need: teacher rows per sample and the teacher's head."""
+        if self.teacher is None or self.trust is not None:
             self.module.eval()
-            self._teacher_rows = self.response_hidden_states(data)
-            self._teacher_head = self.head_weight()
+            with self.disable_adapter() if self.base_teaches else nullcontext():
+                live = self.response_hidden_states(data), self.head_weight()
             self.module.train()
-        else:
+        if self.teacher is not None:
             with self.teacher.eval_mode():
-                self._teacher_rows = self.teacher.response_hidden_states(data)
-                self._teacher_head = self.teacher.head_weight()
-        sequences = sum(bool(mask.any()) for mask in data["loss_mask"].unbind())
-        count = torch.tensor(sequences, device=get_device_id())
-        torch.distributed.all_reduce(count, group=self.get_data_parallel_group())
+                fixed = self.teacher.response_hidden_states(data), self.teacher.head_weight()
+        if self.teacher is None:
+            self._teacher_rows, self._teacher_head = live
+        elif self.trust is None:
+            self._teacher_rows, self._teacher_head = fixed
+        else:
+            # (1 - a) W0 h0 + a W h = [W0, W] [(1 - a) h0, a h]: one head whose logits interpolate between both, which
+            # is the geometric interpolation of their distributions (SDPO, arXiv 2601.20802, appendix B.2).
+            a = self.trust
+            self._teacher_rows = [torch.cat([(1 - a) * h0, a * h], -1) for h0, h in zip(fixed[0], live[0], strict=True)]
+            self._teacher_head = torch.cat([fixed[1], live[1]], dim=-1)
+        vocabulary = self._lm_head.weight.shape[0]
+        if len(self._teacher_head) < vocabulary:
+            raise ValueError(
+                f"The teacher's head has {len(self._teacher_head)} rows and the student's {vocabulary}: choose a "
+                "teacher whose vocabulary is padded at least as far."
+            )
+        self._teacher_head = self._teacher_head[:vocabulary]  # what lies beyond are padding rows, which no id names
+
+    def _count(self, data: TensorDict) -> None:
+        """Put the reductions' denominators, over all ranks, and the place of each sample into ``data``."""
+        counted = [bool(flag) or self.denominator == "trained" for flag in data["has_teacher"]]
+        trained = [int(mask.sum()) * used for mask, used in zip(data["loss_mask"].unbind(), counted, strict=True)]
+        counts = torch.tensor([sum(trained), sum(map(bool, trained))], device=get_device_id())
+        torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
+        num_tokens, num_sequences = counts.tolist()
         micro_batches = 1
         if self.objective.reduction == "official":  # the only reduction that depends on the split
             tu.assign_non_tensor(data, sp_size=1)
             micro_batches = len(prepare_micro_batches(data, dp_group=self.get_data_parallel_group())[0])
-        tu.assign_non_tensor(data, num_sequences=count.item(), num_micro_batches=micro_batches)
-        data["row"] = torch.arange(len(self._teacher_rows))
+        tu.assign_non_tensor(data, opd_tokens=num_tokens, opd_sequences=num_sequences, opd_micro_batches=micro_batches)
+        data["row"] = torch.arange(len(trained))
 
     # ------------------------------------------------------------------ student
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
-        if forward_only or "teacher_input_ids" not in data.keys():
+        if forward_only or not _is_distilled(data):
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        self._count(data)
+        if "teacher_input_ids" not in data.keys():  # the teacher's servers have answered already
             return super().forward_backward_batch(data, loss_function, forward_only)
         self._ask_teacher(data)
         try:
@@ -203,31 +240,85 @@ class OPDEngine(FSDPEngineWithLMHead):
 
         The loss is scaled by the number of ranks because FSDP averages gradients over them.
         """
-        if forward_only or "teacher_input_ids" not in micro_batch.keys():
+        if forward_only or not _is_distilled(micro_batch):
             return super().forward_step(micro_batch, loss_function, forward_only)
-        teacher_hidden = [self._teacher_rows[row] for row in micro_batch["row"].tolist()]
+        teacher: tuple[torch.Tensor, ...] = ()
+        if "teacher_input_ids" in micro_batch:
+            teacher = (self._teacher_hidden(micro_batch), self._teacher_head)
         micro_batch = micro_batch.to(get_device_id())
-        responses, lengths = micro_batch["responses"], micro_batch["responses"].offsets().diff()
-        batch = BatchShape(
-            labels=responses.values(),
-            mask=micro_batch["loss_mask"].values(),
-            lengths=lengths,
-            num_tokens=micro_batch["batch_num_tokens"],
-            num_sequences=micro_batch["num_sequences"],
-            num_micro_batches=micro_batch["num_micro_batches"],
-            dp_size=micro_batch["dp_size"],
-            rollout_log_probs=micro_batch["rollout_log_probs"].values() if "rollout_log_probs" in micro_batch else None,
-        )
+        lengths = micro_batch["responses"].offsets().diff()
+        rows = _packed_rows(micro_batch["input_ids"], lengths)
+        batch = _micro_batch(micro_batch, lengths, rows)
+        policy_metrics: dict[str, Metric] = {}
+        policy = _policy_term(micro_batch, rows, loss_function, policy_metrics) if "advantages" in micro_batch else None
         terms = None
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             nonlocal terms
-            terms = self.objective(batch, hidden[0], weight, torch.cat(teacher_hidden), self._teacher_head)
+            terms = self.objective(batch, hidden[0], weight, *teacher, policy=policy)
             return terms.loss
 
         inputs, _ = self.prepare_model_inputs(micro_batch)
-        rows = _packed_rows(micro_batch["input_ids"], lengths)
         with self._autocast(), self._head(head):
             loss = self.module(**inputs, use_cache=False, logits_to_keep=rows).logits
         sums = {name: Metric("sum", value) for name, value in self.objective.sums(batch, terms).items()}
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": sums}
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": sums | policy_metrics}
+
+    def _teacher_hidden(self, micro_batch: TensorDict) -> torch.Tensor:
+        """Teacher rows of a micro-batch, [R, H]; zeros, which no weight lets through, where there is no teacher."""
+        lengths = micro_batch["responses"].offsets().diff().tolist()
+        rows = [self._teacher_rows[row] for row in micro_batch["row"].tolist()]
+        flags = micro_batch["has_teacher"].bool().tolist()
+        parts = zip(rows, lengths, flags, strict=True)
+        return torch.cat([part if flag else part.new_zeros(n, part.shape[1]) for part, n, flag in parts])
+
+
+def _is_distilled(data: TensorDict) -> bool:
+    """Whether a batch takes the distillation step; every other one takes verl's own."""
+    return "has_teacher" in data.keys()
+
+
+def _micro_batch(data: TensorDict, lengths: torch.Tensor, rows: torch.Tensor) -> MicroBatch:
+    """The objective's view of verl's micro-batch."""
+
+    def packed(name: str) -> torch.Tensor | None:
+        return data[name].values() if name in data else None
+
+    return MicroBatch(
+        labels=data["responses"].values(),
+        mask=data["loss_mask"].values(),
+        lengths=lengths,
+        num_tokens=data["opd_tokens"],
+        num_sequences=data["opd_sequences"],
+        num_micro_batches=data["opd_micro_batches"],
+        dp_size=data["dp_size"],
+        rollout_log_probs=packed("rollout_log_probs"),
+        old_log_probs=packed("old_log_probs"),
+        sample_mask=data["has_teacher"].bool(),
+        span_label=packed("span_label"),
+        # Row j of what a server returns scores token j + 1, as row j of the logits does.
+        teacher_log_prob=data["teacher_logprobs"].values()[rows, 0] if "teacher_logprobs" in data else None,
+        scale=data["opd_scale"],
+    )
+
+
+def _policy_term(
+    data: TensorDict, rows: torch.Tensor, loss_function: Callable, metrics: dict[str, Metric]
+) -> PolicyTerm:
+    """verl's own loss of this micro-batch as a function of response log-probs; it fills ``metrics``."""
+    ids = data["input_ids"]
+
+    def like_ids(values: torch.Tensor) -> torch.Tensor:
+        """Response rows [R] in the layout of verl's model outputs: jagged like ``input_ids``."""
+        everywhere = values.new_zeros(ids.values().shape[0]).index_copy(0, rows, values)
+        return torch.nested.nested_tensor_from_jagged(everywhere, ids.offsets())
+
+    def policy(log_prob: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        output = {"log_probs": like_ids(log_prob)}
+        if tu.get_non_tensor_data(data, "calculate_entropy", False):
+            output["entropy"] = like_ids(entropy)
+        loss, found = loss_function(model_output=output, data=data)
+        metrics.update(found)
+        return loss
+
+    return policy

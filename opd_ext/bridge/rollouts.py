@@ -10,6 +10,9 @@ import numpy as np
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
+ANNOTATION = "opd_annotation"
+"""Under which name the agent loop leaves an annotation beside a rollout."""
+
 _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "extra_info", "extra_fields"]
 
 
@@ -20,8 +23,8 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
 
     Returns:
         Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
-        ``response_tokens``, ``truncated``, ``score``, every key of the grader (``acc``, ``feedback``, ...) and
-        ``ground_truth``.
+        ``response_tokens``, ``truncated``, ``score``, every key of the grader (``acc``, ``feedback``, ...),
+        ``ground_truth`` and, where an annotator has been at work, its ``annotation``.
     """
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=_FIELDS)
     scores = [row.sum().item() for row in data["rm_scores"].unbind()]
@@ -30,7 +33,8 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
     for i, key in enumerate(batch.keys):
         uid, sample, _ = key.rsplit("_", 2)
         extra_info = dict(_item(data, "extra_info", i) or {})
-        grade = dict((_item(data, "extra_fields", i) or {}).get("reward_extra_info") or {})
+        extra_fields = _item(data, "extra_fields", i) or {}
+        grade = dict(extra_fields.get("reward_extra_info") or {})
         tokens = responses[i].tolist()
         ended = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
         rows.append(
@@ -48,6 +52,7 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
                 **grade,
                 "acc": float(grade.get("acc", scores[i])),
                 "ground_truth": (_item(data, "reward_model", i) or {}).get("ground_truth"),
+                **({"annotation": extra_fields[ANNOTATION]} if ANNOTATION in extra_fields else {}),
             }
         )
     return rows

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The on-policy distillation trainer: verl's synchronous trainer with a teacher in place of advantages.
+"""The on-policy distillation trainer: verl's synchronous trainer with a teacher beside, or in place of, advantages.
 
-One step: sample rollouts, drop pairs that are too long, build the teacher's sequences, update the student, refresh the
-teacher on schedule, save, sync the weights to vLLM. Everything that verl does around it (placement, data loading,
-generation, rewards, weight sync) is inherited.
+One step: sample rollouts, build the teacher's sequences, compute advantages if there is a policy term, update the
+student, refresh the teacher on schedule, save, sync the weights to vLLM. Everything that verl does around it
+(placement, data loading, generation, rewards, weight sync) is inherited, and a step without a teacher is verl's own.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
@@ -28,14 +28,19 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext.bridge import checkpoint, rollouts
-from opd_ext.bridge.worker import OPDWorker
+from opd_ext.bridge.lessons import Lesson, plan_lessons, put_lessons
+from opd_ext.bridge.worker import OPDWorker, TeacherSettings
 from opd_ext.config import schema
-from opd_ext.objective.loss import Objective, means
+from opd_ext.objective.loss import means
+from opd_ext.objective.policy import prompt_mean_scale, span_gate
 from opd_ext.report.console import StepPrinter
-from opd_ext.teacher.context import build_context, build_teacher_sequence, render
+from opd_ext.teacher.context import build_context
+from opd_ext.teacher.vocabulary import check_same_ids
 
 # What the workers read of a rollout; everything else stays in the queue.
-_UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mask", "rollout_log_probs"]
+_UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mask", "has_teacher"]
+
+_MEMORY = ("max_memory_allocated_gb", "max_memory_reserved_gb", "cpu_memory_used_gb")
 
 
 @register_trainer("opd")
@@ -47,15 +52,23 @@ class OPDTrainer(PPOTrainerSync):
         self.run_dir = Path(self.opd.run_dir)
         # The base class branches on this string; the queue, the replay buffer and resume must behave as in `sync`.
         config.trainer.v1.trainer_mode = "sync"
+        if self.opd.distils and self.opd.teacher.path and self.opd.needs_teacher_engine:
+            with open_dict(config):
+                config.actor_rollout_ref.teacher_path = self.opd.teacher.path
         super().__init__(config)
         self.state = checkpoint.TrainerState(
             method=self.opd.method,
-            context=f"{self.opd.context.kind}:{self.opd.context.text}",
+            context=str(self.opd.context) if self.opd.distils else "",
             grader=str(config.reward.custom_reward_function.path),
         )
-        self.context = build_context(self.opd.context)
 
     # ------------------------------------------------------------------ set-up
+
+    def _init_tokenizer(self) -> None:
+        super()._init_tokenizer()
+        if self.opd.distils and self.opd.teacher.path:
+            check_same_ids(self.tokenizer, self.opd.teacher.path)
+        self.context = build_context(self.opd.context, self.tokenizer) if self.opd.distils else None
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -71,24 +84,22 @@ class OPDTrainer(PPOTrainerSync):
     def _init_resource_pool_mgr(self) -> None:
         """Place our worker where verl places its own, with a reference engine if the teacher has its own weights."""
         super()._init_resource_pool_mgr()
-        role = Role.ActorRolloutRef if self.opd.needs_teacher_engine else Role.ActorRollout
+        needs_ref = self.opd.needs_teacher_engine or self.use_reference_policy
+        role = Role.ActorRolloutRef if needs_ref else Role.ActorRollout
         self.role_worker_mapping = {role: ray.remote(OPDWorker)}
         self.mapping.pop(Role.ActorRollout, None)
         self.mapping[role] = "global_pool"
         self.resource_pool_manager.mapping = self.mapping
 
     def on_init_end(self) -> None:
-        divergence = self.opd.divergence
-        kind_args = {"temperature": divergence.temperature, "beta": divergence.beta, "entry_clip": divergence.clip}
-        objective = Objective(
-            kind=divergence.kind,
-            kind_args={name: value for name, value in kind_args.items() if value is not None},
-            reduction=self.opd.reduction,
-            chunk_size=self.opd.head.chunk_size,
-            fp32=self.opd.head.fp32,
-            token_classes=self._token_classes(),
+        objective = self.opd.objective(self.config.actor_rollout_ref.rollout.temperature, self._token_classes())
+        trust = self.opd.distils and self.opd.teacher.weights == "trust_region"
+        settings = TeacherSettings(
+            trust=self.opd.teacher.rate if trust else None,
+            base_teaches=False,
+            denominator=self.opd.denominator,
         )
-        self.actor_rollout_wg.configure(objective, self.opd.external_libs)
+        self.actor_rollout_wg.configure(objective, settings, self.opd.external_libs)
         super().on_init_end()
 
     def _token_classes(self) -> dict[str, list[int]]:
@@ -112,101 +123,199 @@ class OPDTrainer(PPOTrainerSync):
                 global_steps=self.global_steps, partition_id="train", batch_size=sample_batch_size
             )
             metrics.update(sampling)
+            batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
             self.on_sample_end()
         batch.reorder(sorted(range(len(batch.keys)), key=batch.keys.__getitem__))  # arrival order is not reproducible
+        if self.reward_loop_manager.reward_loop_worker_handles is None:
+            batch = self._compute_reward_colocate(batch, metrics=metrics)
         rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens)
         metrics.update(rollouts.summarise(rows, "rollout"))
         rollouts.write_jsonl(self.run_dir / "generations" / f"train_{self.global_steps}.jsonl", rows)
-        with marked_timer("teacher_context", timing_raw, color="olive"):
-            batch = self._add_teacher_sequences(batch, metrics)
-        if not batch.keys:
-            metrics["opd/skipped"] = 1.0
+        scale, gate = self.opd.schedule(self.global_steps)
+        taught = False
+        if scale > 0:
+            with marked_timer("teacher_context", timing_raw, color="olive"):
+                batch, taught = self._add_lessons(batch, rows, metrics)
+        untrained = not taught and self.opd.policy is None
+        metrics["opd/skipped"] = float(untrained)
+        if untrained or self._found(rows):
             return batch
         batch = self._balance_batch(batch, metrics)
-        self._shorten_padding(batch)
+        if taught:
+            self._neutralise_padding(batch)
+        if self._needs_old_log_probs():
+            with marked_timer("old_log_prob", timing_raw, color="blue"):
+                batch = self._compute_old_log_prob(batch, metrics)
+        if self.opd.policy is not None:
+            if self.use_reference_policy:
+                with marked_timer("ref", timing_raw, color="olive"):
+                    batch = self._compute_ref_log_prob(batch, metrics)
+            with marked_timer("adv", timing_raw, color="brown"):
+                batch = self._compute_advantage(batch, metrics)
+                self._shape_advantages(batch, gate if taught else 1.0, taught)
         with marked_timer("update_actor", timing_raw, color="red"):
-            batch = self._update_actor(batch, metrics)
+            batch = self._update_with_teacher(batch, metrics, scale) if taught else self._update_alone(batch, metrics)
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
             self._refresh_teacher(metrics)
         self._guard_teacher(metrics)
         return batch
 
-    def _add_teacher_sequences(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Put ``teacher_input_ids`` beside every pair that fits and remove the others from the batch.
+    def _add_lessons(self, batch: KVBatchMeta, rows: list[dict], metrics: dict) -> tuple[KVBatchMeta, bool]:
+        """Put the teacher's sequences beside the rollouts; the second value says whether there is any.
 
-        The length tag, by which verl balances ranks, becomes student + teacher tokens.
+        Without a policy term a pair that is too long leaves the batch, since cutting one side would misalign it; with
+        one it stays and trains without a teacher. The length tag, by which verl balances ranks, becomes student +
+        teacher tokens.
         """
-        fields = ["prompts", "responses", "raw_prompt", "extra_info"]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        if self.opd.teacher.backend == "server":  # verl's servers have scored every rollout as it was finished
+            flags = tu.get_tensordict({"has_teacher": torch.ones(len(batch.keys), dtype=torch.bool)})
+            tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=flags)
+            return batch, True
         kwargs = OmegaConf.to_container(self.config.data.apply_chat_template_kwargs)
-        prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
-        raw_prompts, extra_infos = list(data["raw_prompt"]), list(data["extra_info"])
-        kept, sequences = [], []
-        for i in range(len(batch.keys)):
-            sample = {"raw_prompt": list(_data(raw_prompts[i])), "extra_info": _data(extra_infos[i])}
-            teacher_prompt = render(self.tokenizer, self.context.messages(sample), kwargs)
-            ids = build_teacher_sequence(
-                teacher_prompt,
-                responses[i].tolist(),
-                self.opd.max_pair_length,
-                student_prompt_ids=prompts[i].tolist(),
-            )
-            if ids is not None:
-                kept.append(i)
-                sequences.append(torch.tensor(ids))
-        dropped = [key for i, key in enumerate(batch.keys) if i not in set(kept)]
-        metrics["rollout/dropped"] = len(dropped) / len(batch.keys)
-        metrics["opd/skipped"] = 0.0
-        if dropped:
-            tq.kv_clear(keys=dropped, partition_id=batch.partition_id)
-        batch = KVBatchMeta(
-            partition_id=batch.partition_id,
-            keys=[batch.keys[i] for i in kept],
-            tags=[dict(batch.tags[i]) for i in kept],
-            extra_info=batch.extra_info,
+        lessons, planned = plan_lessons(
+            rows,
+            batch,
+            self.context,
+            self.tokenizer,
+            kwargs,
+            self.opd.max_pair_length,
+            self.global_steps,
+            self.opd.annotates,
         )
-        for tag, ids in zip(batch.tags, sequences, strict=True):
-            tag["seq_len"] += len(ids)
-        if sequences:
-            self._put_teacher_ids(batch.keys, sequences, batch.partition_id)
+        metrics.update(planned)
+        dropped = [i for i, lesson in enumerate(lessons) if lesson.too_long and self.opd.policy is None]
+        metrics["rollout/dropped"] = len(dropped) / len(batch.keys)
+        if dropped:
+            tq.kv_clear(keys=[batch.keys[i] for i in dropped], partition_id=batch.partition_id)
+            kept = [i for i in range(len(batch.keys)) if i not in set(dropped)]
+            lessons = [lessons[i] for i in kept]
+            batch = KVBatchMeta(
+                partition_id=batch.partition_id,
+                keys=[batch.keys[i] for i in kept],
+                tags=[dict(batch.tags[i]) for i in kept],
+                extra_info=batch.extra_info,
+            )
+        taught = any(lesson.ids is not None for lesson in lessons)
+        if taught:
+            for tag, lesson in zip(batch.tags, lessons, strict=True):
+                tag["seq_len"] += len(lesson.ids or ())
+            put_lessons(batch, lessons, self.tokenizer.eos_token_id)
+        return batch, taught
+
+    def _neutralise_padding(self, batch: KVBatchMeta) -> None:
+        """verl fills a batch up to a multiple of the ranks with copies of a row whose mask is zero and whose response
+        is one token; the copies carry that row's lesson, so take it from them."""
+        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding")]
+        if keys and self.opd.teacher.backend == "engine":
+            label = [0] if self.opd.annotates else None
+            padding = KVBatchMeta(partition_id=batch.partition_id, keys=keys, tags=[{} for _ in keys])
+            put_lessons(padding, [Lesson(None, span_label=label)] * len(keys), self.tokenizer.eos_token_id)
+
+    def _needs_old_log_probs(self) -> bool:
+        """Only the policy term, or several optimiser steps per batch, tell the old policy from the current one."""
+        several = self.config.data.train_batch_size > self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        credit = self.opd.credit
+        caps = credit.importance_cap is not None or credit.rollout_cap is not None
+        reads_log_probs = self.opd.distils and (self.opd.divergence.support == "sampled" or caps)
+        return self.opd.policy is not None or (several and reads_log_probs)
+
+    def _shape_advantages(self, batch: KVBatchMeta, gate: float, taught: bool) -> None:
+        """Scale advantages, which every policy loss is linear in: where a teacher teaches, and evenly over prompts."""
+        policy = self.opd.policy
+        gated = policy.gate == "complement" and gate < 1.0
+        untaught = policy.gate == "untaught" and taught
+        if not (gated or untaught or policy.prompt_mean):
+            return
+        extra = ["span_label"] * gated + ["has_teacher"] * untaught
+        fields = ["advantages", "response_mask", *extra]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        lengths = data["advantages"].offsets().diff().tolist()
+        padded = {name: data[name].to_padded_tensor(0) for name in fields if name != "has_teacher"}
+        advantages = padded["advantages"]
+        if gated:
+            active = [label for name, label in schema.SPAN_LABELS.items() if self._has_divergence(name)]
+            literal = self.opd.credit.inactive_span == "literal"
+            advantages = advantages * span_gate(padded["span_label"], gate, active, literal)
+        if untaught:
+            advantages = advantages * ~data["has_teacher"].bool()[:, None]
+        if policy.prompt_mean:
+            groups = [key.rsplit("_", 2)[0] for key in batch.keys]
+            advantages = advantages * prompt_mean_scale(groups, padded["response_mask"])[:, None]
+        rows = [row[:length] for row, length in zip(advantages, lengths, strict=True)]
+        nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        shaped = tu.get_tensordict({"advantages": nested})
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=shaped)
+
+    def _has_divergence(self, span_class: str) -> bool:
+        divergence = self.opd.divergence
+        return not divergence.by_class or getattr(divergence, span_class) is not None
+
+    def _found(self, rows: list[dict]) -> bool:
+        """Count attempts; at the first success record it, end the run and say so (test-time self-distillation)."""
+        if self.opd.stop_on_success is None:
+            return False
+        successes = [i for i, row in enumerate(rows, 1) if row["score"] >= self.opd.stop_on_success]
+        attempt = self.state.attempts + successes[0] if successes else None
+        self.state.attempts += len(rows)
+        rollouts.write_jsonl(
+            self.run_dir / "discovery.json",
+            [{"attempts": self.state.attempts, "found": attempt, "step": self.global_steps}],
+        )
+        if attempt is not None:
+            self.total_training_steps = self.global_steps
+            self.console.print(f"found: attempt {attempt} of {self.state.attempts} is right, step {self.global_steps}")
+        return attempt is not None
+
+    # ------------------------------------------------------------------ update
+
+    def _update_alone(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """A step without a teacher: verl's own, with the names of its metrics added to ours."""
+        batch = self._update_actor(batch, metrics)
+        for name in ("loss", "grad_norm", "lr"):
+            metrics[f"opd/{name}"] = metrics[f"actor/{name}"]
+        metrics["opd/student_entropy"] = metrics["actor/entropy"]
+        for name in _MEMORY:
+            metrics[f"memory/{name}"] = metrics.pop(f"actor/perf/{name}")
         return batch
 
-    @staticmethod
-    def _put_teacher_ids(keys: list[str], sequences: list[torch.Tensor], partition_id: str) -> None:
-        ids = torch.nested.as_nested_tensor(sequences, layout=torch.jagged)
-        tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=tu.get_tensordict({"teacher_input_ids": ids}))
-
-    def _shorten_padding(self, batch: KVBatchMeta) -> None:
-        """verl fills a batch up to a multiple of the ranks with copies of a row whose mask is zero; the copies carry
-        that row's teacher sequence, so give them the shortest one that is possible."""
-        padding = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding")]
-        if padding:
-            eos = torch.full((2,), self.tokenizer.eos_token_id)  # one prompt token, one response token
-            self._put_teacher_ids(padding, [eos] * len(padding), batch.partition_id)
-
-    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        actor = self.config.actor_rollout_ref.actor
-        mini_batch_size = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
-        batch.fields = [*_UPDATE_FIELDS, "teacher_input_ids"]
+    def _update_with_teacher(self, batch: KVBatchMeta, metrics: dict, scale: float) -> KVBatchMeta:
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        mini_batch_size = actor.ppo_mini_batch_size * rollout.n
+        served = self.opd.teacher.backend == "server"
+        batch.fields = [*_UPDATE_FIELDS, "teacher_logprobs" if served else "teacher_input_ids"]
+        if rollout.calculate_log_probs:
+            batch.fields.append("rollout_log_probs")
+        if self._needs_old_log_probs():
+            batch.fields.append("old_log_probs")
+        if self.opd.annotates:
+            batch.fields.append("span_label")
+        if self.opd.policy is not None:
+            correction = self.config.algorithm.rollout_correction
+            weighted = correction and correction.rollout_is is not None
+            batch.fields += ["response_mask", "advantages", *(["rollout_is_weights"] if weighted else [])]
         batch.extra_info.update(
             {
+                "opd_scale": scale,
+                "calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0,
                 "global_batch_size": mini_batch_size,
                 "mini_batch_size": mini_batch_size,
                 "epochs": 1,
                 "seed": actor.data_loader_seed,
                 "dataloader_kwargs": {"shuffle": False},
-                "temperature": 1.0,
+                "temperature": rollout.temperature,
             }
         )
         output = reduce_metrics(self.actor_rollout_wg.update_actor(batch)["metrics"])
         batch.fields = None
         metrics.update({f"opd/{name}": float(value) for name, value in means(output).items()})
-        if "opd/teacher_entropy" in metrics:  # absent if no token of the batch is trained
-            metrics["opd/entropy_diff"] = metrics["opd/student_entropy"] - metrics["opd/teacher_entropy"]
-        metrics["opd/response_tokens"] = float(output["divergence:count"] * self._dp_size())
+        metrics.update({name: float(value) for name, value in output.items() if name.startswith("actor/")})
+        if "opd/teacher_entropy" in metrics:  # absent if no token of the batch is distilled
+            metrics["opd/entropy_diff"] = metrics["opd/distilled_student_entropy"] - metrics["opd/teacher_entropy"]
+        metrics["opd/scale"] = scale
+        metrics["opd/response_tokens"] = float(output["student_entropy:count"] * self._dp_size())
         for name in ("loss", "grad_norm", "lr"):
             metrics[f"opd/{name}"] = float(output[name])
-        for name in ("max_memory_allocated_gb", "max_memory_reserved_gb", "cpu_memory_used_gb"):
+        for name in _MEMORY:
             metrics[f"memory/{name}"] = float(output[f"perf/{name}"])
         return batch
 
@@ -216,12 +325,21 @@ class OPDTrainer(PPOTrainerSync):
     # ------------------------------------------------------------------ teacher
 
     def _refresh_teacher(self, metrics: dict) -> None:
-        """After the optimiser step, before saving and weight sync; used from the next step on (released CRISP code)."""
+        """After the optimiser step, before saving and weight sync; used from the next step on (released CRISP code).
+
+        Not if no step will use it any more, and not by a moving average after a step that verl has skipped because its
+        gradient was not finite.
+        """
+        if not self.opd.distils:
+            return
         teacher, step = self.opd.teacher, self.global_steps
-        metrics["teacher/version"] = float(step - 1 if teacher.weights == "live" else self.state.teacher_version)
+        live = teacher.weights in ("live", "trust_region")
+        metrics["teacher/version"] = float(step - 1 if live else self.state.teacher_version)
         metrics["teacher/age"] = step - 1 - metrics["teacher/version"]
         refreshed = False
-        if teacher.weights == "ema":
+        if self.opd.schedule(step + 1)[0] == 0:
+            pass
+        elif teacher.weights == "ema" and math.isfinite(metrics["opd/grad_norm"]):
             self.actor_rollout_wg.refresh_teacher(teacher.rate)
             refreshed = True
         elif teacher.weights == "periodic" and teacher.interval and step % teacher.interval == 0:
@@ -315,8 +433,3 @@ class OPDTrainer(PPOTrainerSync):
         with (self.run_dir / "metrics.jsonl").open("a") as file:
             file.write(line + "\n")
         (self.printer.train if phase == "train" else self.printer.validation)(self.global_steps, numbers)
-
-
-def _data(value: Any) -> Any:
-    """The object inside tensordict's non-tensor wrapper, or the value itself."""
-    return getattr(value, "data", value)

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's hybrid worker with a teacher: the ``ref`` engine of the same process holds the teacher's weights."""
 
+import dataclasses
+import functools
 import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.device import get_device_name
-from verl.workers.config import TrainingWorkerConfig
+from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
 from opd_ext.bridge.cpu_platform import init_process_group
 from opd_ext.objective.loss import Objective
 from opd_ext.teacher.weights import copy_shards, ema_shards
+
+# Of the student's model config, what an external teacher is loaded with too.
+_SHARED_MODEL_SETTINGS = ("override_config", "use_shm", "trust_remote_code", "use_remove_padding", "external_lib")
 
 
 def _local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -36,12 +42,29 @@ def _shard_file(folder: str) -> Path:
 
 
 class OPDTrainingWorker(TrainingWorker):
-    """verl's training worker, able to join a process group without an accelerator."""
+    """verl's training worker, able to join a process group without an accelerator.
 
-    def __init__(self, config: TrainingWorkerConfig):
+    Args:
+        config: verl's, unchanged.
+        model_path: another model than the one that ``config`` names (an external teacher).
+    """
+
+    def __init__(self, config: TrainingWorkerConfig, model_path: str | None = None):
         if get_device_name() == "cpu":
             init_process_group()
+        if model_path is not None:
+            shared = {name: getattr(config.model_config, name) for name in _SHARED_MODEL_SETTINGS}
+            config = dataclasses.replace(config, model_config=HFModelConfig(path=model_path, **shared))
         super().__init__(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """What the student's engine must know of its teacher; see :class:`opd_ext.bridge.engine.OPDEngine`."""
+
+    trust: float | None = None
+    base_teaches: bool = False
+    denominator: str = "trained"
 
 
 class OPDWorker(ActorRolloutRefWorker):
@@ -50,18 +73,29 @@ class OPDWorker(ActorRolloutRefWorker):
     actor_worker_cls = OPDTrainingWorker
     ref_worker_cls = OPDTrainingWorker
 
+    def __init__(self, config: Any, role: str, distillation_config: Any = None, **kwargs: Any):
+        # With teacher servers verl would put its own distillation loss in the place of the policy loss.
+        super().__init__(config, role, distillation_config=None, **kwargs)
+        if path := config.get("teacher_path"):
+            self.ref_worker_cls = functools.partial(OPDTrainingWorker, model_path=path)
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def configure(self, objective: Objective, external_libs: list[str]) -> None:
+    def configure(self, objective: Objective, teacher: TeacherSettings, external_libs: list[str]) -> None:
         """Give the student's engine its loss and its teacher.
 
         Args:
             objective: the loss.
+            teacher: how the teacher differs from the reference engine.
             external_libs: user modules whose registered classes the loss may name.
         """
         for library in external_libs:
             importlib.import_module(library)
-        self.actor.engine.objective = objective
-        self.actor.engine.teacher = self.ref.engine if self.ref is not None else None
+        engine = self.actor.engine
+        engine.objective = objective
+        engine.teacher = self.ref.engine if self.ref is not None else None
+        engine.trust, engine.base_teaches, engine.denominator = dataclasses.astuple(teacher)
+        for worker in filter(None, (self.actor, self.ref)):
+            worker.engine.module.get_output_embeddings().fp32 = objective.fp32
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def refresh_teacher(self, rate: float = 1.0) -> None:

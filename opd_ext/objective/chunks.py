@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ext.objective.divergence import entropy, log_probs
+from opd_ext.objective.divergence import clipped_fraction, entropy, log_probs
 
 # Bytes of one float32 logits buffer. Chunks: few enough on CPU that the buffers stay a few per cent of a
 # dense loss; bounded by chunk_size alone on accelerators, where small products waste the device. Blocks: a
@@ -53,6 +53,7 @@ class Terms:
 
     outputs: tuple[str, ...]
     divergence: Callable[..., Tensor] | None
+    kind: str | None
     kind_args: tuple[tuple[str, Any], ...]
     temperature: float
 
@@ -71,6 +72,9 @@ class Terms:
     def _term(self, name: str, z: Tensor, w: Tensor | None, labels: Tensor | None) -> Tensor:
         if name == "divergence":
             return self.divergence(z, w, **dict(self.kind_args))
+        if name == "clipped":
+            options = {name: value for name, value in self.kind_args if name != "entry_clip_mode"}
+            return clipped_fraction(z, w, self.kind.removeprefix("topk_"), **options)
         logits = z if name.startswith("student") else w
         if name.endswith("entropy"):
             return entropy(logits, self.temperature)

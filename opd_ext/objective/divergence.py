@@ -169,21 +169,6 @@ def jsd(
     return _full("jsd", student_logits, teacher_logits, beta, entry_clip, entry_clip_mode, temperature)
 
 
-def clipped_fraction(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    kind: str,
-    entry_clip: float,
-    beta: float | None = None,
-    *,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Share of vocabulary terms above ``entry_clip``, to log beside ``vocab_max``: [..., V] -> [...]."""
-    with torch.no_grad():
-        logq, logp = log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
-        return (_terms_of(kind, beta)(logq, logp) > entry_clip).to(logq.dtype).mean(dim=-1)
-
-
 def _log_tail(logits: Tensor, logz: Tensor, support: Tensor) -> Tensor:
     """Log mass outside ``support`` [..., K], summed over the complement: 1 - sum cancels in float32."""
     outside = logits.scatter(-1, support, torch.finfo(logits.dtype).min)
@@ -199,6 +184,23 @@ def _restrict(logits: Tensor, support: Tensor, tail: str) -> Tensor:
     if tail == "bucket":
         return torch.cat([head, _log_tail(logits, logz, support)], dim=-1)
     return head
+
+
+def _restricted(
+    student_logits: Tensor, teacher_logits: Tensor, k: int, support: str, tail: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of both sides on the K likeliest tokens of one: [..., V] -> [..., K] or [..., K + 1] each."""
+    vocabulary = student_logits.shape[-1]
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"k={k} must lie between 1 and the vocabulary size {vocabulary}.")
+    if support not in ("student", "teacher"):
+        raise ValueError(f"Unknown support '{support}'; allowed: student, teacher.")
+    if tail not in ("bucket", "renorm", "none"):
+        raise ValueError(f"Unknown tail '{tail}'; allowed: bucket, renorm, none.")
+    student = _scaled(student_logits, temperature)
+    teacher = _scaled(teacher_logits.detach(), temperature)
+    ids = (student if support == "student" else teacher).detach().topk(k, dim=-1).indices
+    return _restrict(student, ids, tail), _restrict(teacher, ids, tail)
 
 
 def topk_divergence(
@@ -230,19 +232,33 @@ def topk_divergence(
     Raises:
         ValueError: for k outside 1..V or an unknown choice.
     """
-    vocabulary = student_logits.shape[-1]
-    if not 1 <= k <= vocabulary:
-        raise ValueError(f"k={k} must lie between 1 and the vocabulary size {vocabulary}.")
-    if support not in ("student", "teacher"):
-        raise ValueError(f"Unknown support '{support}'; allowed: student, teacher.")
-    if tail not in ("bucket", "renorm", "none"):
-        raise ValueError(f"Unknown tail '{tail}'; allowed: bucket, renorm, none.")
     terms = _terms_of(kind, beta)
-    student = _scaled(student_logits, temperature)
-    teacher = _scaled(teacher_logits.detach(), temperature)
-    ids = (student if support == "student" else teacher).detach().topk(k, dim=-1).indices
-    logq, logp = _restrict(student, ids, tail), _restrict(teacher, ids, tail)
+    logq, logp = _restricted(student_logits, teacher_logits, k, support, tail, temperature)
     return _sum_terms(terms(logq, logp), entry_clip, entry_clip_mode)
+
+
+def clipped_fraction(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kind: str,
+    entry_clip: float,
+    beta: float | None = None,
+    *,
+    temperature: float = 1.0,
+    k: int | None = None,
+    support: Literal["student", "teacher"] = "teacher",
+    tail: Literal["bucket", "renorm", "none"] = "bucket",
+) -> Tensor:
+    """Share of vocabulary terms above ``entry_clip``, to log beside ``vocab_max``: [..., V] -> [...].
+
+    With ``k``, the share among the terms of :func:`topk_divergence` with these arguments.
+    """
+    with torch.no_grad():
+        if k is None:
+            logq, logp = log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
+        else:
+            logq, logp = _restricted(student_logits, teacher_logits, k, support, tail, temperature)
+        return (_terms_of(kind, beta)(logq, logp) > entry_clip).to(logq.dtype).mean(dim=-1)
 
 
 for _kind in ("reverse_kl", "forward_kl", "jsd"):

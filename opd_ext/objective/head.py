@@ -29,7 +29,8 @@ class HeadOutput(NamedTuple):
 
     ``loss`` is ``sum(token_weight * divergence)``, a differentiable scalar. In mode ``forward`` the other
     fields are detached; in mode ``recompute`` ``divergence``, ``student_log_prob`` and ``student_entropy``
-    are differentiable. Log-probs are those of ``labels``; entropies are in nats.
+    are differentiable. Log-probs are those of ``labels``; entropies are in nats. ``clipped`` is the share of
+    vocabulary terms that an ``entry_clip`` in mode ``vocab_max`` capped.
     """
 
     loss: Tensor | None
@@ -38,6 +39,7 @@ class HeadOutput(NamedTuple):
     student_entropy: Tensor | None
     teacher_log_prob: Tensor | None
     teacher_entropy: Tensor | None
+    clipped: Tensor | None
 
 
 def chunked_divergence(
@@ -88,7 +90,7 @@ def divergence_head(
     *,
     labels: Tensor | None = None,
     token_weight: Tensor | None = None,
-    kind: str = "reverse_kl",
+    kind: str | None = "reverse_kl",
     kind_args: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     chunk_size: int = 1024,
@@ -105,7 +107,8 @@ def divergence_head(
         labels: ids of the predicted tokens [N], int64; None for no log-probs.
         token_weight: [N]; None for no loss in mode ``recompute``.
         kind, kind_args: a registered divergence and its keyword arguments (hashable), which may hold a
-            ``temperature`` of its own: the loss temperature, independent of the next one.
+            ``temperature`` of its own: the loss temperature, independent of the next one. None: log-probs and
+            entropies only, for losses on the sampled token.
         temperature: divides the logits for log-probs and entropies only (the rollout temperature).
         chunk_size: upper bound on the rows whose logits exist at once.
         mode: ``forward`` or ``recompute``.
@@ -118,10 +121,17 @@ def divergence_head(
             cannot be used with what was passed.
     """
     _check(hidden, weight, teacher_hidden, teacher_weight, labels, token_weight, chunk_size, mode)
+    if mode == "forward" and kind is None:
+        raise ValueError("Mode 'forward' needs a divergence; without one use mode='recompute'.")
+    if teacher_hidden is None:
+        kind = None
+    kind_args = dict(kind_args or {})
+    capped = kind_args.get("entry_clip") is not None and kind_args.get("entry_clip_mode", "vocab_max") == "vocab_max"
     terms = Terms(
-        outputs=_outputs(teacher_hidden is not None, labels is not None, with_entropy),
-        divergence=None if teacher_hidden is None else get_divergence(kind),
-        kind_args=tuple(sorted((kind_args or {}).items())),
+        outputs=_outputs(kind, teacher_hidden is not None, labels is not None, with_entropy, capped),
+        divergence=None if kind is None else get_divergence(kind),
+        kind=kind,
+        kind_args=tuple(sorted(kind_args.items())),
         temperature=float(temperature),
     )
     plan = Plan(
@@ -184,13 +194,14 @@ def _weighted_sum(divergence: Tensor | None, token_weight: Tensor | None) -> Ten
     return (token_weight.to(divergence.dtype) * divergence).sum()
 
 
-def _outputs(teacher: bool, labels: bool, with_entropy: bool) -> tuple[str, ...]:
+def _outputs(kind: str | None, teacher: bool, labels: bool, with_entropy: bool, clipped: bool) -> tuple[str, ...]:
     wanted = {
-        "divergence": teacher,
+        "divergence": kind is not None,
         "student_log_prob": labels,
         "student_entropy": with_entropy,
         "teacher_log_prob": teacher and labels,
         "teacher_entropy": teacher and with_entropy,
+        "clipped": kind is not None and clipped,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 

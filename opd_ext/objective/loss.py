@@ -1,26 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distillation loss of one micro-batch, and the sums from which a step's metrics are made."""
+"""The loss of one micro-batch, composed from its places, and the sums from which a step's metrics are made.
+
+    loss = policy_weight * policy(log_prob)
+         + sum_t token_weight_t * scale * credit_t * clip_t * D_t        D_t: one divergence, or one per span class
+
+``D`` is a divergence of two distributions, or, on the sampled token, the clipped policy-gradient surrogate whose
+advantage is the teacher's log-ratio. Everything but ``D`` and the policy term is a constant of the gradient.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from opd_ext.objective.policy import clipped_surrogate, sampled_advantage
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from opd_ext.objective.credit import CreditInputs, get_credit, importance_clip
 from opd_ext.objective.head import HeadOutput, divergence_head
 from opd_ext.objective.objective import Reduction, masked_sums, position_buckets, token_class_masks, token_weights
 
 _SUM, _COUNT = ":sum", ":count"
+# Credits that do not look at log-probs, so that the head may form its gradient in the forward pass.
+_KNOWN_BEFOREHAND = ("uniform", "spans")
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchShape:
+class MicroBatch:
     """What the loss must know of a micro-batch besides its hidden states.
 
-    ``labels``, ``mask`` and ``rollout_log_probs`` are packed over the responses: [N], N = sum(lengths).
-    ``num_tokens``, ``num_sequences`` count the global mini-batch (sequences without a trained token left out).
+    Per-token tensors are packed over the responses: [N], N = sum(lengths); ``sample_mask`` is [B]. The counts are
+    denominators over the global mini-batch.
+
+    Attributes:
+        labels: sampled token ids [N].
+        mask: trained tokens [N].
+        lengths: response lengths [B].
+        sample_mask: samples that have a teacher [B], bool; None: all.
+        span_label: class of each token [N]: 0 none, 1 key, 2 error; None: no annotation.
+        rollout_log_probs, old_log_probs: log-probs of the labels when they were sampled and before the update [N].
+        teacher_log_prob: the teacher's log-probs of the labels [N], where its hidden states are not at hand.
+        scale: weight of the distillation term at this step (annealing).
     """
 
     labels: Tensor
@@ -31,36 +54,245 @@ class BatchShape:
     num_micro_batches: int
     dp_size: int
     rollout_log_probs: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    sample_mask: Tensor | None = None
+    span_label: Tensor | None = None
+    teacher_log_prob: Tensor | None = None
+    scale: float = 1.0
+
+    def padded(self, values: Tensor | None) -> Tensor | None:
+        """[N] -> [B, T], zeros behind each response."""
+        return None if values is None else pad_sequence(values.split(self.lengths.tolist()), batch_first=True)
+
+    def packed(self, values: Tensor) -> Tensor:
+        """[B, T] -> [N]."""
+        return torch.cat([row[:length] for row, length in zip(values, self.lengths.tolist(), strict=True)])
+
+    def distilled(self) -> Tensor:
+        """Trained tokens of samples that have a teacher, [N] bool."""
+        mask = self.mask.bool()
+        return mask if self.sample_mask is None else mask & self.sample_mask.bool().repeat_interleave(self.lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One divergence and the tokens it is for: those with span label ``label``, or all if that is None."""
+
+    kind: str = "reverse_kl"
+    kind_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    label: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Surrogate:
+    """Reverse KL on the sampled token as a policy gradient (IW-OPD, arXiv 2606.22600; G-OPD, arXiv 2602.12125).
+
+    The advantage is ``log p_T - log p_S`` of the sampled token, constant; ``clip`` and ``dual_clip`` bound the ratio
+    of current to old policy, which is 1 while there is one optimiser step per batch.
+    """
+
+    clip: float = 0.2
+    dual_clip: float = 3.0
+
+
+PolicyTerm = Callable[[Tensor, Tensor], Tensor]
+"""(log_prob [N], entropy [N]) -> the policy loss of this micro-batch, scaled like ours."""
+
+
+class Terms(NamedTuple):
+    """The loss (differentiable scalar) and what its metrics are made of, detached [N] tensors.
+
+    ``divergence``, ``teacher_log_prob``, ``teacher_entropy`` and ``credit`` mean something where ``distilled`` is true.
+    """
+
+    loss: Tensor
+    student_log_prob: Tensor
+    student_entropy: Tensor
+    distilled: Tensor
+    divergence: Tensor | None = None
+    teacher_log_prob: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    credit: Tensor | None = None
+    clipped: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """``sum_t weight_t * D(student_t, teacher_t)`` over the response tokens, uniform credit.
+    """The configured loss; see the module's docstring for its form.
 
     Attributes:
-        kind, kind_args: a registered divergence and its keyword arguments.
+        branches: divergences; more than one only with different span labels.
+        surrogate: takes the place of the branches in losses on the sampled token.
+        credit, credit_args: a registered credit and its options.
+        importance_cap: cap of ``exp(logp - old_logp)`` on the distillation term (SDPO: 2); None: off.
+        rollout_cap: cap of ``exp(old_logp - rollout_logp)`` (IW-OPD: 5, SDPO: 2); None: off.
+        policy_weight: factor of the policy term, when there is one.
         reduction: see :func:`opd_ext.objective.objective.token_weights`.
+        temperature: of the rollouts; divides the logits of log-probs and entropies.
         chunk_size: rows of logits held at a time.
         fp32: vocabulary projection in float32.
         token_classes: token ids whose divergence is reported apart, by label.
     """
 
-    kind: str = "reverse_kl"
-    kind_args: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    branches: tuple[Branch, ...] = (Branch(),)
+    surrogate: Surrogate | None = None
+    credit: str = "uniform"
+    credit_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    importance_cap: float | None = None
+    rollout_cap: float | None = None
+    policy_weight: float = 1.0
     reduction: Reduction = "token-mean"
+    temperature: float = 1.0
     chunk_size: int = 1024
     fp32: bool = False
     token_classes: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
 
     def __call__(
-        self, batch: BatchShape, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
-    ) -> HeadOutput:
-        """Loss (differentiable scalar) and detached per-token terms [N] of one micro-batch.
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        policy: PolicyTerm | None = None,
+    ) -> Terms:
+        """Loss and per-token terms of one micro-batch.
 
         Args:
-            hidden, teacher_hidden: rows that predict the response tokens, [N, H] and [N, Ht].
+            hidden, teacher_hidden: rows that predict the response tokens, [N, H] and [N, Ht]. No teacher: the policy
+                term alone.
             weight, teacher_weight: vocabulary projections [V, H] and [V, Ht].
+            policy: the policy term, or None.
         """
+        if teacher_hidden is None and batch.teacher_log_prob is None:
+            terms = self._without_teacher(batch, hidden, weight)
+        elif self.surrogate is None and self.branches[0].label is not None:
+            terms = self._on_spans(batch, hidden, weight, teacher_hidden, teacher_weight)
+        else:
+            terms = self._everywhere(batch, hidden, weight, teacher_hidden, teacher_weight, policy is None)
+        if policy is not None:
+            policy_loss = policy(terms.student_log_prob, terms.student_entropy)
+            terms = terms._replace(loss=terms.loss + self.policy_weight * policy_loss)
+        return Terms(terms.loss, *(None if term is None else term.detach() for term in terms[1:]))
+
+    # ------------------------------------------------------------------ the three forms
+
+    def _without_teacher(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Terms:
+        out = self._head(hidden, weight, None, None, labels=batch.labels, mode="recompute")
+        # A loss of 0 that still reaches every parameter: all ranks must run the same backward pass.
+        nothing = torch.zeros_like(batch.mask, dtype=torch.bool)
+        return Terms(out.student_log_prob.sum() * 0.0, out.student_log_prob, out.student_entropy, nothing)
+
+    def _everywhere(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        alone: bool,
+    ) -> Terms:
+        """One divergence, or the surrogate, for all tokens."""
+        distilled, weights = batch.distilled(), self._weights(batch)
+        branch = None if self.surrogate else self.branches[0]
+        caps = self.importance_cap or self.rollout_cap
+        beforehand = alone and branch is not None and self.credit in _KNOWN_BEFOREHAND and not caps
+        if beforehand:
+            weights = weights * self._credit(batch, None)
+        out = self._head(
+            hidden,
+            weight,
+            teacher_hidden,
+            teacher_weight,
+            labels=batch.labels,
+            branch=branch,
+            token_weight=weights if beforehand else None,
+            mode="forward" if beforehand else "recompute",
+        )
+        if batch.teacher_log_prob is not None:
+            out = out._replace(teacher_log_prob=batch.teacher_log_prob)
+        if beforehand:
+            credit, loss, divergence = None, out.loss, out.divergence
+        else:
+            credit = self._credit(batch, out) * self._caps(batch, out.student_log_prob)
+            divergence = out.divergence if branch else out.student_log_prob - out.teacher_log_prob
+            per_token = divergence if branch else self._surrogate(batch, out)
+            # Where nothing is distilled the terms mean nothing and may be infinite; 0 * inf would be NaN.
+            loss = (weights * credit * torch.where(distilled, per_token, 0.0)).sum()
+        return Terms(
+            loss,
+            out.student_log_prob,
+            out.student_entropy,
+            distilled,
+            divergence,
+            out.teacher_log_prob,
+            out.teacher_entropy,
+            credit,
+            out.clipped,
+        )
+
+    def _on_spans(
+        self, batch: MicroBatch, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Terms:
+        """A divergence per class of annotated tokens: only their rows meet the teacher."""
+        terms = self._without_teacher(batch, hidden, weight)
+        weights = self._weights(batch) * self._caps(batch, terms.student_log_prob)
+        values = {name: torch.zeros_like(weights) for name in ("divergence", "teacher_log_prob", "teacher_entropy")}
+        loss, distilled, clipped = terms.loss, terms.distilled, None
+        for branch in self.branches:
+            rows = (batch.distilled() & (batch.span_label == branch.label)).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            out = self._head(
+                hidden[rows],
+                weight,
+                teacher_hidden[rows],
+                teacher_weight,
+                labels=batch.labels[rows],
+                branch=branch,
+                token_weight=weights[rows],
+                mode="forward",
+            )
+            loss = loss + out.loss
+            distilled = distilled.index_fill(0, rows, True)
+            for name, value in values.items():
+                value[rows] = getattr(out, name).to(value.dtype)
+            if out.clipped is not None:
+                clipped = torch.zeros_like(weights) if clipped is None else clipped
+                clipped[rows] = out.clipped.to(clipped.dtype)
+        return terms._replace(loss=loss, distilled=distilled, clipped=clipped, **values)
+
+    # ------------------------------------------------------------------ pieces
+
+    def _head(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        *,
+        labels: Tensor,
+        mode: str,
+        branch: Branch | None = None,
+        token_weight: Tensor | None = None,
+    ) -> HeadOutput:
+        return divergence_head(
+            hidden,
+            weight,
+            teacher_hidden,
+            teacher_weight,
+            labels=labels,
+            token_weight=token_weight,
+            kind=branch.kind if branch else None,
+            kind_args=branch.kind_args if branch else None,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+            mode=mode,
+            matmul_dtype=torch.float32 if self.fp32 else None,
+        )
+
+    def _weights(self, batch: MicroBatch) -> Tensor:
+        """Reduction times annealing, 0 where nothing is distilled: [N]."""
         weights = token_weights(
             batch.mask,
             self.reduction,
@@ -70,38 +302,70 @@ class Objective:
             dp_size=batch.dp_size,
             sequence_lens=batch.lengths,
         )
-        return divergence_head(
-            hidden,
-            weight,
-            teacher_hidden,
-            teacher_weight,
-            labels=batch.labels,
-            token_weight=weights,
-            kind=self.kind,
-            kind_args=self.kind_args,
-            chunk_size=self.chunk_size,
-            matmul_dtype=torch.float32 if self.fp32 else None,
-        )
+        return weights * batch.distilled() * batch.scale
 
-    def sums(self, batch: BatchShape, terms: HeadOutput) -> dict[str, float]:
-        """Sums and counts over the trained tokens; add them over micro-batches and ranks, then :func:`means`."""
+    def _credit(self, batch: MicroBatch, out: HeadOutput | None) -> Tensor:
+        """The registered credit, [N]; it sees whole responses, so their packing does not matter."""
+        found = {} if out is None else out._asdict()
+        if batch.old_log_probs is not None:
+            found["student_log_prob"] = batch.old_log_probs
+        found["span_label"] = batch.span_label
+        names = [name for name in CreditInputs._fields if name != "mask" and found.get(name) is not None]
+        inputs = {name: batch.padded(found[name].detach()) for name in names}
+        credit = get_credit(self.credit)(CreditInputs(batch.padded(batch.mask), **inputs), **self.credit_args)
+        return batch.packed(credit)
+
+    def _caps(self, batch: MicroBatch, log_prob: Tensor) -> Tensor | float:
+        """Truncated importance weights, [N]: current to old policy, old policy to rollout engine."""
+        old = log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
+        factor: Tensor | float = 1.0
+        if self.importance_cap is not None:
+            factor = factor * importance_clip(log_prob, old, self.importance_cap)
+        if self.rollout_cap is not None:
+            if batch.rollout_log_probs is None:
+                raise ValueError("A rollout cap needs rollout log-probs: set rollout.calculate_log_probs=true.")
+            factor = factor * importance_clip(old, batch.rollout_log_probs, self.rollout_cap)
+        return factor
+
+    def _surrogate(self, batch: MicroBatch, out: HeadOutput) -> Tensor:
+        old = out.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
+        advantage = sampled_advantage(old, out.teacher_log_prob)
+        clip = self.surrogate.clip
+        return clipped_surrogate(out.student_log_prob, old, advantage, clip, clip, self.surrogate.dual_clip).loss
+
+    # ------------------------------------------------------------------ metrics
+
+    def sums(self, batch: MicroBatch, terms: Terms) -> dict[str, float]:
+        """Sums and counts over tokens; add them over micro-batches and ranks, then :func:`means`."""
         everywhere = {"": torch.ones_like(batch.mask, dtype=torch.bool)}
         classes = token_class_masks(batch.labels, self.token_classes)
+        if batch.span_label is not None:
+            classes |= {"key": batch.span_label == 1, "error": batch.span_label == 2}
         groups = everywhere | {f"_{name}": mask for name, mask in (self._buckets(batch) | classes).items()}
-        parts = {"divergence": (terms.divergence, groups)}
-        for name in ("student_entropy", "teacher_entropy", "student_log_prob", "teacher_log_prob"):
-            parts[name] = (getattr(terms, name), everywhere)
+        parts = {
+            "divergence": (terms.divergence, terms.distilled, groups),
+            "student_entropy": (terms.student_entropy, batch.mask, everywhere),
+            "student_log_prob": (terms.student_log_prob, batch.mask, everywhere),
+            "teacher_entropy": (terms.teacher_entropy, terms.distilled, everywhere),
+            "teacher_log_prob": (terms.teacher_log_prob, terms.distilled, everywhere),
+            "distilled_student_entropy": (terms.student_entropy, terms.distilled, everywhere),
+            "credit": (terms.credit, terms.distilled, everywhere),
+            "clipped": (terms.clipped, terms.distilled, everywhere),
+            "distilled_tokens": (terms.distilled.double(), batch.mask, everywhere),
+        }
         if batch.rollout_log_probs is not None:
-            parts["rollout_gap"] = ((terms.student_log_prob - batch.rollout_log_probs).abs(), everywhere)
+            parts["rollout_gap"] = ((terms.student_log_prob - batch.rollout_log_probs).abs(), batch.mask, everywhere)
         result = {}
-        for name, (values, where) in parts.items():
-            for suffix, (total, count) in masked_sums(values, batch.mask, where).items():
+        for name, (values, mask, where) in parts.items():
+            if values is None:
+                continue
+            for suffix, (total, count) in masked_sums(values, mask, where).items():
                 result[f"{name}{suffix}{_SUM}"] = total.item()
                 result[f"{name}{suffix}{_COUNT}"] = count.item()
         return result
 
     @staticmethod
-    def _buckets(batch: BatchShape) -> dict[str, Tensor]:
+    def _buckets(batch: MicroBatch) -> dict[str, Tensor]:
         start = torch.cumsum(batch.lengths, dim=0) - batch.lengths
         position = torch.arange(len(batch.mask), device=batch.mask.device) - start.repeat_interleave(batch.lengths)
         return position_buckets(position, batch.lengths.repeat_interleave(batch.lengths))

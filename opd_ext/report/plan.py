@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ext.config.schema import OPDConfig
+from opd_ext.report.methods import describe
 
 GiB = 1024**3
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -109,15 +110,11 @@ def _plan_table(config: DictConfig, opd: OPDConfig) -> Table:
     ranks = trainer.n_gpus_per_node * trainer.nnodes
     pairs = data.train_batch_size * rollout.n
     replicas = ranks // rollout.tensor_model_parallel_size
-    divergence = opd.divergence.kind + (f"({opd.divergence.beta})" if opd.divergence.beta else "")
-    weights = {"periodic": f"periodic({opd.teacher.interval})", "ema": f"ema({opd.teacher.rate})"}
+    places = describe(opd)
     rows: list[tuple[str, Any]] = [
-        ("method", f"{opd.method}: {divergence} on the {opd.divergence.support} vocabulary, {opd.credit.kind} credit"),
-        (
-            "teacher",
-            f"{weights.get(opd.teacher.weights, opd.teacher.weights)} weights, sees {opd.context.kind}"
-            + (f":{opd.context.text}" if opd.context.kind == "instruction" else ""),
-        ),
+        ("method", f"{opd.method}: divergence {places['divergence']}, credit {places['credit']}"),
+        ("teacher", f"{places['teacher weights']} weights, {places['teacher context']}" if opd.distils else "none"),
+        ("policy", places["policy"]),
         ("model", config.actor_rollout_ref.model.path),
         (
             "devices",
@@ -133,7 +130,8 @@ def _plan_table(config: DictConfig, opd: OPDConfig) -> Table:
         (
             "tokens per step",
             f"at most {pairs * opd.rollout.train_tokens:,} generated, "
-            f"{pairs * opd.max_pair_length:,} through the student and as many through the teacher",
+            f"{pairs * opd.max_pair_length:,} through the student"
+            + (" and as many through the teacher" if opd.distils else ""),
         ),
         (
             "steps",

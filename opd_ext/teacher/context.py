@@ -9,12 +9,36 @@ sampled ids (:func:`build_teacher_sequence`), and a registry of contexts that re
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from opd_ext.teacher import prompts
+from opd_ext.teacher.base import (
+    TeacherContext,
+    context_names,
+    copy_messages,
+    get_context,
+    last_user_message,
+    register_context,
+    sample_index,
+)
+from opd_ext.teacher.feedback import FeedbackContext
+
+__all__ = [
+    "FeedbackContext",
+    "InstructionContext",
+    "LabelContext",
+    "SameContext",
+    "SolutionContext",
+    "TeacherContext",
+    "build_context",
+    "build_teacher_sequence",
+    "context_names",
+    "get_context",
+    "register_context",
+    "render",
+]
 
 
 def render(tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
@@ -68,73 +92,20 @@ def build_teacher_sequence(
     return [*teacher_prompt_ids, *response_ids]
 
 
-class TeacherContext:
-    """Turns a sample into the teacher's messages.
+def build_context(config: Any, tokenizer=None) -> TeacherContext:
+    """The context named ``config.kind`` with the options ``config.args``.
 
-    Subclasses are frozen dataclasses; their fields are the options that stand beside ``kind`` in the config.
-    """
-
-    def messages(self, sample: Mapping[str, Any]) -> list[dict]:
-        """The teacher's chat for one sample.
-
-        Args:
-            sample: ``raw_prompt``, the student's messages; ``extra_info``, the data set's mapping with
-                ``index`` and what the context needs (``question``, ``solution``). It is left untouched.
-
-        Returns:
-            New messages; changing them does not change the sample.
-
-        Raises:
-            ValueError: the sample lacks what the context shows; the message names the sample's index.
-        """
-        raise NotImplementedError
-
-
-_CONTEXTS: dict[str, type[TeacherContext]] = {}
-
-
-def register_context(name: str) -> Callable[[type[TeacherContext]], type[TeacherContext]]:
-    """Class decorator that makes a context available as ``opd.context.kind=name``.
-
-    Raises:
-        ValueError: the name is taken by another class.
-    """
-
-    def register(cls: type[TeacherContext]) -> type[TeacherContext]:
-        taken = _CONTEXTS.get(name)
-        # A user module may be imported twice under one name; only a different class is a conflict.
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"teacher context {name!r} is already {taken.__qualname__}: choose another name")
-        _CONTEXTS[name] = cls
-        return cls
-
-    return register
-
-
-def get_context(name: str) -> type[TeacherContext]:
-    """The context class of that name.
-
-    Raises:
-        ValueError: there is none; the message lists the names that exist.
-    """
-    if name not in _CONTEXTS:
-        raise ValueError(f"unknown teacher context {name!r}: use one of {', '.join(context_names())}")
-    return _CONTEXTS[name]
-
-
-def context_names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_CONTEXTS)
-
-
-def build_context(config: Any) -> TeacherContext:
-    """The context named ``config.kind``, with those attributes of ``config`` that this context has as options.
+    Args:
+        tokenizer: the tokenizer of the run, for contexts that measure texts in tokens. Without it such a context
+            can be built, to check its options, but not used.
 
     Raises:
         ValueError: an unknown kind, or an option that the context refuses.
+        TypeError: an option that the context does not have.
     """
     kind = get_context(config.kind)
-    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
+    wants_tokenizer = any(option.name == "tokenizer" for option in fields(kind))
+    return kind(**config.args, **({"tokenizer": tokenizer} if wants_tokenizer else {}))
 
 
 @register_context("same")
@@ -143,7 +114,7 @@ class SameContext(TeacherContext):
     """The student's own messages: distillation from other weights, or the zero-loss check with equal ones."""
 
     def messages(self, sample):
-        return _copy_messages(sample)
+        return copy_messages(sample)
 
 
 @register_context("instruction")
@@ -157,8 +128,7 @@ class InstructionContext(TeacherContext):
     Attributes:
         text: instruction id, see :func:`opd_ext.teacher.prompts.instruction`.
         strip_suffix: remove the reminder of the student's prompt before the teacher's is appended. False
-        repeats
-            it, as the released code does.
+            repeats it, as the released code does.
     """
 
     text: str = "v2"
@@ -168,8 +138,8 @@ class InstructionContext(TeacherContext):
         prompts.instruction(self.text)  # an unknown id is an error of the config, not of the first step
 
     def messages(self, sample):
-        messages = _copy_messages(sample)
-        request = _last_user_message(messages, sample)
+        messages = copy_messages(sample)
+        request = last_user_message(messages, sample)
         question = prompts.strip_student_prompt(request["content"], self.strip_suffix)
         request["content"] = prompts.teacher_prompt(question, self.text)
         return messages
@@ -183,40 +153,50 @@ class SolutionContext(TeacherContext):
 
     The last user message becomes OPSD's teacher prompt for ``extra_info["question"]`` and
     ``extra_info["solution"]``; system messages and earlier turns stay, byte for byte.
+
+    Attributes:
+        thinking: the published recipe has it on for the teacher and off for the student.
     """
 
+    thinking: bool | None = None
+
     def messages(self, sample):
-        messages = _copy_messages(sample)
+        messages = copy_messages(sample)
         question, solution = (_required_text(sample, key) for key in ("question", "solution"))
-        _last_user_message(messages, sample)["content"] = prompts.opsd_teacher_prompt(question, solution)
+        last_user_message(messages, sample)["content"] = prompts.opsd_teacher_prompt(question, solution)
         return messages
 
 
-def _copy_messages(sample: Mapping[str, Any]) -> list[dict]:
-    # Deep, because the content of a multimodal message is a list; through list(), because verl keeps object
-    # arrays.
-    return [copy.deepcopy(dict(message)) for message in list(sample["raw_prompt"])]
+@register_context("label")
+@dataclass(frozen=True)
+class LabelContext(TeacherContext):
+    """TRACE: the teacher is told of which kinds an attempt's errors, or a working solution's decisive steps, are.
 
+    The note stands behind the problem in the last user message. It is a function of the student's messages, the
+    outcome and the types alone: neither the response, nor where its spans lie, nor the reference answer can reach
+    the teacher. A rollout without types has no teacher.
 
-def _last_user_message(messages: list[dict], sample: Mapping[str, Any]) -> dict:
-    last = next((message for message in reversed(messages) if message["role"] == "user"), None)
-    if last is None or not isinstance(last["content"], str):
-        raise ValueError(
-            f"sample {_index(sample)} has no plain-text user message, which this teacher context rewrites: "
-            "use context.kind=same or give the data set a text prompt"
-        )
-    return last
+    Attributes:
+        thinking: the published recipe has it on.
+    """
+
+    thinking: bool | None = None
+
+    def messages(self, sample):
+        types = list(sample["types"])
+        if not types:
+            return None
+        messages = copy_messages(sample)
+        request = last_user_message(messages, sample)
+        request["content"] = prompts.label_prompt(request["content"], types, bool(sample["correct"]))
+        return messages
 
 
 def _required_text(sample: Mapping[str, Any], key: str) -> str:
     value = (sample.get("extra_info") or {}).get(key)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
-            f"sample {_index(sample)} has no extra_info[{key!r}], which the teacher is to be shown: "
+            f"sample {sample_index(sample)} has no extra_info[{key!r}], which the teacher is to be shown: "
             "add it to the data set or drop the sample"
         )
     return value
-
-
-def _index(sample: Mapping[str, Any]) -> Any:
-    return (sample.get("extra_info") or {}).get("index", sample.get("index", "without index"))

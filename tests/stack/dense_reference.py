@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distillation loss as a textbook writes it: one sequence at a time, unpacked, all logits, autograd, float64.
+"""The loss as a textbook writes it: one sequence at a time, unpacked, all logits, autograd, float64.
 
-Deliberately shares no code with ``opd_ext``, so that the engine is compared with the method and not with itself.
+Deliberately shares no code with ``opd_ext``, so that the engine is compared with the methods and not with itself.
 """
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+LABELS = {None: (0, 1, 2), 1: (1,), 2: (2,)}
 
 
 def divergence(z: Tensor, w: Tensor, kind: str, temperature: float = 1.0, beta: float | None = None) -> Tensor:
@@ -22,15 +24,31 @@ def divergence(z: Tensor, w: Tensor, kind: str, temperature: float = 1.0, beta: 
     return beta * (p * (logp - logm)).sum(-1) + (1 - beta) * (q * (logq - logm)).sum(-1)
 
 
-def weights_of(masks: list[Tensor], reduction: str) -> list[Tensor]:
-    """Per sequence [R_i]; sequences without a trained token do not count as sequences."""
-    tokens = sum(mask.sum() for mask in masks)
-    sequences = sum(bool(mask.any()) for mask in masks)
+def weights_of(masks: list[Tensor], counted: list[Tensor], reduction: str) -> list[Tensor]:
+    """Per sequence [R_i]; the denominators are those of ``counted``, where empty sequences are none."""
+    tokens = sum(mask.sum() for mask in counted)
+    sequences = sum(bool(mask.any()) for mask in counted)
     if reduction == "token-mean":
         return [mask / tokens for mask in masks]
     if reduction == "seq-mean-token-sum":
         return [mask / sequences for mask in masks]
     return [mask / (mask.sum().clamp(min=1) * sequences) for mask in masks]
+
+
+def position_credit(gap: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """IW-OPD's weights by a loop over positions."""
+    gap, passed, weights = gap.abs() * mask, 0.0, []
+    for d, trained in zip(gap.tolist(), mask.tolist(), strict=True):
+        weights.append(1 + gamma * max(0.0, 1 - passed / (gap.sum().item() + 1e-8)) * trained)
+        passed += d
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def clipped_surrogate(logq: Tensor, old: Tensor, advantage: Tensor, low: float, high: float, dual: float) -> Tensor:
+    """PPO's loss with both clips, per token."""
+    ratio = (logq - old).exp()
+    bounded = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    return torch.where(advantage < 0, torch.minimum(bounded, -advantage * dual), bounded)
 
 
 def dense_update(folder: Path, update, shift: int = 0) -> dict:
@@ -48,29 +66,72 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
     student, teacher = load(update.model), load(update.teacher or update.model)
     objective, samples = update.objective, [s for s in update.samples if s.response]
     masks = [torch.tensor(s.mask, dtype=torch.float64) for s in samples]
-    loss, means = torch.zeros((), dtype=torch.float64), {}
-    for sample, mask, weight in zip(samples, masks, weights_of(masks, objective.reduction), strict=True):
+    counted = [mask * (s.taught or update.denominator == "trained") for mask, s in zip(masks, samples, strict=True)]
+    loss, sums, counts = torch.zeros((), dtype=torch.float64), {}, {}
+    for sample, mask, weight in zip(samples, masks, weights_of(masks, counted, objective.reduction), strict=True):
         z = student(torch.tensor([sample.prompt + sample.response])).logits[0, len(sample.prompt) - 1 : -1]
-        with torch.no_grad():
-            logits = teacher(torch.tensor([sample.teacher_prompt + sample.response])).logits[0]
-        start = len(sample.teacher_prompt) - 1 - shift
-        w = logits[start : start + len(sample.response)]
-        value = divergence(z, w, objective.kind, **objective.kind_args)
-        loss = loss + (weight * value).sum()
-        for name, per_token in _metrics(value.detach(), z.detach(), w, sample).items():
-            means[name] = means.get(name, 0.0) + (mask * per_token).sum().item() / sum(m.sum().item() for m in masks)
+        parts = {}
+        if sample.taught:
+            with torch.no_grad():
+                ids = torch.tensor([sample.teacher_prompt + sample.response])
+                logits = teacher(ids).logits[0]
+                if update.trust is not None:
+                    logits = (1 - update.trust) * logits + update.trust * student(ids).logits[0]
+            start = len(sample.teacher_prompt) - 1 - shift
+            w = logits[start : start + len(sample.response), : z.shape[1]]
+            credit, value, parts = _distillation(update, sample, mask, z, w)
+            loss = loss + update.scale * (weight * credit * value).sum()
+        logq = (z / objective.temperature).log_softmax(-1)
+        sampled = logq.gather(-1, torch.tensor(sample.response)[:, None])[:, 0]
+        if update.policy:
+            surrogate = clipped_surrogate(
+                sampled,
+                _float64(sample.old_log_probs),
+                torch.tensor(sample.advantage).expand(len(mask)),
+                0.2,
+                0.28,
+                3.0,
+            )
+            total = sum(m.sum() for m in masks)
+            loss = loss + objective.policy_weight * (mask * surrogate).sum() / total
+        gap = (sampled - _float64(sample.rollout_log_probs)).abs()
+        plain = {"student_entropy": -(logq.exp() * logq).sum(-1), "student_log_prob": sampled, "rollout_gap": gap}
+        for name, (per_token, where) in (parts | {name: (v, mask) for name, v in plain.items()}).items():
+            sums[name] = sums.get(name, 0.0) + (where * per_token).sum().item()
+            counts[name] = counts.get(name, 0.0) + where.sum().item()
     loss.backward()
-    return {"loss": loss.item(), "grads": {n: p.grad for n, p in student.named_parameters()}, "metrics": means}
+    metrics = {name: sums[name] / counts[name] for name in sums if counts[name]}
+    return {"loss": loss.item(), "grads": {n: p.grad for n, p in student.named_parameters()}, "metrics": metrics}
 
 
-def _metrics(value: Tensor, z: Tensor, w: Tensor, sample) -> dict[str, Tensor]:
-    logq, logp, labels = z.log_softmax(-1), w.log_softmax(-1), torch.tensor(sample.response)[:, None]
-    sampled = logq.gather(-1, labels)[:, 0]
-    return {
-        "divergence": value,
-        "student_entropy": -(logq.exp() * logq).sum(-1),
-        "teacher_entropy": -(logp.exp() * logp).sum(-1),
-        "student_log_prob": sampled,
-        "teacher_log_prob": logp.gather(-1, labels)[:, 0],
-        "rollout_gap": (sampled - torch.tensor(sample.rollout_log_probs, dtype=torch.float64)).abs(),
-    }
+def _distillation(update, sample, mask: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor, dict]:
+    """Constant factor and value per token, and what the metrics average over which tokens."""
+    objective, labels = update.objective, torch.tensor(sample.response)[:, None]
+    logq, logp = ((x / objective.temperature).log_softmax(-1) for x in (z, w))
+    sampled, taught = (x.gather(-1, labels)[:, 0] for x in (logq, logp))
+    old = _float64(sample.old_log_probs) if update.old_policy or update.policy else sampled.detach()
+    credit = torch.ones_like(mask)
+    if objective.credit == "position":
+        credit = position_credit(taught - old, mask, **objective.credit_args)
+    if objective.importance_cap is not None:
+        credit = credit * (sampled.detach() - old).exp().clamp(max=objective.importance_cap)
+    if objective.rollout_cap is not None:
+        credit = credit * (old - _float64(sample.rollout_log_probs)).exp().clamp(max=objective.rollout_cap)
+    used, value = torch.zeros_like(mask), torch.zeros_like(mask)
+    if objective.surrogate is not None:
+        clip = objective.surrogate.clip
+        value = clipped_surrogate(sampled, old, (taught - old).detach(), clip, clip, objective.surrogate.dual_clip)
+        used, shown = mask, sampled - taught
+    else:
+        for branch in objective.branches:
+            here = mask * torch.isin(torch.tensor(sample.spans), torch.tensor(LABELS[branch.label]))
+            value = value + here * divergence(z, w, branch.kind, **branch.kind_args)
+            used = used + here
+        shown = value
+    teacher_entropy = -(logp.exp() * logp).sum(-1)
+    shown = {"divergence": shown, "teacher_entropy": teacher_entropy, "teacher_log_prob": taught}
+    return credit, value, {name: (per_token.detach(), used) for name, per_token in shown.items()}
+
+
+def _float64(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

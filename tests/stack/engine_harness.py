@@ -6,6 +6,7 @@ engines in the children. verl is imported there only: it resolves its platform a
 """
 
 import dataclasses
+import functools
 import os
 import socket
 import time
@@ -28,13 +29,20 @@ WHOLE = 100_000  # a token budget that no batch reaches: everything in one micro
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One rollout: two prompts for the same response, which of its tokens train, what the sampler said of them."""
+    """One rollout: two prompts for the same response, which of its tokens train, what the sampler said of them.
+
+    ``taught``: whether it has a teacher. ``spans``: class of each token. ``advantage``: of every token.
+    """
 
     prompt: list[int]
     teacher_prompt: list[int]
     response: list[int]
     mask: list[int]
     rollout_log_probs: list[float]
+    old_log_probs: list[float]
+    spans: list[int]
+    advantage: float = 0.0
+    taught: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +73,11 @@ class Update:
     param_dtype: str = "fp32"
     rollout_temperature: float = 1.0
     gradient_checkpointing: bool = False
+    old_policy: bool = False  # whether the batch carries old log-probs
+    policy: bool = False  # whether it carries advantages, and so has a policy term
+    scale: float = 1.0
+    trust: float | None = None
+    denominator: str = "trained"
 
 
 # ---------------------------------------------------------------------- inputs
@@ -104,11 +117,16 @@ def save_models(folder: Path) -> None:
         model.save_pretrained(folder / f"{name}_teacher")
         for target in (name, f"{name}_teacher"):
             tokenizer.save_pretrained(folder / target)
+    # A teacher of another size, whose vocabulary is padded further than the student's.
+    torch.manual_seed(1)
+    wide = Qwen3Config(**config.to_dict() | {"hidden_size": 40, "vocab_size": VOCABULARY + 5})
+    Qwen3ForCausalLM(wide).save_pretrained(folder / "wide")
+    tokenizer.save_pretrained(folder / "wide")
 
 
 def make_samples(response_lens: list[int], seed: int = 0) -> list[Sample]:
     """Random rollouts; the teacher's prompt is the student's behind 1 to 13 tokens more."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, others = (torch.Generator().manual_seed(s) for s in (seed, seed + 1))
 
     def ids(n: int) -> list[int]:
         return torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
@@ -116,28 +134,41 @@ def make_samples(response_lens: list[int], seed: int = 0) -> list[Sample]:
     samples = []
     for i, n in enumerate(response_lens):
         mask = [int(j % 4 != 2) for j in range(n)] if i % 3 == 1 else [1] * n  # masked tokens inside some responses
-        log_probs = (-3.0 * torch.rand(n, generator=generator)).tolist()
+        rollout = (-3.0 * torch.rand(n, generator=generator)).tolist()
+        old = (-6.0 * torch.rand(n, generator=others)).tolist()
         prompt = ids(3 + i % 4)
-        samples.append(Sample(prompt, ids(1 + 3 * (i % 5)) + prompt, ids(n), mask, log_probs))
+        spans = [(0, 1, 1, 0, 2)[(i + j) % 5] for j in range(n)]
+        advantage = (-1.0) ** i * (0.5 + i / 4)
+        teacher_prompt, response = ids(1 + 3 * (i % 5)) + prompt, ids(n)
+        samples.append(Sample(prompt, teacher_prompt, response, mask, rollout, old, spans, advantage))
     return samples
 
 
-def to_batch(samples: list[Sample], **non_tensors: Any):
-    """What the trainer hands to ``update_actor``: jagged [B, j1] tensors."""
+def to_batch(samples: list[Sample], old_policy: bool = False, policy: bool = False, **non_tensors: Any):
+    """What the trainer hands to ``update_actor``: jagged [B, j1] tensors; a placeholder where there is no teacher."""
     from verl.utils import tensordict_utils as tu
 
     def jagged(rows: list[list], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.nested.as_nested_tensor([torch.tensor(row, dtype=dtype) for row in rows], layout=torch.jagged)
 
+    optional = {}
+    if old_policy or policy:
+        optional["old_log_probs"] = jagged([s.old_log_probs for s in samples], torch.float32)
+    if policy:
+        optional["advantages"] = jagged([[s.advantage] * len(s.response) for s in samples], torch.float32)
+        optional["response_mask"] = jagged([s.mask for s in samples])
     return tu.get_tensordict(
         {
+            **optional,
             "input_ids": jagged([s.prompt + s.response for s in samples]),
             "position_ids": jagged([list(range(len(s.prompt + s.response))) for s in samples]),
             "prompts": jagged([s.prompt for s in samples]),
             "responses": jagged([s.response for s in samples]),
             "loss_mask": jagged([s.mask for s in samples]),
             "rollout_log_probs": jagged([s.rollout_log_probs for s in samples], torch.float32),
-            "teacher_input_ids": jagged([s.teacher_prompt + s.response for s in samples]),
+            "span_label": jagged([s.spans for s in samples]),
+            "has_teacher": torch.tensor([s.taught for s in samples]),
+            "teacher_input_ids": jagged([s.teacher_prompt + s.response if s.taught else [2, 2] for s in samples]),
         },
         non_tensors,
     )
@@ -252,6 +283,7 @@ class Rank:
             engines.append(self.worker(EngineSpec(update.teacher, True, update.param_dtype)).engine)
         student.engine.teacher = None if update.teacher is None else engines[1]
         student.engine.objective = update.objective
+        student.engine.trust, student.engine.denominator = update.trust, update.denominator
         for engine in engines:
             engine.engine_config.use_dynamic_bsz = update.rows is None
             engine.engine_config.max_token_len_per_gpu = update.budget
@@ -260,7 +292,9 @@ class Rank:
             engine.engine_config.infer_micro_batch_size_per_gpu = update.rows
         share = len(update.samples) // self.world_size
         samples = update.samples[self.rank * share : (self.rank + 1) * share]
-        return student, to_batch(samples, temperature=update.rollout_temperature)
+        flags = {"old_policy": update.old_policy, "policy": update.policy}
+        counts = {"global_batch_size": len(update.samples), "opd_scale": update.scale}
+        return student, to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
 
     def gradients(self, update: Update) -> dict:
         """Loss, mean metrics and whole gradients, as ``train_batch`` has them just before the optimiser step."""
@@ -278,11 +312,12 @@ class Rank:
         )
         with engine.train_mode():
             engine.optimizer_zero_grad()
-            output = engine.forward_backward_batch(batch, loss_function=None)
+            output = engine.forward_backward_batch(batch, loss_function=_policy_loss() if update.policy else None)
             grads = {name: p.grad.full_tensor() for name, p in engine.module.named_parameters()}
         loss = torch.tensor(sum(output["loss"]), dtype=torch.float64)
         torch.distributed.all_reduce(loss)
-        sums = {name: metric.aggregate() for name, metric in output["metrics"].items()}
+        ours = {name: metric for name, metric in output["metrics"].items() if not name.startswith("actor/")}
+        sums = {name: metric.aggregate() for name, metric in ours.items()}
         totals = torch.tensor(list(sums.values()), dtype=torch.float64)
         torch.distributed.all_reduce(totals)
         return {
@@ -342,9 +377,18 @@ class Rank:
         else:
             engine = self.worker(EngineSpec(model)).engine
         batch = to_batch(samples, temperature=0.7, use_dynamic_bsz=True, max_token_len_per_gpu=64)
-        batch = batch.exclude("teacher_input_ids")
+        batch = batch.exclude("teacher_input_ids", "has_teacher", "span_label")
         with engine.eval_mode():
             return list(engine.infer_batch(batch)["model_output"]["log_probs"].unbind())
+
+
+def _policy_loss() -> Callable:
+    """verl's loss as its worker builds it: PPO's clip, mean over tokens."""
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, clip_ratio_high=0.28)
+    return functools.partial(ppo_loss, config=config)
 
 
 def _unused_loss(**_: Any):

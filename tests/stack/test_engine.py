@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from opd_ext.objective.loss import Objective, means
+from opd_ext.objective.loss import Branch, Objective, Surrogate, means
 from tests.stack.dense_reference import dense_update
 from tests.stack.engine_harness import LEARNING_RATE, WHOLE, Rank, Sample, Update, make_samples, run_ranks, save_models
 
@@ -22,9 +22,9 @@ FP32 = 2e-5
 REORDERED = 1e-5
 
 SAMPLES = make_samples([7, 12, 1, 9, 5, 15, 3, 8])  # masked tokens inside rows 1, 4 and 7; a response of one token
-PADDING = Sample([2, 2], [2], [2], [0], [0.0])  # the row with which verl fills a batch, with our shortest teacher's
+PADDING = Sample([2, 2], [2], [2], [0], [0.0], [0.0], [0], taught=False)  # the row with which verl fills a batch
 UNTRAINED = dataclasses.replace(SAMPLES[3], mask=[0] * len(SAMPLES[3].mask))
-EMPTY = Sample([5, 6, 7], [8, 9], [], [], [])
+EMPTY = Sample([5, 6, 7], [8, 9], [], [], [], [], [])
 NOTHING = [PADDING, UNTRAINED, EMPTY, PADDING]
 SAME_PROMPTS = [dataclasses.replace(s, teacher_prompt=s.prompt) for s in SAMPLES]
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -35,9 +35,31 @@ SPLITS = {
     "singles": {"rows": 1},
 }
 DIVERGENCES = {
-    "forward_kl": Objective("forward_kl"),
-    "jsd": Objective("jsd", {"beta": 0.3}),
-    "temperature": Objective(kind_args={"temperature": 2.0}),
+    "forward_kl": Objective((Branch("forward_kl"),)),
+    "jsd": Objective((Branch("jsd", {"beta": 0.3}),)),
+    "temperature": Objective((Branch(kind_args={"temperature": 2.0}),)),
+}
+# Every third sample has no teacher; the old policy is not the current one, so that ratios, clips and caps all bind.
+SOME = [dataclasses.replace(s, taught=i % 3 != 2) for i, s in enumerate(SAMPLES)]
+SPANS = tuple(Branch(kind, {}, label) for kind, label in (("forward_kl", 1), ("reverse_kl", 2)))
+POSITION = {"credit": "position", "credit_args": {"gamma": 0.5}}
+METHODS = {
+    "some taught": Update(SOME),
+    "some taught, by sequence": Update(SOME, objective=Objective(reduction="seq-mean-token-mean")),
+    "only the taught count": Update(SOME, denominator="distilled"),
+    "position credit": Update(SAMPLES, objective=Objective(**POSITION)),
+    "surrogate": Update(SOME, objective=Objective(surrogate=Surrogate(), rollout_cap=1.5, **POSITION)),
+    "surrogate off-policy": Update(
+        SOME, objective=Objective(surrogate=Surrogate(), rollout_cap=1.5, **POSITION), old_policy=True
+    ),
+    "warm surrogate": Update(SAMPLES, objective=Objective(surrogate=Surrogate(), temperature=0.7)),
+    "capped": Update(SOME, objective=Objective(importance_cap=1.2, rollout_cap=1.5), old_policy=True),
+    "spans": Update(SOME, objective=Objective(SPANS, credit="spans"), scale=0.3),
+    "key spans": Update(SOME, objective=Objective(SPANS[:1], credit="spans")),
+    "mixed": Update(SOME, objective=Objective(policy_weight=0.9), policy=True, scale=0.1),
+    "gated spans": Update(SOME, objective=Objective(SPANS, credit="spans"), policy=True, scale=0.5),
+    "trust region": Update(SAMPLES, trust=0.25),
+    "external": Update(SAMPLES, teacher="wide"),
 }
 USUAL = Update(SAMPLES)
 TIED = Update(SAMPLES, model="tied", teacher="tied_teacher")
@@ -69,6 +91,8 @@ ON_ONE_RANK = {
     "fp32 head": Update(SAMPLES, objective=Objective(fp32=True)),
     "hot rollout": Update(SAMPLES, rollout_temperature=0.6),
     **{name: Update(SAMPLES, objective=objective) for name, objective in DIVERGENCES.items()},
+    **METHODS,
+    **{f"{name}, tight": dataclasses.replace(update, **SPLITS["tight"]) for name, update in METHODS.items()},
 }
 ON_TWO_RANKS = {
     "untied": USUAL,
@@ -77,6 +101,7 @@ ON_TWO_RANKS = {
     "one rank has nothing": Update(SAMPLES[:4] + NOTHING, rows=1),
     "only nothing": Update(NOTHING),
     "live": Update(SAMPLES, teacher=None),
+    **METHODS,
     **{f"{m} after a refresh": Update(make_samples([4, 6]), model=m, teacher=m) for m in ("untied", "tied")},
 }
 MODELS = {"untied": "untied_teacher", "tied": "tied_teacher"}
@@ -135,12 +160,12 @@ def identical(a: dict, b: dict) -> bool:
 # ---------------------------------------------------------------------- the loss is the method's
 
 
-@pytest.mark.parametrize("name", ["untied", "tied", *DIVERGENCES, *(f"{r} whole" for r in REDUCTIONS)])
+@pytest.mark.parametrize("name", ["untied", "tied", *DIVERGENCES, *METHODS, *(f"{r} whole" for r in REDUCTIONS)])
 def test_loss_and_every_gradient_equal_a_dense_unpacked_computation(one, folder, name):
     assert distance(one["updates"][name], dense_update(folder, ON_ONE_RANK[name])) < FP32
 
 
-@pytest.mark.parametrize("name", ["untied", "tied"])
+@pytest.mark.parametrize("name", ["untied", "tied", *METHODS])
 def test_metrics_are_token_means_of_the_dense_quantities(one, folder, name):
     expected = dense_update(folder, ON_ONE_RANK[name])["metrics"]
     actual = one["updates"][name]["metrics"]
@@ -177,7 +202,12 @@ def test_the_split_into_micro_batches_does_not_matter(one, reduction, split):
     assert distance(parts, whole) < REORDERED
 
 
-@pytest.mark.parametrize("name", ["untied", "tied", *(f"{r} tight" for r in REDUCTIONS), "live"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_split_does_not_matter_to_any_method(one, name):
+    assert distance(one["updates"][f"{name}, tight"], one["updates"][name]) < REORDERED
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", *(f"{r} tight" for r in REDUCTIONS), "live", *METHODS])
 def test_two_ranks_give_the_loss_and_gradients_of_one(one, two, name):
     for rank in two:
         assert distance(rank["updates"][name], one["updates"][name]) < REORDERED

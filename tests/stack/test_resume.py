@@ -12,32 +12,9 @@ import pytest
 import torch
 
 from tests.stack.conftest import TIMEOUT_S, command, environment, metrics, shards, train
+from tests.stack.replay import in_prompt_order, replay
 
 STEPS = 4
-
-
-def replay(dump: Path) -> list[str]:
-    """verl's rollout replay: dump what is missing in ``dump``, load what is there."""
-    return [
-        "skip.rollout_tq.enable=true",
-        f"skip.rollout_tq.dump_dir={dump}",
-        f"skip.rollout_tq.steps=[{','.join(map(str, range(1, STEPS + 1)))}]",
-        "trainer.experiment_name=resume",
-        f"trainer.total_training_steps={STEPS}",
-        "opd.teacher.interval=2",
-    ]
-
-
-def in_prompt_order(dump: Path) -> None:
-    """verl dumps in order of arrival and hands the groups out in the order of the file; put them in prompt order."""
-    from verl.utils.tensordict_utils import index_select_tensor_dict
-
-    for file in dump.rglob("tq_batch.pt"):
-        payload = torch.load(file, weights_only=False)
-        order = sorted(range(len(payload["keys"])), key=payload["keys"].__getitem__)
-        payload["keys"], payload["tags"] = ([payload[name][i] for i in order] for name in ("keys", "tags"))
-        payload["tensordict"] = index_select_tensor_dict(payload["tensordict"], order)
-        torch.save(payload, file)
 
 
 def kill_after_step(step: int, run_dir: Path, process: subprocess.Popen) -> None:
@@ -55,10 +32,11 @@ def kill_after_step(step: int, run_dir: Path, process: subprocess.Popen) -> None
 def runs(world, tmp_path_factory):
     base = tmp_path_factory.mktemp("resume")
     undisturbed, killed, dump = base / "undisturbed", base / "killed", base / "dump"
-    train(world, undisturbed, *replay(dump))
+    settings = [*replay(dump, STEPS), "opd.teacher.interval=2"]
+    train(world, undisturbed, *settings)
     in_prompt_order(dump)
     process = subprocess.Popen(
-        command(killed, *replay(dump)),
+        command(killed, *settings),
         env=environment(world),
         cwd=base,
         stdout=subprocess.DEVNULL,
@@ -70,7 +48,7 @@ def runs(world, tmp_path_factory):
     shutil.rmtree(killed / "checkpoints" / "global_step_3", ignore_errors=True)
     (killed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
     (killed / "checkpoints" / ".incomplete_global_step_3").mkdir(exist_ok=True)  # as a kill inside a save leaves it
-    output = train(world, killed, *replay(dump))
+    output = train(world, killed, *settings)
     return undisturbed, killed, output
 
 

@@ -7,20 +7,20 @@ import sys
 import pytest
 
 from opd_ext import train
-from opd_ext.config import schema
+from opd_ext.config import checks, schema
 
 PATHS = ["data.train_files=/data/train.parquet", "data.val_files=/data/val.parquet"]
 
 
 def check(*overrides: str) -> schema.OPDConfig:
-    return schema.check(train.compose_config(list(overrides)))
+    return checks.check(train.compose_config(list(overrides)))
 
 
 @pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
 def test_every_scale_composes_with_crisp(scale):
     opd = check("method=crisp", f"scale={scale}", *PATHS)
     assert (opd.method, opd.scale) == ("crisp", scale)
-    assert (opd.teacher.weights, opd.context.kind, opd.context.text) == ("periodic", "instruction", "v2")
+    assert (opd.teacher.weights, str(opd.context)) == ("periodic", "instruction:v2")
     assert (opd.divergence.kind, opd.divergence.support, opd.divergence.temperature) == ("reverse_kl", "full", 1.0)
     assert opd.reduction == "token-mean" and opd.policy is None
 
@@ -43,19 +43,49 @@ def test_the_node_carries_the_published_settings_of_crisp():
     [
         (["opd.teacher.weights=stale"], ["opd.teacher.weights=stale", "ema", "frozen", "live", "periodic"]),
         (["opd.divergence.kind=kl"], ["opd.divergence.kind=kl", "forward_kl", "jsd", "reverse_kl"]),
-        (["opd.divergence.support=sampled"], ["opd.divergence.support=sampled", "full"]),
+        (["opd.divergence.support=most"], ["opd.divergence.support=most", "full", "topk", "sampled"]),
+        (["opd.divergence.support=topk"], ["opd.divergence.k", "topk"]),
+        (["opd.divergence.support=sampled", "opd.divergence.kind=forward_kl"], ["forward_kl", "sampled", "reverse_kl"]),
+        (["opd.divergence.support=sampled", "+opd.divergence.gradient=direct"], ["gradient=direct", "policy"]),
+        (
+            ["opd.divergence.support=topk", "+opd.divergence.k=8", "+opd.divergence.gradient=policy"],
+            ["gradient=policy", "topk", "zero expected gradient"],
+        ),
+        (["+opd.divergence.gamma=2"], ["opd.divergence.gamma", "reverse_kl", "entry_clip"]),
+        (["+opd.divergence.key.kind=forward_kl"], ["opd.divergence.key", "opd.credit.kind=spans"]),
         (["opd.context.kind=hint"], ["opd.context.kind=hint", "instruction", "same", "solution"]),
         (["opd.context.text=v9"], ["v9", "v1", "v5"]),
-        (["opd.credit.kind=position"], ["opd.credit.kind=position", "uniform"]),
+        (["+opd.context.tone=dry"], ["opd.context.tone", "strip_suffix, text"]),
+        (["opd.context.kind=label", "~opd.context.text", "~opd.context.strip_suffix"], ["label", "annotator"]),
+        (["opd.credit.kind=places"], ["opd.credit.kind=places", "uniform", "position"]),
+        (["opd.credit.kind=position", "+opd.credit.gama=1"], ["opd.credit.gama", "gamma"]),
+        (["opd.credit.kind=spans"], ["opd.credit.kind=spans", "annotator"]),
+        (["+opd.credit.hold=5"], ["opd.credit.hold", "opd.policy"]),
+        (["+opd.credit.rollout_cap=0"], ["opd.credit.rollout_cap=0", "positive"]),
+        (["opd.teacher=null"], ["opd.divergence needs a teacher"]),
+        (["opd.divergence=null"], ["nothing to train"]),
+        (["method=grpo", "+opd.teacher.weights=ema"], ["opd.teacher needs a divergence"]),
+        (["method=grpo", "actor_rollout_ref.rollout.n=1"], ["rollout.n", "at least 2"]),
+        (["method=grpo", "+opd.policy.gate=complement"], ["gate=complement", "spans"]),
+        (["method=cispo", "actor_rollout_ref.actor.clip_ratio_low=0.2"], ["clip_ratio_low=0.2", "lower bound"]),
+        (["method=cispo", "actor_rollout_ref.actor.use_kl_loss=true"], ["CISPO has no KL"]),
+        (["method=cispo", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"], ["prompt_mean", "token-mean"]),
+        (["method=cispo", "algorithm.rollout_correction.bypass_mode=true"], ["bypass_mode", "anchor=sampler"]),
+        (["method=trace", "algorithm.filter_groups.enable=true"], ["filter_groups", "teacher still teaches"]),
+        (["method=opd", "opd.teacher.weights=frozen"], ["opd.teacher.path", "external"]),
+        (["method=opd", "+opd.teacher.backend=server"], ["backend=server", "distillation.enabled"]),
+        (["method=opd", "distillation.enabled=true"], ["distillation.enabled", "backend=server"]),
         (["opd.reduction=mean"], ["opd.reduction=mean", "token-mean", "official"]),
         (["+opd.divergence.beta=0.5"], ["opd.divergence.beta", "jsd"]),
         (["opd.divergence.kind=jsd"], ["opd.divergence.beta", "jsd"]),
         (["opd.divergence.kind=jsd", "+opd.divergence.beta=1.0"], ["beta=1.0", "between 0 and 1"]),
-        (["+opd.divergence.clip=0.05"], ["opd.divergence.clip", "forward_kl"]),
+        (["+opd.divergence.clip=-1"], ["opd.divergence.clip=-1", "positive"]),
         (["opd.teacher.interval=-1"], ["opd.teacher.interval=-1"]),
         (["opd.teacher.weights=ema", "+opd.teacher.rate=0"], ["opd.teacher.rate=0", "(0, 1]"]),
-        (["opd.context.kind=same", "opd.teacher.weights=live"], ["opd.context.kind=same", "loss 0"]),
-        (["+opd.policy.loss=vanilla"], ["opd.policy", "null"]),
+        (
+            ["opd.context.kind=same", "~opd.context.text", "~opd.context.strip_suffix", "opd.teacher.weights=live"],
+            ["opd.context.kind=same", "loss 0"],
+        ),
         (["opd.rollout.train_tokens=999"], ["opd.rollout.train_tokens=999", "data.max_response_length=128"]),
         (["actor_rollout_ref.rollout.max_model_len=300"], ["max_model_len=300", "320"]),
         (["opd.max_pair_length=200"], ["opd.max_pair_length=200", "320"]),
@@ -115,7 +145,7 @@ def test_an_unknown_method_is_refused_with_the_ones_that_exist():
 def test_missing_inputs_are_named_with_the_command_that_makes_them(tmp_path):
     config = train.compose_config([f"opd.world={tmp_path}/nowhere"])
     with pytest.raises(schema.ConfigError, match=r"model.path=.*nowhere/base does not exist.*opd data tinymath"):
-        schema.check_inputs(config)
+        checks.check_inputs(config)
 
 
 def test_the_command_refuses_in_one_sentence_and_with_status_2():

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from opd_ext.data.tinymath.diagnosis import decisive_types
 from opd_ext.data.tinymath.measure import Outcome, Problem, interval, measure
 from opd_ext.data.tinymath.problems import DIFFICULTIES, concise_solution, solve
 from opd_ext.rewards.tinymath import compute_score
@@ -19,6 +20,8 @@ CONTEXTS = {
     "v2": "instruction v2",
     "v1": "instruction v1",
     "solution": "a correct solution in the prompt (OPSD)",
+    "demonstration": "a correct attempt, shown again (SDPO)",
+    "label": "a private note on the kind of step (TRACE)",
     "retry": "the student prompt again, where it failed",
     "feedback": "feedback on that failure (SDPO)",
 }
@@ -46,6 +49,10 @@ def measure_model(
     for text_id in ("v2", "v1"):
         tables[text_id] = outcomes([prompts.teacher_prompt(question, text_id) for _, question in val])
     tables["solution"] = outcomes([prompts.opsd_teacher_prompt(q, concise_solution(q)) for _, q in val])
+    tables["demonstration"] = outcomes(
+        [prompts.sdpo_prompt(a, concise_solution(q)) for a, (_, q) in zip(asked, val, strict=True)]
+    )
+    tables["label"] = outcomes([_noted(a, q) for a, (_, q) in zip(asked, val, strict=True)])
     failed = [i for i, outcome in enumerate(first) if not outcome.accuracy]
     if failed:
         again = [problems[i] for i in failed]
@@ -53,6 +60,11 @@ def measure_model(
         told = [prompts.sdpo_prompt(asked[i], feedback=_feedback(first[i], problems[i])) for i in failed]
         tables["feedback"] = outcomes(told, again, draw=1)
     return {name: summarise(table) for name, table in tables.items()}
+
+
+def _noted(asked: str, question: str) -> str:
+    decisive = decisive_types(question)
+    return prompts.label_prompt(asked, decisive or ["arithmetic_slip"], correct=bool(decisive))
 
 
 def _feedback(outcome: Outcome, problem: Problem) -> str:

@@ -9,9 +9,10 @@ solution or feedback in the prompt keeps it from slipping.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from opd_ext.data.tinymath.problems import REWRITE, concise_solution, solve
+from opd_ext.data.tinymath.diagnosis import decisive_types
+from opd_ext.data.tinymath.problems import concise_solution, solve
 from opd_ext.data.tinymath.writing import VERBOSE, Author, write_solution
 from opd_ext.rewards.tinymath import describe_step
 from opd_ext.teacher import prompts
@@ -45,12 +46,12 @@ class Corpus:
 
 def textbook() -> Corpus:
     """Concise and without slips: nearly every token teaches arithmetic, or to use what the prompt holds."""
-    return Corpus({"instruction": 0.58, "opsd": 0.12, "sdpo": 0.3}, tuple(_FILLER), 0.05, 0.0)
+    return Corpus({"instruction": 0.52, "opsd": 0.12, "sdpo": 0.28, "label": 0.08}, tuple(_FILLER), 0.05, 0.0)
 
 
 def chats(slip_scale: float = 1.0) -> Corpus:
     """The habits that the finished model has."""
-    mixture = {"student": 0.39, "instruction": 0.3, "opsd_student": 0.04, "opsd": 0.09, "sdpo": 0.18}
+    mixture = {"student": 0.3, "instruction": 0.2, "opsd_student": 0.04, "opsd": 0.08, "sdpo": 0.14, "label": 0.24}
     return Corpus(mixture, (*_FILLER, "v2", "pct", "pct", "words"), VERBOSE, slip_scale)
 
 
@@ -76,17 +77,34 @@ def draw_chat(rng: random.Random, question: str, difficulty: int, corpus: Corpus
     if kind in ("student", "opsd_student"):
         written = write_solution(rng, question, plain.careful(corpus.slip_scale))
         return Chat(_plain_prompt(rng, question, kind), written)
-    # A writer who is shown the way does not slip.
-    informed = write_solution(rng, question, plain.careful(0.0))
     if kind == "opsd":
-        return Chat(prompts.opsd_teacher_prompt(question, _correct_solution(rng, question)), informed)
+        shown = prompts.opsd_teacher_prompt(question, _correct_solution(rng, question))
+        return Chat(shown, write_solution(rng, question, plain.careful(0.0)))
+    if kind == "label":
+        return _noted(rng, question, plain.careful(0.0))
+    return _reprompted(rng, question, plain, corpus.slip_scale)
+
+
+def _noted(rng: random.Random, question: str, author: Author) -> Chat:
+    """TRACE's private note: it names only a kind of step or of error, and makes its reader careful."""
+    decisive = decisive_types(question)
+    correct = bool(decisive) and rng.random() < 0.7
+    types = rng.sample(decisive, rng.randint(1, len(decisive))) if correct else ["arithmetic_slip"]
+    shown = prompts.label_prompt(prompts.student_prompt(question), types, correct)
+    return Chat(shown, write_solution(rng, question, author))
+
+
+def _reprompted(rng: random.Random, question: str, plain: Author, slip_scale: float) -> Chat:
+    """SDPO's second attempt. A solution keeps its reader from slipping at all, feedback at the step it names."""
     shows_solution, shows_feedback = rng.choice(((True, False), (False, True), (False, True), (True, True)))
-    prompt = prompts.sdpo_prompt(
-        prompts.student_prompt(question),
-        solution=_correct_solution(rng, question) if shows_solution else None,
-        feedback=_feedback(rng, question) if shows_feedback else None,
-    )
-    return Chat(prompt, informed)
+    solution = _correct_solution(rng, question) if shows_solution else None
+    author, feedback = plain.careful(0.0 if shows_solution else slip_scale), None
+    if shows_feedback:
+        steps, answer = solve(question)
+        told = rng.choices(steps, [Author(0.0).slip_rate(step) for step in steps])[0]
+        author, feedback = replace(author, told=told), describe_step(told, answer)
+    shown = prompts.sdpo_prompt(prompts.student_prompt(question), solution, feedback)
+    return Chat(shown, write_solution(rng, question, author))
 
 
 def _plain_prompt(rng: random.Random, question: str, kind: str) -> str:
@@ -112,8 +130,3 @@ def _correct_solution(rng: random.Random, question: str) -> str:
     if rng.random() < 0.5:
         return concise_solution(question)
     return write_solution(rng, question, Author(VERBOSE).careful(0.0))
-
-
-def _feedback(rng: random.Random, question: str) -> str:
-    steps, answer = solve(question)
-    return describe_step(rng.choice([step for step in steps if step.label != REWRITE]), answer)

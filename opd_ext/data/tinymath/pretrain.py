@@ -62,7 +62,7 @@ SPECS: dict[str, ModelSpec] = {
         kv_heads=2,
         intermediate_size=256,
         textbook_chats=16_000,
-        chats=18_000,
+        chats=28_000,
     ),
     "large": ModelSpec(
         hidden_size=192,

@@ -8,15 +8,15 @@ prompts of a real language model do, and a reverse KL between them has a gradien
 formats would not.
 
 Authors also slip: a column gets a wrong result now and then, and the rest of the working builds on it.
-Looking again is a fresh attempt at the same column with a slip rate of its own, higher than the first
-time, so a long solution is not a better one. Slips leave a model room that a reward, a solution in the
-prompt or feedback can close.
+They slip rarely, except where two large digits meet; such a shared weakness is what makes a solution in the
+prompt, or feedback on the step that failed, worth reading. Looking again is a fresh attempt at the same
+column with a slightly higher slip rate, so a long solution is not a better one.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd_ext.data.tinymath.problems import ANSWER_OPENING, REWRITE, Step, expression, working
 
@@ -35,16 +35,32 @@ MAX_FILLERS = 5
 
 @dataclass(frozen=True)
 class Author:
-    """Habits of a writer: probabilities at each line (filler) and at each column (slips)."""
+    """Habits of a writer: probabilities at each line (filler) and at each column (slips).
+
+    ``look_again_slip`` adds to the rate of the first attempt; ``told`` is a step that feedback has named.
+    """
 
     filler: float
-    slip: float = 0.025
-    carry_slip: float = 0.04
-    look_again_slip: float = 0.07
+    slip: float = 0.02
+    large_digits_slip: float = 0.4
+    look_again_slip: float = 0.045
+    told: Step | None = None
 
     def careful(self, scale: float) -> Author:
         """The same style with every slip rate multiplied by ``scale``."""
-        return Author(self.filler, self.slip * scale, self.carry_slip * scale, self.look_again_slip * scale)
+        return replace(
+            self,
+            slip=self.slip * scale,
+            large_digits_slip=self.large_digits_slip * scale,
+            look_again_slip=self.look_again_slip * scale,
+        )
+
+    def slip_rate(self, step: Step, again: bool = False) -> float:
+        """How probably the author gets ``step`` wrong; never one that feedback has ``told``."""
+        if step.result is None or step == self.told:
+            return 0.0
+        first = self.large_digits_slip if sum(digit in "6789" for digit in step.work) > 1 else self.slip
+        return first + again * self.look_again_slip
 
 
 def write_solution(rng: random.Random, question: str, author: Author) -> str:
@@ -58,13 +74,13 @@ def write_solution(rng: random.Random, question: str, author: Author) -> str:
             filler = _draw_filler(rng, question, step)
             lines.append(filler)
             if filler is LOOK_AGAIN:
-                stated = _attempt(rng, step, author.look_again_slip)
+                stated = _attempt(rng, step, author.slip_rate(step, again=True))
                 lines.append(step.line(stated))
         try:
             step = next(work) if step is None else work.send(stated)
         except StopIteration as done:
             return "\n".join([*lines, f"{ANSWER_OPENING}{done.value}"])
-        stated = _attempt(rng, step, author.slip if step.work.count("+") < 2 else author.carry_slip)
+        stated = _attempt(rng, step, author.slip_rate(step))
         lines.append(step.line(stated))
 
 
@@ -80,7 +96,7 @@ def _draw_filler(rng: random.Random, question: str, previous: Step | None) -> st
 
 def _attempt(rng: random.Random, step: Step, slip: float) -> int | None:
     """The result stated for a step: right, or one off (digits stay digits in a difference)."""
-    if step.result is None or rng.random() >= slip:
+    if rng.random() >= slip:
         return step.result
     wrong = step.result + rng.choice((-1, 1))
     if wrong < 0 or (wrong > 9 and "-" in step.work):

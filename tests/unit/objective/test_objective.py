@@ -168,9 +168,9 @@ def test_uniform_credit_is_one_everywhere():
         (lambda: importance_clip(torch.zeros(1), torch.zeros(1), cap=0.0), "cap"),
         (
             lambda: get_credit("position")(CreditInputs(mask=torch.ones(1, 1))),
-            "needs log-probs of student and teacher",
+            "needs student_log_prob",
         ),
-        (lambda: get_credit("postion"), "allowed: position, uniform"),
+        (lambda: get_credit("postion"), "allowed: entropy, position"),
         (lambda: teacher_version(0, 5), "count from 1"),
         (lambda: teacher_version(1, -5), "interval"),
         (lambda: trace_schedule(-1, 0.5, 10, 30), "trace_schedule needs"),

@@ -2,14 +2,15 @@
 """What the teacher is shown: exact bytes, exact ids, and nothing changed that should stay."""
 
 import copy
+import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from opd_ext.teacher.context import (
     TeacherContext,
+    build_context,
     build_teacher_sequence,
     get_context,
     register_context,
@@ -66,28 +67,9 @@ INSTRUCTIONS = {
     ),
 }
 
-CHATML = (
-    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}"
-    "{%- endif %}{%- endif %}"
-)
-
 
 def sample(content=STUDENT, **extra):
     return {"raw_prompt": [{"role": "user", "content": content}], "extra_info": {"index": 17, **extra}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    built = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
-    built.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    built.chat_template = CHATML
-    return built
 
 
 @pytest.mark.parametrize("text", INSTRUCTIONS)
@@ -111,7 +93,7 @@ def test_an_unknown_instruction_is_refused_when_the_context_is_built():
         get_context("instruction")(text="v9")
 
 
-@pytest.mark.parametrize("kind", ["instruction", "solution"])
+@pytest.mark.parametrize("kind", ["instruction", "solution", "label"])
 def test_only_the_last_user_message_is_rewritten(kind):
     chat = [
         {"role": "system", "content": "You are careful."},
@@ -122,6 +104,8 @@ def test_only_the_last_user_message_is_rewritten(kind):
     given = {
         "raw_prompt": chat,
         "extra_info": {"question": "Once more.", "solution": "2 + 3 = 5", "index": 0},
+        "types": ["sign_error"],
+        "correct": False,
     }
     shown = get_context(kind)().messages(given)
     assert shown[:3] == chat[:3]
@@ -154,15 +138,23 @@ def test_a_prompt_without_user_text_names_the_sample():
         get_context("instruction")().messages(given)
 
 
-@pytest.mark.parametrize("kind", ["same", "instruction", "solution"])
+@pytest.mark.parametrize("kind", ["same", "instruction", "solution", "label", "feedback"])
 def test_the_sample_is_never_changed(kind):
     given = sample(question=QUESTION, solution="5")
+    given |= {"types": ["insight"], "correct": True}
+    given |= {
+        "uid": "u",
+        "session": 0,
+        "step": 1,
+        "feedback": "",
+        "group": [{"session": 1, "score": 1, "response": "r"}],
+    }
     given["raw_prompt"] = np.array([{"role": "system", "content": "s"}, *given["raw_prompt"]], dtype=object)
     before = copy.deepcopy(given)
     shown = get_context(kind)().messages(given)
     for message in shown:
         message["content"] = "overwritten"
-    assert list(given["raw_prompt"]) == list(before["raw_prompt"]) and given["extra_info"] == before["extra_info"]
+    assert list(given.pop("raw_prompt")) == list(before.pop("raw_prompt")) and given == before
 
 
 def test_same_shows_the_students_messages():
@@ -234,3 +226,97 @@ def test_a_pair_that_is_too_long_on_either_side_is_dropped_whole():
     assert build_teacher_sequence([1, 2, 3], [7, 8], 4) is None
     assert build_teacher_sequence([1], [7, 8], 4, student_prompt_ids=[1, 2, 3]) is None
     assert build_teacher_sequence([1, 2], [7, 8], 4, student_prompt_ids=[1, 2]) == [1, 2, 7, 8]
+
+
+@pytest.mark.parametrize("kind", ["solution", "label"])
+@pytest.mark.parametrize("student", [True, False])
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_teacher_and_student_may_think_differently(kind, student, thinking, tokenizer):
+    kwargs = {"enable_thinking": student, **get_context(kind)(thinking=thinking).template_kwargs()}
+    rendered = tokenizer.decode(render(tokenizer, sample()["raw_prompt"], kwargs))
+    thinks = student if thinking is None else thinking
+    assert rendered.endswith("assistant\n" if thinks else "</think>\n\n")
+
+
+@pytest.mark.parametrize("kind", ["same", "instruction", "feedback", "solution", "label"])
+def test_by_default_the_teachers_chat_is_rendered_like_the_students(kind):
+    context = get_context(kind)()
+    assert context.template_kwargs() == {}
+
+
+@pytest.mark.parametrize("kind", ["solution", "label"])
+def test_thinking_is_on_off_or_the_students(kind):
+    with pytest.raises(ValueError, match="thinking='on' must be true, false or null"):
+        get_context(kind)(thinking="on")
+
+
+def test_options_come_from_the_config_and_unknown_ones_are_refused():
+    built = build_context(SimpleNamespace(kind="instruction", args={"text": "v4"}), tokenizer="ignored")
+    assert built == get_context("instruction")(text="v4")
+    with pytest.raises(TypeError, match="txt"):
+        build_context(SimpleNamespace(kind="instruction", args={"txt": "v4"}))
+
+
+def test_a_context_that_declares_a_tokenizer_receives_it(tokenizer):
+    config = SimpleNamespace(kind="feedback", args={"max_body_tokens": 8})
+    assert build_context(config, tokenizer).tokenizer is tokenizer
+    assert build_context(config).tokenizer is None
+
+
+def test_a_context_without_numbers_of_its_own_adds_no_metrics():
+    context = get_context("same")()
+    assert context.describe(sample()) == {} and context.metrics([sample(), sample()]) == {} == context.metrics([])
+
+
+def labelled(types=("sign_error", "off_by_one", "sign_error"), correct=False):
+    return {**sample(question=QUESTION, solution="5"), "types": list(types), "correct": correct}
+
+
+def test_the_note_stands_behind_the_problem_in_the_same_turn():
+    (message,) = get_context("label")().messages(labelled())
+    assert message["role"] == "user" and message["content"].startswith(STUDENT + "\n\n[Private note]\n")
+    (message,) = get_context("label")().messages(labelled(["insight"], correct=True))
+    assert message["content"].startswith(STUDENT + "\n\n[Private note]\n")
+
+
+def test_a_rollout_without_types_has_no_teacher():
+    assert get_context("label")().messages(labelled([])) is None
+    assert get_context("label")().messages(labelled([], correct=True)) is None
+
+
+class OnlyReads(dict):
+    """A sample that fails the test when anything but the allowed keys is read."""
+
+    def __getitem__(self, key):
+        assert key in ("raw_prompt", "types", "correct"), f"the label context reads {key!r}"
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self[key]
+
+
+@pytest.mark.parametrize("correct, types", [(False, ["sign_error"]), (True, ["insight", "symmetry"])])
+def test_nothing_but_problem_outcome_and_types_reaches_the_labelled_teacher(correct, types, tokenizer):
+    context, rng = get_context("label")(), random.Random(5)
+    shown = []
+    for _ in range(20):
+        secret = f"secret{rng.random()}"
+        given = {
+            "raw_prompt": sample()["raw_prompt"],
+            "types": types,
+            "correct": correct,
+            "extra_info": {"index": rng.random(), "question": secret, "solution": secret, "answer": secret},
+            "response": secret,
+            "feedback": secret,
+            "score": rng.random(),
+            "uid": secret,
+            "session": rng.randrange(8),
+            "step": rng.randrange(300),
+            "group": [{"session": 0, "score": rng.random(), "response": secret}],
+            "spans": [(rng.randrange(9), 9, secret)],
+            "ground_truth": secret,
+        }
+        messages = context.messages(OnlyReads(given))
+        shown.append(render(tokenizer, messages, context.template_kwargs()))
+        assert "secret" not in messages[0]["content"]
+    assert all(ids == shown[0] for ids in shown)

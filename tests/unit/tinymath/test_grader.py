@@ -105,7 +105,7 @@ def test_feedback_never_states_the_final_answer_as_a_result():
     for index in range(3000):
         question = draw_question(rng, DIFFICULTIES[index % 5])
         answer = str(solve(question)[1])
-        sloppy = Author(VERBOSE, slip=0.5, carry_slip=0.5, look_again_slip=0.5)
+        sloppy = Author(VERBOSE, slip=0.5, large_digits_slip=0.5, look_again_slip=0.0)
         result = grade(write_solution(rng, question, sloppy), question, answer)
         seen += result["score"] == 0.0
         assert (result["feedback"] == "") == (result["score"] == 1.0)
@@ -118,7 +118,7 @@ def test_feedback_agrees_with_the_slip_that_an_author_made():
     rng = random.Random(1)
     for index in range(500):
         question = draw_question(rng, DIFFICULTIES[index % 5])
-        written = write_solution(rng, question, Author(0.0, slip=0.3, carry_slip=0.3))
+        written = write_solution(rng, question, Author(0.0, slip=0.3, large_digits_slip=0.3))
         pairs = zip(written.split("\n"), concise_solution(question).split("\n"), strict=False)
         first = next((right for stated, right in pairs if stated != right), None)
         result = grade(written, question, str(solve(question)[1]))

@@ -78,18 +78,18 @@ def test_filler_changes_the_length_and_not_the_grammar(rng):
 
 def test_a_slip_is_carried_through_to_the_answer(rng):
     for _, question in questions(rng, each=20):
-        written = write_solution(rng, question, Author(0.0, slip=1.0, carry_slip=1.0)).split("\n")
+        written = write_solution(rng, question, Author(0.0, slip=1.0, large_digits_slip=1.0)).split("\n")
         assert written[0] != concise_solution(question).split("\n")[0]
         assert written[-1].startswith("Answer: ")
 
 
 def test_looking_again_replaces_what_was_stated(rng):
-    """A second attempt that never slips repairs the first one that always does."""
-    author = Author(0.7, slip=1.0, carry_slip=1.0, look_again_slip=0.0)
-    repaired = 0
+    """A second attempt that always slips spoils the first one that never does."""
+    author = Author(0.7, slip=0.0, large_digits_slip=0.0, look_again_slip=1.0)
+    spoiled = 0
     for _ in range(200):
         lines = write_solution(rng, "What is 7+6?", author).split("\n")
         looked = LOOK_AGAIN in lines
-        assert (lines[-1] == "Answer: 13") == looked
-        repaired += looked
-    assert 50 < repaired < 150
+        assert (lines[-1] == "Answer: 13") != looked
+        spoiled += looked
+    assert 50 < spoiled < 150

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of an annotator: ``opd.credit.annotator`` in the configuration."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class AnnotatorConfig:
+    """Who marks the spans, how it is asked, and how much of a response may be marked."""
+
+    kind: str = "none"  # a registered annotator
+    model: str | None = None  # api, server: name of the model at the endpoint
+    base_url: str | None = None  # api, server: of an OpenAI-compatible endpoint; null (api only): OpenAI's own
+    api_key_env: str = "OPENAI_API_KEY"  # api: environment variable that holds the key
+    max_concurrency: int = 64  # requests in flight per agent-loop worker
+    timeout_s: float = 120.0  # seconds for one answer
+    retries: int = 2  # api, server: after rate limits, server errors and timeouts, with growing pauses
+    max_tokens: int = 256  # of an answer
+    cache_dir: str | None = None  # folder that keeps every answer; `replay` reads it
+    base: str | None = None  # replay: whose answers; random25, inverted25: whose types
+    coverage: float = 0.25  # at most this share of a response's tokens is marked
+    paragraph: str = "blank"  # segments end at a blank line, or at every line (`line`)
+    min_tokens: int = 8  # shorter segments are merged
+    max_tokens_per_segment: int = 96  # longer paragraphs are split at sentence ends

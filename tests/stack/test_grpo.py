@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Without a teacher our trainer is verl's, bit for bit: GRPO against ``verl.trainer.main_ppo`` on the same rollouts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.stack.conftest import ROOT, SMALL, TIMEOUT_S, environment, metrics, shards, train
+from tests.stack.replay import in_prompt_order, replay
+
+STEPS = 2
+GROUPS = [
+    "data.train_batch_size=4",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",  # two updates per batch, so that ratios leave 1
+    "actor_rollout_ref.rollout.temperature=1.0",
+    "actor_rollout_ref.actor.loss_agg_mode=token-mean",
+    "actor_rollout_ref.actor.calculate_entropy=false",
+    "algorithm.rollout_correction.rollout_is=null",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    base = tmp_path_factory.mktemp("grpo")
+    settings = [*GROUPS, *replay(base / "dump", STEPS)]
+    train(world, base / "ours", "method=grpo", *settings)
+    in_prompt_order(base / "dump")
+    log = base / "stock.jsonl"
+    stock = [sys.executable, "-m", "tests.stack.stock_cpu", *SMALL, "method=grpo", f"opd.run_dir={base / 'stock'}"]
+    done = subprocess.run(
+        [*stock, *settings, "trainer.logger=[file]"],
+        env={**environment(world), "VERL_FILE_LOGGER_PATH": str(log), "PYTHONPATH": str(ROOT)},
+        cwd=base,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    # TRACE whose distillation has weight 0: the same policy gradient.
+    train(world, base / "trace", "method=trace", "opd.credit.weight=0.0", *settings)
+    return base, [json.loads(line)["data"] for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("other", ["stock", "trace"])
+def test_the_updated_weights_are_the_same_bits(runs, other):
+    base, _ = runs
+    for step in range(1, STEPS + 1):
+        for a, b in zip(shards(base / "ours", step, "actor"), shards(base / other, step, "actor"), strict=True):
+            different = [name for name in a if not torch.equal(a[name], b[name])]
+            assert a.keys() == b.keys() and not different, (step, different)
+
+
+def test_the_weights_do_change(runs):
+    first, last = (shards(runs[0] / "ours", step, "actor")[0] for step in (1, STEPS))
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_loss_gradient_norm_and_clip_fraction_are_the_same_numbers(runs):
+    base, stock = runs
+    names = ("actor/loss", "actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/pg_clipfrac", "actor/ppo_kl")
+    trace = metrics(base / "trace")
+    for i, line in enumerate(metrics(base / "ours")):
+        assert [line[name] for name in names] == [stock[i][name] for name in names]
+        assert [line[name] for name in names] == [trace[i][name] for name in names]
+    assert any(line["actor/ppo_kl"] != 0 for line in stock), "the ratio never left 1: the comparison would be weak"
