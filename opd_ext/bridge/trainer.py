@@ -235,7 +235,7 @@ class OPDTrainer(PPOTrainerSync):
         if gated:
             active = [label for name, label in schema.SPAN_LABELS.items() if self._has_divergence(name)]
             literal = self.opd.credit.inactive_span == "literal"
-            advantages = advantages * span_gate(padded["span_label"], gate, active, literal)
+            advantages = span_gate(advantages, padded["span_label"], gate, active, literal)
         if untaught:
             advantages = advantages * ~data["has_teacher"].bool()[:, None]
         if policy.prompt_mean:

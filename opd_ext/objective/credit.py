@@ -166,7 +166,8 @@ def position(
 def position_linear(inputs: CreditInputs, gamma: float = 0.5) -> Tensor:
     """IW-OPD's ablation that falls with the place alone: ``1 + gamma * (1 - i / n)``, i = 0 ... n - 1: [B, T]."""
     index, count = _trained_index(inputs.mask)
-    return 1.0 + gamma * (1.0 - index / count.clamp(min=1)) * inputs.mask.bool()
+    dtype = inputs.mask.dtype if inputs.mask.is_floating_point() else torch.float32
+    return 1.0 + gamma * (1.0 - index.to(dtype) / count.clamp(min=1)) * inputs.mask.bool()
 
 
 @register_credit("position_part")

@@ -72,8 +72,10 @@ def clipped_surrogate(
     return SurrogateTerms(torch.where(dual_clipped, ceiling, loss), ratio.detach(), bounded > plain, dual_clipped)
 
 
-def span_gate(span_label: Tensor, gate: float, active: Collection[int], literal: bool = False) -> Tensor:
-    """Factors for advantages: ``gate`` on annotated tokens, 1 elsewhere: [...] -> [...] float32.
+def span_gate(
+    advantages: Tensor, span_label: Tensor, gate: float, active: Collection[int], literal: bool = False
+) -> Tensor:
+    """Advantages times ``gate`` on annotated tokens, as they are elsewhere: [...], [...] -> [...].
 
     A clipped surrogate is positively homogeneous in the advantage, so this weighs the policy term itself (TRACE, arXiv
     2605.10194, eq. 1).
@@ -87,7 +89,7 @@ def span_gate(span_label: Tensor, gate: float, active: Collection[int], literal:
         annotated = span_label != 0
     else:
         annotated = torch.isin(span_label, span_label.new_tensor(sorted(active)))
-    return torch.where(annotated, gate, 1.0)
+    return torch.where(annotated, gate * advantages, advantages)
 
 
 def prompt_mean_scale(groups: Sequence[str], mask: Tensor) -> Tensor:
@@ -105,3 +107,20 @@ def prompt_mean_scale(groups: Sequence[str], mask: Tensor) -> Tensor:
     tokens = torch.zeros(len(names), device=mask.device).index_add(0, owner, mask.bool().sum(dim=-1).float())
     counted = (tokens > 0).sum().clamp(min=1)
     return tokens.sum() / (counted * tokens.clamp(min=1.0))[owner]
+
+
+def self_distilled_advantage(
+    advantage: Tensor, student_logp: Tensor, teacher_logp: Tensor, weight: float, bound: float = 0.2
+) -> Tensor:
+    """RLSD's advantage (arXiv 2604.03128): the teacher decides how much a token counts, the reward its direction.
+
+    ``A [(1 - weight) + weight clip(exp(sign(A) (log p_T - log p_S)), 1 - bound, 1 + bound)]``, detached: [...].
+
+    Args:
+        advantage: of the reward, per token.
+        student_logp, teacher_logp: of the sampled tokens.
+        weight: 0 leaves the advantages as they are.
+    """
+    gap = (teacher_logp.detach() - student_logp.detach()).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+    factor = torch.exp(advantage.sign() * gap).clamp(1.0 - bound, 1.0 + bound)
+    return advantage * ((1.0 - weight) + weight * factor)
