@@ -134,5 +134,22 @@ def report(
         raise _refused("report", error) from None
 
 
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="a folder of run folders")],
+    against: Annotated[list[str] | None, typer.Option(help="METHOD:BASELINE, any number of times")] = None,
+) -> None:
+    """Compare methods over seeds: one table with intervals, one figure, written into the folder."""
+    from opd_ext.report.compare import write_comparison
+
+    try:
+        pairs = [tuple(pair.split(":")) for pair in against or []]
+        if wrong := [pair for pair in pairs if len(pair) != 2]:
+            raise ValueError(f"--against {':'.join(wrong[0])} must be METHOD:BASELINE")
+        write_comparison(folder, pairs)
+    except (FileNotFoundError, ValueError) as error:
+        raise _refused("compare", error) from None
+
+
 if __name__ == "__main__":
     app()

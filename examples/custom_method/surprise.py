@@ -24,6 +24,5 @@ def hellinger(student_logits: Tensor, teacher_logits: Tensor, *, temperature: fl
 @register_credit("surprise")
 def surprise(inputs: CreditInputs, margin: float = 0.0) -> Tensor:
     """1 where the student finds the sampled token likelier than the teacher by more than ``margin`` nats: [B, T]."""
-    if inputs.student_log_prob is None or inputs.teacher_log_prob is None:
-        raise ValueError("Credit 'surprise' needs log-probs of student and teacher on the sampled tokens.")
-    return (inputs.student_log_prob - inputs.teacher_log_prob > margin).to(torch.float32)
+    student, teacher = inputs.need("surprise", "student_log_prob", "teacher_log_prob")
+    return (student - teacher > margin).to(torch.float32)

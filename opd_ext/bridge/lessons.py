@@ -46,7 +46,8 @@ def plan_lessons(
     """One lesson per rollout, and metrics of them all.
 
     Args:
-        rows: as :func:`opd_ext.bridge.rollouts.read_rows` returns them, in the order of ``batch``.
+        rows: as :func:`opd_ext.bridge.rollouts.read_rows` returns them, in the order of ``batch``. Those with a
+            teacher get its prompt as ``teacher_prompt``.
         template_kwargs: of the student's chat template; the context may override some.
         max_pair_length: tokens of prompt + response, of the student and of the teacher.
         annotated: whether an annotator is at work; where it has left nothing, no token has a label.
@@ -82,6 +83,7 @@ def plan_lessons(
             lesson.span_label = span_labels(annotation.get("runs", ()), len(response))
         if messages is not None:
             prompt = render(tokenizer, messages, kwargs)
+            row["teacher_prompt"] = tokenizer.decode(prompt)
             lesson.ids = build_teacher_sequence(
                 prompt, response, max_pair_length, student_prompt_ids=prompts[i].tolist()
             )

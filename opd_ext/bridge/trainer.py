@@ -130,12 +130,12 @@ class OPDTrainer(PPOTrainerSync):
             batch = self._compute_reward_colocate(batch, metrics=metrics)
         rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens)
         metrics.update(rollouts.summarise(rows, "rollout"))
-        rollouts.write_jsonl(self.run_dir / "generations" / f"train_{self.global_steps}.jsonl", rows)
         scale, gate = self.opd.schedule(self.global_steps)
         taught = False
         if scale > 0:
             with marked_timer("teacher_context", timing_raw, color="olive"):
                 batch, taught = self._add_lessons(batch, rows, metrics)
+        rollouts.write_jsonl(self.run_dir / "generations" / f"train_{self.global_steps}.jsonl", rows)
         untrained = not taught and self.opd.policy is None
         metrics["opd/skipped"] = float(untrained)
         if untrained or self._found(rows):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config.schema import ConfigError, DivergenceTerm, OPDConfig, load
 from opd_ext.objective.credit import credit_names, get_credit
@@ -15,6 +15,7 @@ from opd_ext.objective.divergence import divergence_names, get_divergence
 from opd_ext.objective.objective import REDUCTIONS
 from opd_ext.teacher.annotate import annotator_names, get_annotator
 from opd_ext.teacher.context import build_context, context_names, get_context
+from opd_ext.teacher.vocabulary import check_same_ids
 
 TEACHER_WEIGHTS = ("live", "frozen", "periodic", "ema", "trust_region", "external")
 SUPPORTS = ("full", "topk", "sampled")
@@ -363,3 +364,17 @@ def check_inputs(config: DictConfig) -> None:
         local = str(path).startswith(("/", "~", "."))
         if local and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}={path} does not exist.{hint}")
+    _check_vocabularies(config)
+
+
+def _check_vocabularies(config: DictConfig) -> None:
+    """An external teacher scores the ids of the student: compared here if both are on this machine, else later."""
+    teacher, student = OmegaConf.select(config, "opd.teacher.path"), config.actor_rollout_ref.model.path
+    if teacher is None or not (Path(teacher).is_dir() and Path(student).is_dir()):
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        check_same_ids(AutoTokenizer.from_pretrained(student), teacher)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -170,9 +170,9 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
     }
     folder = run.directory / "report"
     folder.mkdir(exist_ok=True)
-    _write_whole(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
-    _write_whole(folder / "curves.png", png)
-    _write_whole(folder / "report.html", html.encode())
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
+    write_whole(folder / "curves.png", png)
+    write_whole(folder / "report.html", html.encode())
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
 
 
@@ -293,7 +293,8 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there as a whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
         handle.write(content)
     os.chmod(handle.name, 0o644)

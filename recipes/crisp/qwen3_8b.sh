@@ -8,47 +8,22 @@
 #
 # MODEL     hub id or folder                               Qwen/Qwen3-8B
 # DATA_DIR  what `opd data math` wrote                     ${OPD_HOME:-~/.cache/opd_ext}/math
+# TRAIN     training set in DATA_DIR                       dapo_train
 # EVAL      validation sets in DATA_DIR                    "math500 aime24 aime25"
 # OUT       run folder                                     ${OPD_RUNS:-runs}/crisp-qwen3-8b
 # GPUS      on this node, a divisor of 32                  8
-# recipes/ray/submit.sh passes on what begins with OPD_: set OPD_MODEL, OPD_DATA_DIR, OPD_EVAL, OPD_OUT, OPD_GPUS there.
+# recipes/ray/submit.sh passes on what begins with OPD_: set OPD_MODEL, OPD_DATA_DIR, ... there.
 set -euo pipefail
 
-MODEL=${MODEL:-${OPD_MODEL:-Qwen/Qwen3-8B}}
-DATA_DIR=${DATA_DIR:-${OPD_DATA_DIR:-${OPD_HOME:-$HOME/.cache/opd_ext}/math}}
-EVAL=${EVAL:-${OPD_EVAL:-math500 aime24 aime25}}
-OUT=${OUT:-${OPD_OUT:-${OPD_RUNS:-runs}/crisp-qwen3-8b}}
-GPUS=${GPUS:-${OPD_GPUS:-8}}
-
-die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 2; }
-
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-command -v opd >/dev/null || PATH=${OPD_VENV:-$here/../../.venv}/bin:$PATH
-command -v opd >/dev/null || die "opd is not installed; run bash setup.sh --gpu."
+[[ -r $here/../common.sh ]] || { echo "${0##*/}: $here/../common.sh is missing; keep this folder within recipes/." >&2; exit 2; }
+. "$here/../common.sh"
 
-DATA_DIR=$(realpath -m "$DATA_DIR") OUT=$(realpath -m "$OUT")
-if [[ -d $MODEL ]]; then MODEL=$(realpath "$MODEL"); fi
-read -ra eval_sets <<<"$EVAL"
-val_files=""
-for name in "${eval_sets[@]}"; do val_files+="${val_files:+,}'$DATA_DIR/$name.parquet'"; done
-
-check_inputs() {
-    [[ -f $MODEL/config.json || $MODEL =~ ^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$ ]] ||
-        die "MODEL=$MODEL is neither a folder with a config.json nor a hub id like Qwen/Qwen3-8B."
-    local name visible
-    for name in dapo_train "${eval_sets[@]}"; do
-        [[ -f $DATA_DIR/$name.parquet ]] ||
-            die "$DATA_DIR/$name.parquet is missing; make it with opd data math, or set DATA_DIR or EVAL."
-    done
-    if [[ -z ${RAY_ADDRESS:-} ]]; then # on a cluster it is Ray that finds the GPUs
-        visible=$("$(dirname "$(realpath "$(command -v opd)")")/python" -c 'import torch; print(torch.cuda.device_count())')
-        ((visible >= GPUS)) || die "PyTorch sees $visible GPUs, $GPUS are wanted; set GPUS or CUDA_VISIBLE_DEVICES."
-    fi
-}
-case " $* " in
-    *" --dry-run "* | *" --cfg "* | *" --help "* | *" -h "*) ;;
-    *) check_inputs ;;
-esac
+MODEL=$(input MODEL Qwen/Qwen3-8B)
+TRAIN=$(input TRAIN dapo_train)
+EVAL=$(input EVAL "math500 aime24 aime25")
+OUT=$(input OUT "${OPD_RUNS:-runs}/crisp-qwen3-8b")
+gpu_run "$@"
 
 settings=(
     method=crisp scale=node_8xh200
@@ -65,8 +40,6 @@ settings=(
     opd.reduction=token-mean # the release averages per micro-batch, so its loss depends on how a batch is split
 
     # Data: DAPO-Math-17k, 13,918 problems; 100 steps are a quarter of an epoch.
-    "data.train_files='$DATA_DIR/dapo_train.parquet'"
-    "data.val_files=[$val_files]"
     data.train_batch_size=32
     actor_rollout_ref.rollout.n=1
     data.apply_chat_template_kwargs.enable_thinking=true # student, teacher and evaluation alike
@@ -106,7 +79,6 @@ settings=(
     # The machine. Published: SGLang with tensor parallel 2, FSDP1 with Ulysses 4 and offload. Here: a vLLM replica per
     # GPU, FSDP2 over all GPUs, no offload. None of it enters the maths.
     trainer.nnodes=1
-    "trainer.n_gpus_per_node=$GPUS"
     actor_rollout_ref.model.enable_gradient_checkpointing=true
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu=20480 # the published micro-batch: two pairs of full length
     actor_rollout_ref.rollout.tensor_model_parallel_size=1
@@ -119,8 +91,7 @@ settings=(
     trainer.save_freq=10
     trainer.max_actor_ckpt_to_keep=3
     trainer.experiment_name=crisp-qwen3-8b
-    "actor_rollout_ref.model.path='$MODEL'"
-    "opd.run_dir='$OUT'"
+    "${inputs[@]}" # model, data, GPUS and OUT
 )
 
 exec opd train "${settings[@]}" "$@"

@@ -13,13 +13,9 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-command -v opd >/dev/null || PATH=${OPD_VENV:-$here/../../.venv}/bin:$PATH
-command -v opd >/dev/null || { echo "tiny_cpu.sh: opd is not installed; run bash setup.sh." >&2; exit 2; }
+[[ -r $here/../common.sh ]] || { echo "${0##*/}: $here/../common.sh is missing; keep this folder within recipes/." >&2; exit 2; }
+. "$here/../common.sh"
 
-world=${OPD_HOME:-$HOME/.cache/opd_ext}/tinymath
-case " $* " in
-    *" --dry-run "* | *" --cfg "* | *" --help "* | *" -h "*) ;;
-    *) [[ -f $world/base/config.json ]] || opd data tinymath --models base ;;
-esac
-
+find_opd "bash setup.sh"
+only_plans "$@" || build_world base
 exec opd train method=crisp scale=cpu_tiny "$@"

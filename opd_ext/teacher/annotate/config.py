@@ -16,6 +16,7 @@ class AnnotatorConfig:
     timeout_s: float = 120.0  # seconds for one answer
     retries: int = 2  # api, server: after rate limits, server errors and timeouts, with growing pauses
     max_tokens: int = 256  # of an answer
+    structured: bool = False  # api, server: constrain the answer to the JSON schema, where the endpoint can
     cache_dir: str | None = None  # folder that keeps every answer; `replay` reads it
     base: str | None = None  # replay: whose answers; random25, inverted25: whose types
     coverage: float = 0.25  # at most this share of a response's tokens is marked

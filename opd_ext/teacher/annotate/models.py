@@ -16,7 +16,7 @@ from typing import Any
 from opd_ext.teacher.annotate.base import Annotator, Found, Generate, Request, Text, get_annotator, register_annotator
 from opd_ext.teacher.annotate.config import AnnotatorConfig
 from opd_ext.teacher.annotate.parse import parse
-from opd_ext.teacher.annotate.prompts import TEMPLATE_VERSION, annotation_prompt
+from opd_ext.teacher.annotate.prompts import TEMPLATE_VERSION, annotation_prompt, answer_schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,8 @@ class ModelAnnotator(Annotator):
         """The annotator in cache keys."""
         return f"{self.config.kind}:{self.config.model or ''}"
 
-    async def ask(self, messages: list[dict]) -> Answer:
-        """One chat completion at temperature 0."""
+    async def ask(self, messages: list[dict], schema: dict) -> Answer:
+        """One chat completion at temperature 0; ``schema`` is what the answer should look like."""
         raise NotImplementedError
 
     async def find(self, request: Request, text: Text) -> Found:
@@ -90,7 +90,10 @@ class ModelAnnotator(Annotator):
         shown = [text.text[start:end] for start, end in text.segments]
         async with self._turns:
             messages = annotation_prompt(request.problem, shown, request.correct)
-            answer = await asyncio.wait_for(self.ask(messages), self.config.timeout_s * (self.config.retries + 1))
+            schema = answer_schema(len(shown), request.correct)
+            answer = await asyncio.wait_for(
+                self.ask(messages, schema), self.config.timeout_s * (self.config.retries + 1)
+            )
         if self.cache:
             self.cache.put(key, answer)
         return answer
@@ -100,7 +103,7 @@ class ModelAnnotator(Annotator):
 class SelfAnnotator(ModelAnnotator):
     """The model that is being trained, on its own rollout servers while they are awake (TRACE's "online-self")."""
 
-    async def ask(self, messages: list[dict]) -> Answer:
+    async def ask(self, messages: list[dict], schema: dict) -> Answer:
         if self.generate is None:
             raise RuntimeError("annotator 'self' has no rollout servers here")
         return Answer(*await self.generate(messages, self.config.max_tokens, 0.0))
@@ -129,7 +132,7 @@ class APIAnnotator(ModelAnnotator):
             api_key=key, base_url=config.base_url, timeout=config.timeout_s, max_retries=config.retries
         )
 
-    async def ask(self, messages: list[dict]) -> Answer:
+    async def ask(self, messages: list[dict], schema: dict) -> Answer:
         from openai import APITimeoutError
 
         try:
@@ -139,12 +142,19 @@ class APIAnnotator(ModelAnnotator):
                 temperature=0.0,
                 max_tokens=self.config.max_tokens,
                 extra_body=self._without_thinking(),
+                **self._constraint(schema),
             )
         except APITimeoutError as error:
             raise TimeoutError from error
         usage = reply.usage
         text = reply.choices[0].message.content or ""
         return Answer(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+
+    def _constraint(self, schema: dict) -> Mapping[str, Any]:
+        if not self.config.structured:
+            return {}
+        named = {"name": "annotation", "schema": schema, "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": named}}
 
     def _without_thinking(self) -> Mapping[str, Any] | None:
         return None
@@ -182,5 +192,5 @@ class ReplayAnnotator(ModelAnnotator):
     def identity(self) -> str:
         return f"{self.config.base}:{self.config.model or ''}"
 
-    async def ask(self, messages: list[dict]) -> Answer:
+    async def ask(self, messages: list[dict], schema: dict) -> Answer:
         raise ValueError("the replayed folder holds no answer for this rollout")

@@ -37,6 +37,31 @@ _KEY = (
 )
 
 
+def answer_schema(n_segments: int, correct: bool) -> dict:
+    """The JSON schema of an answer about ``n_segments`` segments, for endpoints that constrain decoding."""
+    field, type_field, types = (
+        ("key_spans", "step_type", STEP_TYPES) if correct else ("error_spans", "error_type", ERROR_TYPES)
+    )
+    ids = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0, "maximum": n_segments - 1},
+        "minItems": 1,
+        "maxItems": MAX_SEGMENTS_PER_SPAN,
+    }
+    span = {
+        "type": "object",
+        "properties": {"segment_ids": ids, type_field: {"enum": list(types)}},
+        "required": ["segment_ids", type_field],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "properties": {field: {"type": "array", "items": span, "maxItems": MAX_SPANS}},
+        "required": [field],
+        "additionalProperties": False,
+    }
+
+
 def annotation_prompt(problem: str, segments: Sequence[str], correct: bool) -> list[dict]:
     """The chat that asks for key spans of a right attempt or error spans of a wrong one.
 

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method for three real steps, and what its specification says about its teacher.
+
+GRPO has a test of its own (:mod:`tests.stack.test_grpo`), CRISP is the method of :mod:`tests.stack.test_run`.
+"""
+
+import json
+import math
+import os
+import re
+
+import pytest
+import torch
+
+from opd_ext.data.tinymath.tokenizer import make_tokenizer
+from opd_ext.teacher import prompts
+from tests.stack.conftest import ROOT, metrics, shards, train
+
+STEPS = 3
+EXAMPLE = ROOT / "examples" / "custom_method"
+SETTINGS = {
+    "cispo": ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4"],
+    "opd": ["opd.max_teacher_entropy=null"],
+    "iw_opd": ["opd.max_teacher_entropy=null"],
+    "opsd": [],
+    "sdpo": ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4"],
+    "trace": ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4", "opd.teacher.interval=2"],
+    # The model in training annotates itself on its rollout servers; it has never seen such a request.
+    "trace-self": [
+        "method=trace",
+        "opd.credit.annotator.kind=self",
+        "actor_rollout_ref.rollout.max_model_len=2048",
+        "actor_rollout_ref.rollout.n=4",
+        "data.train_batch_size=4",
+    ],
+    "srpo": ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4"],
+    "surprise": [f"--config-dir={EXAMPLE / 'config'}"],
+}
+
+
+@pytest.fixture(scope="module")
+def teacher_of_another_size(world):
+    """``large`` with its initial weights: what matters here is that its width differs."""
+    from opd_ext.data.tinymath.pretrain import SPECS, make_model
+
+    tokenizer = make_tokenizer()
+    make_model(SPECS["large"], tokenizer, 1).save_pretrained(world / "tinymath" / "large")
+    tokenizer.save_pretrained(world / "tinymath" / "large")
+
+
+@pytest.fixture(scope="module")
+def run(world, teacher_of_another_size, tmp_path_factory):
+    """``run(method)`` -> the folder of its run; each method runs once."""
+    base, done = tmp_path_factory.mktemp("methods"), {}
+    os.environ["PYTHONPATH"] = str(EXAMPLE)
+
+    def of(method):
+        if method not in done:
+            settings = [f"method={method}"] if "method=trace" not in SETTINGS[method] else []
+            settings += [*SETTINGS[method], f"trainer.total_training_steps={STEPS}"]
+            train(world, base / method, *settings)
+            done[method] = base / method
+        return done[method]
+
+    yield of
+    del os.environ["PYTHONPATH"]
+
+
+def generations(run_dir, step):
+    return [json.loads(line) for line in (run_dir / "generations" / f"train_{step}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_three_steps(run, method):
+    lines = metrics(run(method))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert math.isfinite(line["opd/loss"]) and line["opd/grad_norm"] >= 0
+    trained = [line["step"] for line in lines if not line["opd/skipped"]]
+    assert trained, "no step had anything to learn from"
+    first, last = (shards(run(method), step, "actor")[0] for step in (1, STEPS))
+    assert any(not torch.equal(first[name], last[name]) for name in first) or len(trained) == 1
+
+
+def test_several_updates_per_batch_reach_the_cap_of_cispo(run):
+    lines = metrics(run("cispo"))
+    assert all("actor/pg_clipfrac" in line for line in lines)
+    assert any(line["actor/ppo_kl"] != 0 for line in lines), "the ratio never left 1"
+
+
+def test_an_external_teacher_sees_what_the_student_saw(run):
+    for row in generations(run("iw_opd"), 1):
+        assert row["input"].split("\n", 1)[1] in row["teacher_prompt"]
+        assert prompts.STUDENT_HEADER in row["teacher_prompt"]
+    uniform, weighted = (metrics(run(method))[0] for method in ("opd", "iw_opd"))
+    # The same rollouts, since seeds depend on prompt and step; gamma 0.5 gives weights between 1 and 1.5.
+    assert uniform["rollout/tokens_mean"] == weighted["rollout/tokens_mean"]
+    assert uniform["opd/credit"] <= 1.0 < weighted["opd/credit"] <= 1.5
+
+
+def test_opsd_shows_the_reference_solution_and_keeps_the_first_weights(run):
+    for row in generations(run("opsd"), STEPS):
+        assert prompts.OPSD_SOLUTION_OPENING in row["teacher_prompt"]
+    assert [line["teacher/version"] for line in metrics(run("opsd"))] == [0] * STEPS
+    assert not (run("opsd") / "checkpoints" / f"global_step_{STEPS}" / "teacher").exists()
+
+
+def test_the_teacher_of_sdpo_follows_the_student_slowly(run):
+    run_dir = run("sdpo")
+    teacher = {step: shards(run_dir, step, "teacher")[0] for step in (2, 3)}
+    student = shards(run_dir, 3, "actor")[0]
+    for name, before in teacher[2].items():
+        # One product and one sum in float32.
+        torch.testing.assert_close(teacher[3][name], 0.95 * before + 0.05 * student[name], atol=1e-6, rtol=1e-5)
+
+
+def test_sdpo_never_shows_a_rollout_itself(run):
+    taught = 0
+    for step in range(1, STEPS + 1):
+        rows = generations(run("sdpo"), step)
+        for row in rows:
+            if "teacher_prompt" not in row:
+                continue
+            taught += 1
+            siblings = [other for other in rows if other["uid"] == row["uid"] and other["sample"] != row["sample"]]
+            shown = row["teacher_prompt"].partition(prompts.SDPO_SOLUTION_OPENING)[2]
+            if shown:
+                # A demonstration is cut to max_body_tokens, so its beginning is what must be a sibling's.
+                body = shown.partition(prompts.SDPO_CLOSING)[0]
+                assert any(other["output"].startswith(body) and other["score"] == 1 for other in siblings)
+            else:
+                assert prompts.SDPO_FEEDBACK_OPENING in row["teacher_prompt"]
+    assert taught
+
+
+def test_the_teacher_of_trace_knows_the_kind_of_step_and_nothing_else(run):
+    """Its prompt is the student's, the sentences of the types, and fixed words: no span text, no answer, no place."""
+    seen = 0
+    for step in range(1, STEPS + 1):
+        for row in generations(run("trace"), step):
+            if "teacher_prompt" not in row:
+                continue
+            seen += 1
+            correct = row["acc"] > 0.5
+            assert correct, "error spans have no divergence in the preset, so they need no teacher"
+            types = row["annotation"]["types"]
+            question = re.search(r"What is [^\n]+", row["input"])[0]
+            message = prompts.label_prompt(prompts.student_prompt(question), types, correct)
+            assert row["teacher_prompt"] == f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+            assert f"Answer: {row['ground_truth']}" not in row["teacher_prompt"]
+            assert not any(line in row["teacher_prompt"] for line in row["output"].split("\n") if "=" in line)
+    assert seen
+
+
+def test_trace_annotates_what_it_needs_and_reports_the_cost(run):
+    for line, step in zip(metrics(run("trace")), range(1, STEPS + 1), strict=True):
+        rows = generations(run("trace"), step)
+        finished = [row for row in rows if row["acc"] > 0.5 and not row["truncated"]]
+        assert line["annotation/calls"] == len(finished)
+        assert line.get("spans/coverage", 0.0) <= 0.25
+        for row in rows:
+            runs = row.get("annotation", {}).get("runs", [])
+            assert sum(end - start for start, end, _ in runs) <= row["response_tokens"] // 4
+    assert [line["teacher/version"] for line in metrics(run("trace"))] == [0, 0, 2]
+
+
+def test_self_annotation_asks_the_rollout_servers_and_its_failures_are_grpo(run):
+    for line in metrics(run("trace-self")):
+        assert line["annotation/ok"] < 1 and line["annotation/skipped"] < 1
+        assert line["annotation/calls"] > 0 and line["annotation/tokens_in"] > 500 * line["annotation/calls"] * 0.5
+        assert line["annotation/tokens_out"] > 0
+        assert not line["opd/skipped"], "without spans the policy term alone trains"
+
+
+def test_srpo_teaches_failures_and_rewards_the_rest(run):
+    for step in range(1, STEPS + 1):
+        for row in generations(run("srpo"), step):
+            assert row["score"] < 0.5 or "teacher_prompt" not in row
