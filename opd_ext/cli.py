@@ -151,5 +151,25 @@ def compare(
         raise _refused("compare", error) from None
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def discover(
+    data_file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="parquet file in verl's format")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="OVERRIDES")] = None,
+    row: Annotated[int, typer.Option(help="which question of the file, from 0")] = 0,
+    out: Annotated[Path, typer.Option(help="folder of the searches", file_okay=False)] = Path("runs/discover"),
+    seeds: Annotated[int, typer.Option(help="independent searches")] = 5,
+    budget: Annotated[int, typer.Option(help="attempts per search")] = 512,
+    attempts: Annotated[int, typer.Option(help="attempts between two updates")] = 16,
+) -> None:
+    """Search for a right answer to one question, learning from failures (test-time self-distillation)."""
+    from opd_ext.discover import SearchError
+    from opd_ext.discover import discover as search
+
+    try:
+        search(data_file, row, out, seeds, budget, attempts, overrides=overrides or [])
+    except SearchError as error:
+        raise _refused("discover", error) from None
+
+
 if __name__ == "__main__":
     app()
