@@ -84,7 +84,7 @@ class OPDEngine(FSDPEngineWithLMHead):
 
     teacher: "OPDEngine | None" = None  # the engine whose weights teach; None: the student's own (live teacher)
     trust: float | None = None  # share of the live student in a trust-region teacher; None: the teacher's weights alone
-    base_teaches: bool = False  # with LoRA: a live teacher without its adapter, which is the initial model
+    base_teaches: bool = False  # with LoRA: the student without its adapter teaches
     objective: Objective | None = None
     denominator: str = "trained"  # whose tokens and sequences the reductions count: all trained or the distilled ones
 

@@ -96,7 +96,7 @@ class OPDTrainer(PPOTrainerSync):
         trust = self.opd.distils and self.opd.teacher.weights == "trust_region"
         settings = TeacherSettings(
             trust=self.opd.teacher.rate if trust else None,
-            base_teaches=False,
+            base_teaches=self.opd.distils and self.opd.teacher.weights == "base",
             denominator=self.opd.denominator,
         )
         self.actor_rollout_wg.configure(objective, settings, self.opd.external_libs)

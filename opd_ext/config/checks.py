@@ -17,7 +17,7 @@ from opd_ext.teacher.annotate import annotator_names, get_annotator
 from opd_ext.teacher.context import build_context, context_names, get_context
 from opd_ext.teacher.vocabulary import check_same_ids
 
-TEACHER_WEIGHTS = ("live", "frozen", "periodic", "ema", "trust_region", "external")
+TEACHER_WEIGHTS = ("live", "base", "frozen", "periodic", "ema", "trust_region", "external")
 SUPPORTS = ("full", "topk", "sampled")
 CHOICES = {
     "opd.device": ("cpu", "cuda"),
@@ -328,8 +328,7 @@ def _check_engine(opd: OPDConfig, config: DictConfig) -> None:
         raise ConfigError("actor_rollout_ref.model.use_remove_padding must be true: there is one packed path only.")
     if model.use_fused_kernels:
         raise ConfigError("actor_rollout_ref.model.use_fused_kernels must be false: the chunked head replaces them.")
-    if model.lora_rank > 0 or model.lora.rank > 0 or model.lora_adapter_path is not None:
-        raise ConfigError("LoRA is not supported by this version: set actor_rollout_ref.model.lora_rank=0.")
+    _check_lora(opd, model)
     if actor.ppo_epochs != 1:
         raise ConfigError(f"actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs} must be 1: rollouts train once.")
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
@@ -345,6 +344,30 @@ def _check_engine(opd: OPDConfig, config: DictConfig) -> None:
         )
     if rollout.name != "vllm":
         raise ConfigError(f"actor_rollout_ref.rollout.name={rollout.name} is not supported: set it to vllm.")
+
+
+def _check_lora(opd: OPDConfig, model: DictConfig) -> None:
+    """Adapters train in the student alone; the model without them is a teacher that costs no memory."""
+    if model.lora.rank > 0 or model.lora_adapter_path is not None:
+        raise ConfigError(
+            "LoRA is configured by actor_rollout_ref.model.lora_rank, without lora.rank and adapter path."
+        )
+    adapters = model.lora_rank > 0
+    if adapters and not model.lora.merge:
+        raise ConfigError("LoRA needs actor_rollout_ref.model.lora.merge=true: vLLM receives merged weights.")
+    if not opd.distils:
+        return
+    weights = opd.teacher.weights
+    if weights == "base" and not adapters:
+        raise ConfigError(
+            "opd.teacher.weights=base is the model without its adapter: set actor_rollout_ref.model.lora_rank, or "
+            "weights=frozen."
+        )
+    if adapters and weights not in ("base", "live", "external"):
+        raise ConfigError(
+            f"opd.teacher.weights={weights} with LoRA is not supported; choose base (the initial model, which the "
+            "adapter leaves untouched), live or external."
+        )
 
 
 def check_inputs(config: DictConfig) -> None:

@@ -189,8 +189,8 @@ class OPDConfig:
 
     @property
     def needs_teacher_engine(self) -> bool:
-        """A live teacher is the student itself and a served one lives elsewhere; every other one has weights here."""
-        return self.distils and self.teacher.weights != "live" and self.teacher.backend == "engine"
+        """A live teacher and a base are in the student and a served one is elsewhere; every other has weights here."""
+        return self.distils and self.teacher.weights not in ("live", "base") and self.teacher.backend == "engine"
 
     @property
     def annotates(self) -> bool:

@@ -23,6 +23,14 @@ SETTINGS = {
     "opd": ["opd.max_teacher_entropy=null"],
     "iw_opd": ["opd.max_teacher_entropy=null"],
     "opsd": [],
+    # The initial model, which an adapter leaves untouched, teaches without a copy of its weights.
+    "opsd-lora": [
+        "method=opsd",
+        "opd.teacher.weights=base",
+        "actor_rollout_ref.model.lora_rank=8",
+        "actor_rollout_ref.model.lora.merge=true",
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+    ],
     "sdpo": ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4"],
     "trace": ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4", "opd.teacher.interval=2"],
     # The model in training annotates itself on its rollout servers; it has never seen such a request.
@@ -56,7 +64,7 @@ def run(world, teacher_of_another_size, tmp_path_factory):
 
     def of(method):
         if method not in done:
-            settings = [f"method={method}"] if "method=trace" not in SETTINGS[method] else []
+            settings = [f"method={method}"] if "-" not in method else []
             settings += [*SETTINGS[method], f"trainer.total_training_steps={STEPS}"]
             train(world, base / method, *settings)
             done[method] = base / method
