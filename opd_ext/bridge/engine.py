@@ -28,7 +28,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 
 from opd_ext.objective.alignment import packed_response_rows
-from opd_ext.objective.loss import MicroBatch, Objective, PolicyTerm
+from opd_ext.objective.loss import MicroBatch, Objective, PolicyTerm, Shape
 
 # What `lm_head` does to its input: (hidden [1, R, H], weight [V, H]) -> tensor.
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -313,11 +313,17 @@ def _policy_term(
         everywhere = values.new_zeros(ids.values().shape[0]).index_copy(0, rows, values)
         return torch.nested.nested_tensor_from_jagged(everywhere, ids.offsets())
 
-    def policy(log_prob: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    def policy(log_prob: torch.Tensor, entropy: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+        batch = data
+        if shape is not None:
+            advantages = data["advantages"]
+            shaped = shape(advantages.values()).split(advantages.offsets().diff().tolist())
+            batch = data.clone(recurse=False)
+            batch["advantages"] = torch.nested.as_nested_tensor(list(shaped), layout=torch.jagged)
         output = {"log_probs": like_ids(log_prob)}
         if tu.get_non_tensor_data(data, "calculate_entropy", False):
             output["entropy"] = like_ids(entropy)
-        loss, found = loss_function(model_output=output, data=data)
+        loss, found = loss_function(model_output=output, data=batch)
         metrics.update(found)
         return loss
 

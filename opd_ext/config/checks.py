@@ -261,8 +261,22 @@ def _check_policy(opd: OPDConfig, config: DictConfig) -> None:
         )
     if bypass and algorithm.rollout_correction.rollout_is is not None:
         raise ConfigError("opd.policy.anchor=sampler corrects for the sampler already: set rollout_is=null.")
+    if policy.shaping is not None:
+        _check_shaping(opd)
     if policy.loss == "cispo":
         _check_cispo(config)
+
+
+def _check_shaping(opd: OPDConfig) -> None:
+    if not 0 < opd.policy.shaping < 1:
+        raise ConfigError(f"opd.policy.shaping={opd.policy.shaping} must be in (0, 1): advantages keep their sign.")
+    if not opd.distils or opd.divergence.support != "sampled" or opd.teacher.backend != "engine":
+        raise ConfigError(
+            "opd.policy.shaping multiplies advantages by the teacher's ratio on the sampled token: set opd.divergence "
+            "with support=sampled, and teacher.backend=engine."
+        )
+    if opd.credit.kind != "uniform" or opd.credit.importance_cap or opd.credit.rollout_cap:
+        raise ConfigError("opd.policy.shaping has no distillation term to give credit to: set opd.credit.kind=uniform.")
 
 
 def _check_cispo(config: DictConfig) -> None:

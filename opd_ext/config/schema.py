@@ -118,6 +118,9 @@ class PolicyConfig:
     weight: float = 1.0
     gate: str = "none"  # complement: on annotated spans it grows as the divergence fades | untaught: no teacher there
     prompt_mean: bool = False  # every prompt's group counts the same, not every token
+    shaping: float | None = (
+        None  # RLSD: the teacher multiplies advantages within 1 +- this, and adds no term of its own
+    )
     anchor: str = "old"  # old: ratio to the policy before the update | sampler: to the rollout engine
 
 
@@ -227,6 +230,7 @@ class OPDConfig:
             importance_cap=self.credit.importance_cap,
             rollout_cap=self.credit.rollout_cap,
             policy_weight=self.policy.weight if self.policy else 0.0,
+            shaping=self.policy.shaping if self.policy else None,
             reduction=self.reduction,
             temperature=temperature,
             chunk_size=self.head.chunk_size,

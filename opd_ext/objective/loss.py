@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from opd_ext.objective.policy import clipped_surrogate, sampled_advantage
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from opd_ext.objective.credit import CreditInputs, get_credit, importance_clip
 from opd_ext.objective.head import HeadOutput, divergence_head
 from opd_ext.objective.objective import Reduction, masked_sums, position_buckets, token_class_masks, token_weights
+from opd_ext.objective.policy import clipped_surrogate, sampled_advantage, self_distilled_advantage
 
 _SUM, _COUNT = ":sum", ":count"
 # Credits that do not look at log-probs, so that the head may form its gradient in the forward pass.
@@ -95,8 +95,11 @@ class Surrogate:
     dual_clip: float = 3.0
 
 
-PolicyTerm = Callable[[Tensor, Tensor], Tensor]
-"""(log_prob [N], entropy [N]) -> the policy loss of this micro-batch, scaled like ours."""
+Shape = Callable[[Tensor], Tensor]
+"""Advantages [N] -> advantages [N]."""
+
+PolicyTerm = Callable[[Tensor, Tensor, "Shape | None"], Tensor]
+"""(log_prob [N], entropy [N], shape of the advantages) -> the policy loss of this micro-batch, scaled like ours."""
 
 
 class Terms(NamedTuple):
@@ -127,6 +130,8 @@ class Objective:
         importance_cap: cap of ``exp(logp - old_logp)`` on the distillation term (SDPO: 2); None: off.
         rollout_cap: cap of ``exp(old_logp - rollout_logp)`` (IW-OPD: 5, SDPO: 2); None: off.
         policy_weight: factor of the policy term, when there is one.
+        shaping: RLSD: the teacher's log-ratio on the sampled token multiplies the advantages within 1 +- this bound,
+            instead of adding a term of its own; needs a surrogate, whose teacher it is. None: off.
         reduction: see :func:`opd_ext.objective.objective.token_weights`.
         temperature: of the rollouts; divides the logits of log-probs and entropies.
         chunk_size: rows of logits held at a time.
@@ -141,6 +146,7 @@ class Objective:
     importance_cap: float | None = None
     rollout_cap: float | None = None
     policy_weight: float = 1.0
+    shaping: float | None = None
     reduction: Reduction = "token-mean"
     temperature: float = 1.0
     chunk_size: int = 1024
@@ -171,7 +177,10 @@ class Objective:
         else:
             terms = self._everywhere(batch, hidden, weight, teacher_hidden, teacher_weight, policy is None)
         if policy is not None:
-            policy_loss = policy(terms.student_log_prob, terms.student_entropy)
+            shape = None
+            if self.shaping is not None and terms.teacher_log_prob is not None:
+                shape, terms = self._shape(batch, terms), terms._replace(loss=terms.student_log_prob.sum() * 0.0)
+            policy_loss = policy(terms.student_log_prob, terms.student_entropy, shape)
             terms = terms._replace(loss=terms.loss + self.policy_weight * policy_loss)
         return Terms(terms.loss, *(None if term is None else term.detach() for term in terms[1:]))
 
@@ -332,6 +341,15 @@ class Objective:
         advantage = sampled_advantage(old, out.teacher_log_prob)
         clip = self.surrogate.clip
         return clipped_surrogate(out.student_log_prob, old, advantage, clip, clip, self.surrogate.dual_clip).loss
+
+    def _shape(self, batch: MicroBatch, terms: Terms) -> Shape:
+        old = terms.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
+
+        def shape(advantages: Tensor) -> Tensor:
+            shaped = self_distilled_advantage(advantages, old, terms.teacher_log_prob, batch.scale, self.shaping)
+            return torch.where(terms.distilled, shaped, advantages)
+
+        return shape
 
     # ------------------------------------------------------------------ metrics
 

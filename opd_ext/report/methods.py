@@ -75,7 +75,9 @@ def _policy(opd: OPDConfig) -> str:
     if opd.policy.weight != 1.0:
         parts.append(f"weight {opd.policy.weight:g}")
     if opd.policy.gate != "none":
-        parts.append("gated on spans")
+        parts.append({"complement": "gated on spans", "untaught": "where no teacher is"}[opd.policy.gate])
+    if opd.policy.shaping is not None:
+        parts.append(f"advantages times teacher's ratio, 1 +- {opd.policy.shaping:g}")
     if opd.policy.prompt_mean:
         parts.append("mean per prompt")
     return ", ".join(parts)

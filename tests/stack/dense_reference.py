@@ -80,14 +80,21 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
             start = len(sample.teacher_prompt) - 1 - shift
             w = logits[start : start + len(sample.response), : z.shape[1]]
             credit, value, parts = _distillation(update, sample, mask, z, w)
-            loss = loss + update.scale * (weight * credit * value).sum()
+            if objective.shaping is None:
+                loss = loss + update.scale * (weight * credit * value).sum()
         logq = (z / objective.temperature).log_softmax(-1)
         sampled = logq.gather(-1, torch.tensor(sample.response)[:, None])[:, 0]
         if update.policy:
+            advantage = torch.tensor(sample.advantage, dtype=torch.float64).expand(len(mask))
+            if objective.shaping is not None and sample.taught:
+                taught = (w / objective.temperature).log_softmax(-1)
+                gap = taught.gather(-1, torch.tensor(sample.response)[:, None])[:, 0] - _float64(sample.old_log_probs)
+                factor = (advantage.sign() * gap).exp().clamp(1 - objective.shaping, 1 + objective.shaping)
+                advantage = advantage * (1 - update.scale + update.scale * factor)
             surrogate = clipped_surrogate(
                 sampled,
                 _float64(sample.old_log_probs),
-                torch.tensor(sample.advantage).expand(len(mask)),
+                advantage,
                 0.2,
                 0.28,
                 3.0,

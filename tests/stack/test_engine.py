@@ -58,6 +58,7 @@ METHODS = {
     "key spans": Update(SOME, objective=Objective(SPANS[:1], credit="spans")),
     "mixed": Update(SOME, objective=Objective(policy_weight=0.9), policy=True, scale=0.1),
     "gated spans": Update(SOME, objective=Objective(SPANS, credit="spans"), policy=True, scale=0.5),
+    "shaped": Update(SOME, objective=Objective(surrogate=Surrogate(), shaping=0.2), policy=True, scale=0.5),
     "trust region": Update(SAMPLES, trust=0.25),
     "external": Update(SAMPLES, teacher="wide"),
 }
