@@ -65,7 +65,8 @@ check_inputs() { # the data sets
             die "$DATA_DIR/$name.parquet is missing; make it $how, or set DATA_DIR, TRAIN or EVAL."
     done
     if [[ -z ${RAY_ADDRESS:-} ]]; then # on a cluster it is Ray that finds the GPUs
-        visible=$("$(dirname "$(realpath "$(command -v opd)")")/python" -c 'import torch; print(torch.cuda.device_count())')
+        visible=$("$(dirname "$(realpath "$(command -v opd)")")/python" -c \
+            'import torch; print(torch.cuda.device_count())')
         ((visible >= GPUS)) || die "PyTorch sees $visible GPUs, $GPUS are wanted; set GPUS or CUDA_VISIBLE_DEVICES."
     fi
 }

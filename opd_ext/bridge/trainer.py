@@ -50,6 +50,7 @@ class OPDTrainer(PPOTrainerSync):
     def __init__(self, config: DictConfig):
         self.opd = schema.load(config.opd)
         self.run_dir = Path(self.opd.run_dir)
+        self._names = (0, 0)  # step, prompts named in it
         # The base class branches on this string; the queue, the replay buffer and resume must behave as in `sync`.
         config.trainer.v1.trainer_mode = "sync"
         if self.opd.distils and self.opd.teacher.path and self.opd.needs_teacher_engine:
@@ -112,7 +113,10 @@ class OPDTrainer(PPOTrainerSync):
     def _fetch_one_gen_batch(self) -> Any:
         """verl's batch with names that a rerun reproduces; replay and order of the batch depend on them."""
         batch = super()._fetch_one_gen_batch()
-        uids = [f"t{self.global_steps:06d}p{i:05d}" for i in range(len(batch))]
+        step, named = self._names
+        first = named if step == self.global_steps else 0  # dynamic sampling fetches several times per step
+        self._names = (self.global_steps, first + len(batch))
+        uids = [f"t{self.global_steps:06d}p{i:05d}" for i in range(first, first + len(batch))]
         batch.update(tu.get_tensordict({"uid": np.array(uids, dtype=object)}))
         return batch
 

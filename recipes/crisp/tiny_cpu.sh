@@ -13,7 +13,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -r $here/../common.sh ]] || { echo "${0##*/}: $here/../common.sh is missing; keep this folder within recipes/." >&2; exit 2; }
+[[ -r $here/../common.sh ]] ||
+    { echo "${0##*/}: ../common.sh is missing; keep this folder within recipes/." >&2; exit 2; }
 . "$here/../common.sh"
 
 find_opd "bash setup.sh"

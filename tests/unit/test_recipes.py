@@ -273,25 +273,30 @@ def run(recipe: str | Path, *arguments: str, cwd: Path, **variables: str) -> sub
 
 
 @pytest.fixture
-def composed(tmp_path_factory, tmp_path):
-    """``composed(recipe, *arguments, **variables)``: the configuration that the recipe's last command would run with.
+def arguments(tmp_path_factory, tmp_path):
+    """``arguments(recipe, *arguments, **variables)``: what the recipe's last command would tell `opd train`.
 
-    The recipe runs for real, in ``tmp_path``, up to `opd`, which only writes down its arguments; Hydra composes them
-    here, which is quicker than a process that imports torch.
+    The recipe runs for real, in ``tmp_path``, up to `opd`, which only writes down its arguments.
     """
     recorder = tmp_path_factory.mktemp("bin") / "opd"
     recorder.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\"\n")
     recorder.chmod(0o755)
 
-    def compose(recipe: str, *arguments: str, **variables: str):
+    def record(recipe: str, *arguments: str, **variables: str) -> list[str]:
         path = f"{recorder.parent}:{os.environ['PATH']}"
         answer = run(recipe, "--cfg", *arguments, cwd=tmp_path, PATH=path, **variables)
         assert answer.returncode == 0, answer.stderr
         command, *rest = answer.stdout.split("\0")[:-1]
         assert command == "train" and "--cfg" in rest
-        return compose_config([argument for argument in rest if argument != "--cfg"])
+        return [argument for argument in rest if argument != "--cfg"]
 
-    return compose
+    return record
+
+
+@pytest.fixture
+def composed(arguments):
+    """Likewise the configuration: Hydra composes it here, which is quicker than a process that imports torch."""
+    return lambda *recipe, **variables: compose_config(arguments(*recipe, **variables))
 
 
 # ---------------------------------------------------------------------- the folders
@@ -486,11 +491,24 @@ def test_tiny_cpu_first_builds_the_models_that_the_world_lacks(method, tmp_path)
 # ---------------------------------------------------------------------- without GPU, without inputs
 
 
-@pytest.mark.parametrize("recipe", GPU_RECIPES)
-def test_the_plan_needs_no_gpu_no_data_no_model(recipe, tmp_path):
-    answer = run(recipe, "--dry-run", cwd=tmp_path, HOME=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+def test_the_plan_needs_no_gpu_no_data_no_model(tmp_path):
+    answer = run("crisp/qwen3_14b.sh", "--dry-run", cwd=tmp_path, HOME=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert answer.returncode == 0, answer.stderr
     assert "Nothing was started" in " ".join(answer.stdout.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_recipe_has_a_plan_that_verl_accepts(arguments, tmp_path):
+    """All in one process, since importing torch and verl takes longer than a plan."""
+    recipes = [*GPU_RECIPES, *VARIANTS]
+    wanted = [arguments(recipe, HOME=str(tmp_path)) for recipe in recipes]
+    plan_all = f"from opd_ext.train import main\nfor wanted in {wanted}: assert main([*wanted, '--dry-run']) == 0"
+    environment = {**os.environ, "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    answer = subprocess.run(
+        [sys.executable, "-c", plan_all], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert " ".join(answer.stdout.split()).count("Nothing was started") == len(recipes)
     assert list(tmp_path.iterdir()) == []
 
 

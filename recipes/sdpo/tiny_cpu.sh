@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# SDPO on a laptop: the real Ray, vLLM and FSDP on four CPU cores, no GPU, no download.
+#
+#   recipes/sdpo/tiny_cpu.sh                            all of it, in minutes
+#   recipes/sdpo/tiny_cpu.sh --dry-run                  the plan
+#   recipes/sdpo/tiny_cpu.sh +opd.context.include_feedback=false     any setting can be overridden (siblings only)
+#
+# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+#    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
+# 2. Trains the base model against its slow copy that has read a sibling's answer or the grader's feedback.
+# 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/sdpo-cpu_tiny.
+#    Run again, it goes on from the last checkpoint there; set OPD_RUNS to start afresh.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -r $here/../common.sh ]] ||
+    { echo "${0##*/}: ../common.sh is missing; keep this folder within recipes/." >&2; exit 2; }
+. "$here/../common.sh"
+
+find_opd "bash setup.sh"
+only_plans "$@" || build_world base
+exec opd train method=sdpo scale=cpu_tiny "$@"
