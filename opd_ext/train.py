@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from uuid import uuid4
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -67,6 +68,7 @@ def prepare_environment(config: DictConfig) -> None:
         variables.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
         variables.setdefault("OMP_NUM_THREADS", threads)
+        variables["OPD_RUN"] = uuid4().hex[:12]  # see opd_ext.bridge.cpu_platform.own_socket
     with open_dict(config):
         runtime_env.env_vars = variables
     os.environ.update(variables)

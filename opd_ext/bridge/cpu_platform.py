@@ -19,6 +19,20 @@ from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 
+def own_socket(handle: str) -> str:
+    """verl's socket for weights, under a name that belongs to this run alone.
+
+    verl tells runs apart by their Ray job id, but every local Ray instance counts its jobs from 1: two runs on one
+    machine would hand each other their weights.
+
+    Args:
+        handle: verl's, ``ipc:///tmp/...``; returned as it is where :func:`opd_ext.train.prepare_environment` has left
+            no mark of the run.
+    """
+    run = os.environ.get("OPD_RUN")
+    return f"{handle}.{run}" if run else handle
+
+
 def _resident_bytes(*_: Any) -> int:
     return psutil.Process().memory_info().rss
 

@@ -10,9 +10,14 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
+from opd_ext.bridge.cpu_platform import own_socket
+
 
 class CPUWorkerExtension(vLLMColocateWorkerExtension):
     """verl's worker extension with the update of the rollout weights replaced by a full reload."""
+
+    def _get_zmq_handle(self) -> str:
+        return own_socket(super()._get_zmq_handle())
 
     def update_weights_from_ipc(
         self, peft_config: dict | None = None, base_sync_done: bool = False, use_shm: bool = False

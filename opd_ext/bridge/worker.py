@@ -15,7 +15,7 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
-from opd_ext.bridge.cpu_platform import init_process_group
+from opd_ext.bridge.cpu_platform import init_process_group, own_socket
 from opd_ext.objective.loss import Objective
 from opd_ext.teacher.weights import copy_shards, ema_shards
 
@@ -78,6 +78,13 @@ class OPDWorker(ActorRolloutRefWorker):
         super().__init__(config, role, distillation_config=None, **kwargs)
         if path := config.get("teacher_path"):
             self.ref_worker_cls = functools.partial(OPDTrainingWorker, model_path=path)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Build the engines and the rollout, whose weights travel over a socket of this run's own on a CPU."""
+        super().init_model()
+        if get_device_name() == "cpu":
+            self.rollout.zmq_handle = own_socket(self.rollout.zmq_handle)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def configure(self, objective: Objective, teacher: TeacherSettings, external_libs: list[str]) -> None:

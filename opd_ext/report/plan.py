@@ -30,6 +30,7 @@ class ModelSize:
 
 # Public configs of the models in the recipes: layers, hidden size, vocabulary, parameters in billions.
 _KNOWN = {
+    "qwen3-0.6b": (28, 1024, 151936, 0.6),
     "qwen3-1.7b": (28, 2048, 151936, 1.7),
     "qwen3-4b": (36, 2560, 151936, 4.0),
     "qwen3-8b": (36, 4096, 151936, 8.2),

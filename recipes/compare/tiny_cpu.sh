@@ -24,6 +24,7 @@ find_opd "bash setup.sh"
 if only_plans "$@"; then exec opd train scale=cpu_tiny "$@"; fi # of one run; they differ in method and seed
 build_world base large
 out=${OPD_RUNS:-runs}/compare
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + JOBS - 1) / JOBS))} OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$out"
 
 # 64 rollouts per step for every method. Two samples of each validation problem, at the same steps for all.

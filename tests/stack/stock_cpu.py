@@ -27,6 +27,8 @@ def main() -> None:
 
     config = train.compose_config(sys.argv[1:])
     train.prepare_environment(config)
+    del config.ray_kwargs.ray_init.runtime_env.env_vars["OPD_RUN"]  # verl's worker keeps verl's name of the socket
+    del os.environ["OPD_RUN"]
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
     config.trainer.v1.trainer_mode = "sync"

@@ -11,6 +11,7 @@ os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this 
 
 from opd_ext.bridge import checkpoint, rollouts
 from opd_ext.bridge.agent_loop import request_seed
+from opd_ext.bridge.cpu_platform import own_socket
 
 
 def test_a_request_seed_depends_on_run_step_prompt_and_session_and_on_nothing_else():
@@ -96,3 +97,16 @@ def test_rollout_metrics_are_means_over_samples():
         "val/samples": 2.0,
         "val/format_ok": 0.5,
     }
+
+
+def test_two_runs_on_one_machine_exchange_no_weights(monkeypatch):
+    """Ray numbers the jobs of every local instance alike, and verl names the socket for weights after the job."""
+    handle = "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
+    names = []
+    for run in ("a1", "b2"):
+        monkeypatch.setenv("OPD_RUN", run)
+        names.append(own_socket(handle))
+        assert own_socket(handle) == names[-1]
+    assert len({handle, *names}) == 3
+    monkeypatch.delenv("OPD_RUN")
+    assert own_socket(handle) == handle
