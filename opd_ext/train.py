@@ -32,7 +32,7 @@ def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> Di
     """verl's ``ppo_trainer`` + method + scale + ``overrides``, composed by Hydra and fully resolved.
 
     Args:
-        overrides: in Hydra's grammar.
+        overrides: in Hydra's grammar, but keys of `opd` need no `+`.
         config_dirs: further folders with presets of the same groups (``method/``, ``scale/``, ``tuning/``).
 
     Raises:
@@ -46,13 +46,18 @@ def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> Di
     search_path = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            config = compose("opd", overrides=[search_path, *overrides])
+            config = compose("opd", overrides=[search_path, *map(_addable, overrides)])
         config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())  # what follows from it included
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise schema.ConfigError(f"The configuration does not compose: {reason}") from None
     return config
+
+
+def _addable(override: str) -> str:
+    """Keys of `opd` that a preset leaves at their default can be set like any other; the schema knows which exist."""
+    return f"++{override}" if override.startswith("opd.") else override
 
 
 def prepare_environment(config: DictConfig) -> None:

@@ -35,15 +35,15 @@ settings=(
     opd.teacher.weights=ema opd.teacher.rate=0.05 # per batch of rollouts
     opd.context.kind=feedback
     opd.context.success_threshold=0.5
-    +opd.context.exclude_own_success=true
-    +opd.context.remove_thinking=true
-    +opd.context.include_feedback=false # published so for runs without rich feedback
+    opd.context.exclude_own_success=true
+    opd.context.remove_thinking=true
+    opd.context.include_feedback=false # published so for runs without rich feedback
     opd.context.demonstration=random    # the release takes the first in an order that depends on length
     opd.context.max_body_tokens=8192    # the release cuts the whole prompt, request and header included
 
     # The loss: Jensen-Shannon divergence on the student's 100 likeliest tokens and one bucket for all others.
     opd.divergence.kind=jsd opd.divergence.beta=0.5
-    opd.divergence.support=topk +opd.divergence.k=100 +opd.divergence.topk_by=student +opd.divergence.tail=bucket
+    opd.divergence.support=topk opd.divergence.k=100 opd.divergence.topk_by=student opd.divergence.tail=bucket
     opd.divergence.temperature=1.0 # the rollout temperature
     opd.credit.kind=uniform
     opd.credit.importance_cap=2.0 # current over old policy; 1 with one update per batch

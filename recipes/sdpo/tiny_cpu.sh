@@ -3,7 +3,7 @@
 #
 #   recipes/sdpo/tiny_cpu.sh                            all of it, in minutes
 #   recipes/sdpo/tiny_cpu.sh --dry-run                  the plan
-#   recipes/sdpo/tiny_cpu.sh +opd.context.include_feedback=false     any setting can be overridden (siblings only)
+#   recipes/sdpo/tiny_cpu.sh opd.context.include_feedback=false     any setting can be overridden (siblings only)
 #
 # 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.

@@ -36,11 +36,11 @@ annotator=("opd.credit.annotator.kind=$(input ANNOTATOR self)")
 if [[ $(input ANNOTATOR self) != self ]]; then
     url=$(input ANNOTATOR_URL "")
     annotator+=(
-        "+opd.credit.annotator.model='$(input ANNOTATOR_MODEL "")'"
-        "+opd.credit.annotator.base_url=$([[ -n $url ]] && echo "'$url'" || echo null)" # null: the api's own
-        "+opd.credit.annotator.api_key_env=$(input ANNOTATOR_KEY_ENV OPD_ANNOTATOR_KEY)"
-        +opd.credit.annotator.max_concurrency=16 # per agent-loop worker, of which there are eight
-        +opd.credit.annotator.timeout_s=60
+        "opd.credit.annotator.model='$(input ANNOTATOR_MODEL "")'"
+        "opd.credit.annotator.base_url=$([[ -n $url ]] && echo "'$url'" || echo null)" # null: the api's own
+        "opd.credit.annotator.api_key_env=$(input ANNOTATOR_KEY_ENV OPD_ANNOTATOR_KEY)"
+        opd.credit.annotator.max_concurrency=16 # per agent-loop worker, of which there are eight
+        opd.credit.annotator.timeout_s=60
     )
 fi
 

@@ -3,7 +3,7 @@
 #
 #   recipes/trace/tiny_cpu.sh                           all of it, in minutes
 #   recipes/trace/tiny_cpu.sh --dry-run                 the plan
-#   recipes/trace/tiny_cpu.sh opd.credit.annotator.kind=random25 +opd.credit.annotator.base=rule     any setting
+#   recipes/trace/tiny_cpu.sh opd.credit.annotator.kind=random25 opd.credit.annotator.base=rule     any setting
 #
 # 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
