@@ -76,8 +76,8 @@ class OPDAgentLoopWorker(_Worker):
             return None
         grade = output.extra_fields.get("reward_extra_info") or {}
         correct = float(grade.get("acc", output.reward_score or 0.0)) > 0.5
-        divergence = self.opd.divergence
-        if divergence.by_class and (divergence.key if correct else divergence.error) is None:
+        label = schema.SPAN_LABELS["key" if correct else "error"]
+        if label not in self.opd.active_spans and self.opd.credit.inactive_span == "nonspan":
             return None
         extra_info, messages = dict(sample.get("extra_info") or {}), _messages(sample)
         ids = list(output.response_ids)

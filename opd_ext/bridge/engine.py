@@ -12,6 +12,7 @@ mini-batch instead, because it does not change within one.
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -86,6 +87,7 @@ class OPDEngine(FSDPEngineWithLMHead):
     trust: float | None = None  # share of the live student in a trust-region teacher; None: the teacher's weights alone
     base_teaches: bool = False  # with LoRA: the student without its adapter teaches
     objective: Objective | None = None
+    updates: int = 0  # optimiser steps that were made, see OPDWorker.count_updates
     denominator: str = "trained"  # whose tokens and sequences the reductions count: all trained or the distilled ones
 
     def _build_module(self) -> torch.nn.Module:
@@ -222,6 +224,11 @@ class OPDEngine(FSDPEngineWithLMHead):
         data["row"] = torch.arange(len(trained))
 
     # ------------------------------------------------------------------ student
+
+    def optimizer_step(self) -> float:
+        norm = super().optimizer_step()
+        self.updates += math.isfinite(norm)
+        return norm
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         if forward_only or not _is_distilled(data):

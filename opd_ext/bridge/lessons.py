@@ -2,7 +2,7 @@
 """What each rollout of a batch is to be taught: the teacher's token sequence and the labels of its annotated spans."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ def plan_lessons(
     template_kwargs: Mapping[str, Any],
     max_pair_length: int,
     step: int,
-    annotated: bool,
+    active_spans: Collection[int] | None,
 ) -> tuple[list[Lesson], dict[str, float]]:
     """One lesson per rollout, and metrics of them all.
 
@@ -50,7 +50,9 @@ def plan_lessons(
             teacher get its prompt as ``teacher_prompt``.
         template_kwargs: of the student's chat template; the context may override some.
         max_pair_length: tokens of prompt + response, of the student and of the teacher.
-        annotated: whether an annotator is at work; where it has left nothing, no token has a label.
+        active_spans: labels that have a divergence; None: no annotator is at work. A token keeps such a label only if
+            its rollout has a teacher, since otherwise nothing would train it; a rollout whose spans have none needs no
+            teacher.
     """
     fields = ["prompts", "responses", "raw_prompt", "extra_info"]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
@@ -79,8 +81,9 @@ def plan_lessons(
         }
         samples.append(sample)
         messages, lesson, response = context.messages(sample), Lesson(None), responses[i].tolist()
-        if annotated:
-            lesson.span_label = span_labels(annotation.get("runs", ()), len(response))
+        found = {label for _, _, label in annotation.get("runs", ())}
+        if active_spans is not None and found and not found & set(active_spans):
+            messages = None
         if messages is not None:
             prompt = render(tokenizer, messages, kwargs)
             row["teacher_prompt"] = tokenizer.decode(prompt)
@@ -88,12 +91,15 @@ def plan_lessons(
                 prompt, response, max_pair_length, student_prompt_ids=prompts[i].tolist()
             )
             lesson.too_long = lesson.ids is None
+        if active_spans is not None:
+            idle = lesson.ids is None and bool(found & set(active_spans))
+            lesson.span_label = span_labels(() if idle else annotation.get("runs", ()), len(response))
         lessons.append(lesson)
     metrics = {
         "teacher/samples": float(np.mean([lesson.ids is not None for lesson in lessons])),
         "rollout/too_long": float(np.mean([lesson.too_long for lesson in lessons])),
     }
-    if annotated:
+    if active_spans is not None:
         metrics |= _annotation_metrics([row.get("annotation") for row in rows], [len(ids) for ids in responses], step)
     return lessons, metrics | {f"context/{name}": value for name, value in context.metrics(samples).items()}
 

@@ -142,7 +142,10 @@ class OPDTrainer(PPOTrainerSync):
         rollouts.write_jsonl(self.run_dir / "generations" / f"train_{self.global_steps}.jsonl", rows)
         untrained = not taught and self.opd.policy is None
         metrics["opd/skipped"] = float(untrained)
-        if untrained or self._found(rows):
+        if self._found(rows):
+            return batch
+        if untrained:
+            self._refresh_teacher(metrics, updates=0)
             return batch
         batch = self._balance_batch(batch, metrics)
         if taught:
@@ -160,7 +163,8 @@ class OPDTrainer(PPOTrainerSync):
         with marked_timer("update_actor", timing_raw, color="red"):
             batch = self._update_with_teacher(batch, metrics, scale) if taught else self._update_alone(batch, metrics)
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
-            self._refresh_teacher(metrics)
+            updates = sum(self.actor_rollout_wg.count_updates()[:1]) if self._follows_slowly() else 1
+            self._refresh_teacher(metrics, updates)
         self._guard_teacher(metrics)
         return batch
 
@@ -184,7 +188,7 @@ class OPDTrainer(PPOTrainerSync):
             kwargs,
             self.opd.max_pair_length,
             self.global_steps,
-            self.opd.annotates,
+            self.opd.active_spans if self.opd.annotates else None,
         )
         metrics.update(planned)
         dropped = [i for i, lesson in enumerate(lessons) if lesson.too_long and self.opd.policy is None]
@@ -228,31 +232,28 @@ class OPDTrainer(PPOTrainerSync):
         policy = self.opd.policy
         gated = policy.gate == "complement" and gate < 1.0
         untaught = policy.gate == "untaught" and taught
-        if not (gated or untaught or policy.prompt_mean):
+        if not (gated or untaught or policy.prompt_mean or policy.weight != 1.0):
             return
         extra = ["span_label"] * gated + ["has_teacher"] * untaught
         fields = ["advantages", "response_mask", *extra]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         lengths = data["advantages"].offsets().diff().tolist()
         padded = {name: data[name].to_padded_tensor(0) for name in fields if name != "has_teacher"}
-        advantages = padded["advantages"]
+        advantages = policy.weight * padded["advantages"]
         if gated:
-            active = [label for name, label in schema.SPAN_LABELS.items() if self._has_divergence(name)]
             literal = self.opd.credit.inactive_span == "literal"
-            advantages = span_gate(advantages, padded["span_label"], gate, active, literal)
+            advantages = span_gate(advantages, padded["span_label"], gate, self.opd.active_spans, literal)
         if untaught:
             advantages = advantages * ~data["has_teacher"].bool()[:, None]
         if policy.prompt_mean:
             groups = [key.rsplit("_", 2)[0] for key in batch.keys]
-            advantages = advantages * prompt_mean_scale(groups, padded["response_mask"])[:, None]
+            actor = self.config.actor_rollout_ref.actor
+            mini_batches = self.config.data.train_batch_size // actor.ppo_mini_batch_size
+            advantages = advantages * prompt_mean_scale(groups, padded["response_mask"], mini_batches)[:, None]
         rows = [row[:length] for row, length in zip(advantages, lengths, strict=True)]
         nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
         shaped = tu.get_tensordict({"advantages": nested})
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=shaped)
-
-    def _has_divergence(self, span_class: str) -> bool:
-        divergence = self.opd.divergence
-        return not divergence.by_class or getattr(divergence, span_class) is not None
 
     def _found(self, rows: list[dict]) -> bool:
         """Count attempts; at the first success record it, end the run and say so (test-time self-distillation)."""
@@ -277,7 +278,8 @@ class OPDTrainer(PPOTrainerSync):
         batch = self._update_actor(batch, metrics)
         for name in ("loss", "grad_norm", "lr"):
             metrics[f"opd/{name}"] = metrics[f"actor/{name}"]
-        metrics["opd/student_entropy"] = metrics["actor/entropy"]
+        if "actor/entropy" in metrics:  # verl does not compute it where the sampler's log-probs are the old ones
+            metrics["opd/student_entropy"] = metrics["actor/entropy"]
         for name in _MEMORY:
             metrics[f"memory/{name}"] = metrics.pop(f"actor/perf/{name}")
         return batch
@@ -328,11 +330,14 @@ class OPDTrainer(PPOTrainerSync):
 
     # ------------------------------------------------------------------ teacher
 
-    def _refresh_teacher(self, metrics: dict) -> None:
+    def _follows_slowly(self) -> bool:
+        return self.opd.distils and self.opd.teacher.weights == "ema"
+
+    def _refresh_teacher(self, metrics: dict, updates: int) -> None:
         """After the optimiser step, before saving and weight sync; used from the next step on (released CRISP code).
 
-        Not if no step will use it any more, and not by a moving average after a step that verl has skipped because its
-        gradient was not finite.
+        Not if no step will use it any more. A moving average follows the batch, not its mini-batches, and stands still
+        if none of them was an update (verl skips those whose gradient is not finite).
         """
         if not self.opd.distils:
             return
@@ -343,7 +348,7 @@ class OPDTrainer(PPOTrainerSync):
         refreshed = False
         if self.opd.schedule(step + 1)[0] == 0:
             pass
-        elif teacher.weights == "ema" and math.isfinite(metrics["opd/grad_norm"]):
+        elif self._follows_slowly() and updates:
             self.actor_rollout_wg.refresh_teacher(teacher.rate)
             refreshed = True
         elif teacher.weights == "periodic" and teacher.interval and step % teacher.interval == 0:

@@ -105,6 +105,13 @@ class OPDWorker(ActorRolloutRefWorker):
             worker.engine.module.get_output_embeddings().fp32 = objective.fp32
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def count_updates(self) -> int:
+        """Optimiser steps since the last call that changed the student: those whose gradient was finite."""
+        engine = self.actor.engine
+        count, engine.updates = engine.updates, 0
+        return count
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def refresh_teacher(self, rate: float = 1.0) -> None:
         """Move the teacher towards the student, shard by shard: teacher += rate (student - teacher); 1 copies.
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config.schema import ConfigError, DivergenceTerm, OPDConfig, load
-from opd_ext.objective.credit import credit_names, get_credit
+from opd_ext.objective.credit import CreditInputs, credit_names, get_credit
 from opd_ext.objective.divergence import divergence_names, get_divergence
 from opd_ext.objective.objective import REDUCTIONS
 from opd_ext.teacher.annotate import annotator_names, get_annotator
@@ -222,6 +223,8 @@ def _check_credit(opd: OPDConfig, config: DictConfig) -> None:
             raise ConfigError("opd.credit.hold lets the divergence fade: set opd.policy, which is to take over.")
     if credit.rollout_cap is not None and not config.actor_rollout_ref.rollout.calculate_log_probs:
         raise ConfigError("opd.credit.rollout_cap needs actor_rollout_ref.rollout.calculate_log_probs=true.")
+    if credit.importance_cap is not None and opd.divergence.support == "sampled":
+        raise ConfigError("opd.credit.importance_cap with support=sampled applies that ratio twice: set it to null.")
     if credit.kind == "spans" and not opd.annotates:
         raise ConfigError("opd.credit.kind=spans needs spans: set opd.credit.annotator.kind.")
     if credit.annotator is not None:
@@ -230,6 +233,23 @@ def _check_credit(opd: OPDConfig, config: DictConfig) -> None:
             get_annotator(credit.annotator.kind).check(credit.annotator)
         except ValueError as error:
             raise ConfigError(f"opd.credit.{error}.") from None
+    _try_credit(opd)
+
+
+def _try_credit(opd: OPDConfig) -> None:
+    """Call the credit once on what this configuration will have, rather than find out in a worker."""
+    absent = set()
+    if opd.divergence.support == "sampled":
+        absent.add("divergence")
+    if opd.teacher.backend == "server":
+        absent |= {"divergence", "teacher_entropy"}
+    if not opd.annotates:
+        absent.add("span_label")
+    present = {name: torch.zeros(1, 1) for name in CreditInputs._fields if name not in absent}
+    try:
+        get_credit(opd.credit.kind)(CreditInputs(**present), **opd.credit.args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"opd.credit: {error}") from None
 
 
 def _check_policy(opd: OPDConfig, config: DictConfig) -> None:
@@ -251,8 +271,20 @@ def _check_policy(opd: OPDConfig, config: DictConfig) -> None:
         )
     if opd.distils and (actor.use_kl_loss or algorithm.use_kl_in_reward):
         raise ConfigError("The reference engine holds the teacher: set use_kl_loss and use_kl_in_reward to false.")
-    if policy.prompt_mean and actor.loss_agg_mode != "token-mean":
-        raise ConfigError("opd.policy.prompt_mean=true needs actor_rollout_ref.actor.loss_agg_mode=token-mean.")
+    if algorithm.adv_estimator == "gae":
+        raise ConfigError("algorithm.adv_estimator=gae needs a critic, which this trainer has not: set grpo.")
+    if policy.prompt_mean != (actor.loss_agg_mode == "token-sum"):
+        raise ConfigError(
+            "opd.policy.prompt_mean=true and actor_rollout_ref.actor.loss_agg_mode=token-sum belong together: the "
+            "advantages carry the denominators; set both or neither."
+        )
+    if not rollout.calculate_log_probs:
+        correction = algorithm.rollout_correction and algorithm.rollout_correction.rollout_is is not None
+        if policy.anchor == "sampler" or correction:
+            raise ConfigError(
+                "opd.policy.anchor=sampler and algorithm.rollout_correction.rollout_is need the sampler's log-probs: "
+                "set actor_rollout_ref.rollout.calculate_log_probs=true."
+            )
     bypass = bool(algorithm.rollout_correction and algorithm.rollout_correction.bypass_mode)
     if bypass != (policy.anchor == "sampler"):
         raise ConfigError(

@@ -199,6 +199,14 @@ class OPDConfig:
     def annotates(self) -> bool:
         return self.credit.annotator is not None and self.credit.annotator.kind != "none"
 
+    @property
+    def active_spans(self) -> set[int]:
+        """Labels of the annotated spans that have a divergence."""
+        if not self.distils:
+            return set()
+        of_class = {label for name, label in SPAN_LABELS.items() if getattr(self.divergence, name) is not None}
+        return of_class if self.divergence.by_class else set(SPAN_LABELS.values())
+
     def schedule(self, step: int) -> tuple[float, float]:
         """Weight of the distillation term and gate of the policy term on spans, at a step that counts from 1."""
         if not self.distils:
@@ -229,7 +237,6 @@ class OPDConfig:
             credit_args=dict(self.credit.args),
             importance_cap=self.credit.importance_cap,
             rollout_cap=self.credit.rollout_cap,
-            policy_weight=self.policy.weight if self.policy else 0.0,
             shaping=self.policy.shaping if self.policy else None,
             reduction=self.reduction,
             temperature=temperature,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of one micro-batch, composed from its places, and the sums from which a step's metrics are made.
 
-    loss = policy_weight * policy(log_prob)
+    loss = policy(log_prob)
          + sum_t token_weight_t * scale * credit_t * clip_t * D_t        D_t: one divergence, or one per span class
 
 ``D`` is a divergence of two distributions, or, on the sampled token, the clipped policy-gradient surrogate whose
@@ -129,7 +129,6 @@ class Objective:
         credit, credit_args: a registered credit and its options.
         importance_cap: cap of ``exp(logp - old_logp)`` on the distillation term (SDPO: 2); None: off.
         rollout_cap: cap of ``exp(old_logp - rollout_logp)`` (IW-OPD: 5, SDPO: 2); None: off.
-        policy_weight: factor of the policy term, when there is one.
         shaping: RLSD: the teacher's log-ratio on the sampled token multiplies the advantages within 1 +- this bound,
             instead of adding a term of its own; needs a surrogate, whose teacher it is. None: off.
         reduction: see :func:`opd_ext.objective.objective.token_weights`.
@@ -145,7 +144,6 @@ class Objective:
     credit_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     importance_cap: float | None = None
     rollout_cap: float | None = None
-    policy_weight: float = 1.0
     shaping: float | None = None
     reduction: Reduction = "token-mean"
     temperature: float = 1.0
@@ -181,7 +179,7 @@ class Objective:
             if self.shaping is not None and terms.teacher_log_prob is not None:
                 shape, terms = self._shape(batch, terms), terms._replace(loss=terms.student_log_prob.sum() * 0.0)
             policy_loss = policy(terms.student_log_prob, terms.student_entropy, shape)
-            terms = terms._replace(loss=terms.loss + self.policy_weight * policy_loss)
+            terms = terms._replace(loss=terms.loss + policy_loss)
         return Terms(terms.loss, *(None if term is None else term.detach() for term in terms[1:]))
 
     # ------------------------------------------------------------------ the three forms
@@ -247,7 +245,10 @@ class Objective:
         terms = self._without_teacher(batch, hidden, weight)
         weights = self._weights(batch) * self._caps(batch, terms.student_log_prob)
         values = {name: torch.zeros_like(weights) for name in ("divergence", "teacher_log_prob", "teacher_entropy")}
-        loss, distilled, clipped = terms.loss, terms.distilled, None
+        loss, distilled = terms.loss, terms.distilled
+        # Micro-batches report the same quantities whether or not they have a marked row: verl lines up their lists.
+        bounded = any(branch.kind_args.get("entry_clip") is not None for branch in self.branches)
+        clipped = torch.zeros_like(weights) if bounded else None
         for branch in self.branches:
             rows = (batch.distilled() & (batch.span_label == branch.label)).nonzero()[:, 0]
             if len(rows) == 0:
@@ -267,7 +268,6 @@ class Objective:
             for name, value in values.items():
                 value[rows] = getattr(out, name).to(value.dtype)
             if out.clipped is not None:
-                clipped = torch.zeros_like(weights) if clipped is None else clipped
                 clipped[rows] = out.clipped.to(clipped.dtype)
         return terms._replace(loss=loss, distilled=distilled, clipped=clipped, **values)
 

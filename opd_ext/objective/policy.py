@@ -92,21 +92,23 @@ def span_gate(
     return torch.where(annotated, gate * advantages, advantages)
 
 
-def prompt_mean_scale(groups: Sequence[str], mask: Tensor) -> Tensor:
-    """Factors per row that turn a mean over all tokens into the mean over prompts of token means: [B] float32.
+def prompt_mean_scale(groups: Sequence[str], mask: Tensor, mini_batches: int = 1) -> Tensor:
+    """Factors per row that turn a *sum* over tokens into the mean over prompts of token means: [B] float32.
 
     CISPO's normaliser (arXiv 2506.13585, eq. 4) counts the tokens of one prompt's group: multiply the advantages by
-    ``tokens of the batch / (groups * tokens of the own group)``. Groups without a trained token do not count.
+    ``mini_batches / (groups * tokens of the own group)`` and sum. However a batch is cut into mini-batches, every
+    prompt then weighs the same. Groups without a trained token do not count.
 
     Args:
         groups: the prompt of each row.
         mask: trained tokens [B, T].
+        mini_batches: optimiser steps that share the batch.
     """
     names = sorted(set(groups))
     owner = torch.tensor([names.index(name) for name in groups], device=mask.device)
     tokens = torch.zeros(len(names), device=mask.device).index_add(0, owner, mask.bool().sum(dim=-1).float())
     counted = (tokens > 0).sum().clamp(min=1)
-    return tokens.sum() / (counted * tokens.clamp(min=1.0))[owner]
+    return mini_batches / (counted * tokens.clamp(min=1.0))[owner]
 
 
 def self_distilled_advantage(

@@ -12,14 +12,21 @@ from torch import Tensor
 LABELS = {None: (0, 1, 2), 1: (1,), 2: (2,)}
 
 
-def divergence(z: Tensor, w: Tensor, kind: str, temperature: float = 1.0, beta: float | None = None) -> Tensor:
+def divergence(
+    z: Tensor,
+    w: Tensor,
+    kind: str,
+    temperature: float = 1.0,
+    beta: float | None = None,
+    entry_clip: float = torch.inf,
+) -> Tensor:
     """Student logits z and teacher logits w [R, V] -> nats per token [R]."""
     logq, logp = torch.log_softmax(z / temperature, -1), torch.log_softmax(w / temperature, -1)
     q, p = logq.exp(), logp.exp()
     if kind == "reverse_kl":
-        return (q * (logq - logp)).sum(-1)
+        return (q * (logq - logp)).clamp(max=entry_clip).sum(-1)
     if kind == "forward_kl":
-        return (p * (logp - logq)).sum(-1)
+        return (p * (logp - logq)).clamp(max=entry_clip).sum(-1)
     logm = (beta * p + (1 - beta) * q).log()
     return beta * (p * (logp - logm)).sum(-1) + (1 - beta) * (q * (logq - logm)).sum(-1)
 
@@ -100,7 +107,7 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
                 3.0,
             )
             total = sum(m.sum() for m in masks)
-            loss = loss + objective.policy_weight * (mask * surrogate).sum() / total
+            loss = loss + (mask * surrogate).sum() / total
         gap = (sampled - _float64(sample.rollout_log_probs)).abs()
         plain = {"student_entropy": -(logq.exp() * logq).sum(-1), "student_log_prob": sampled, "rollout_gap": gap}
         for name, (per_token, where) in (parts | {name: (v, mask) for name, v in plain.items()}).items():

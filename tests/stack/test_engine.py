@@ -42,6 +42,7 @@ DIVERGENCES = {
 # Every third sample has no teacher; the old policy is not the current one, so that ratios, clips and caps all bind.
 SOME = [dataclasses.replace(s, taught=i % 3 != 2) for i, s in enumerate(SAMPLES)]
 SPANS = tuple(Branch(kind, {}, label) for kind, label in (("forward_kl", 1), ("reverse_kl", 2)))
+CLIPPED_SPANS = tuple(dataclasses.replace(branch, kind_args={"entry_clip": 0.05}) for branch in SPANS)
 POSITION = {"credit": "position", "credit_args": {"gamma": 0.5}}
 METHODS = {
     "some taught": Update(SOME),
@@ -55,8 +56,9 @@ METHODS = {
     "warm surrogate": Update(SAMPLES, objective=Objective(surrogate=Surrogate(), temperature=0.7)),
     "capped": Update(SOME, objective=Objective(importance_cap=1.2, rollout_cap=1.5), old_policy=True),
     "spans": Update(SOME, objective=Objective(SPANS, credit="spans"), scale=0.3),
+    "clipped spans": Update(SOME, objective=Objective(CLIPPED_SPANS, credit="spans")),
     "key spans": Update(SOME, objective=Objective(SPANS[:1], credit="spans")),
-    "mixed": Update(SOME, objective=Objective(policy_weight=0.9), policy=True, scale=0.1),
+    "mixed": Update(SOME, policy=True, scale=0.1),
     "gated spans": Update(SOME, objective=Objective(SPANS, credit="spans"), policy=True, scale=0.5),
     "shaped": Update(SOME, objective=Objective(surrogate=Surrogate(), shaping=0.2), policy=True, scale=0.5),
     "trust region": Update(SAMPLES, trust=0.25),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ SETTINGS = {
     "opd": ["opd.max_teacher_entropy=null"],
     "iw_opd": ["opd.max_teacher_entropy=null"],
     "opsd": [],
+    "opd-server": ["method=opd", "teacher_server=cpu_tiny", "opd.max_teacher_entropy=null"],
     # The initial model, which an adapter leaves untouched, teaches without a copy of its weights.
     "opsd-lora": [
         "method=opsd",
@@ -60,18 +62,18 @@ def teacher_of_another_size(world):
 def run(world, teacher_of_another_size, tmp_path_factory):
     """``run(method)`` -> the folder of its run; each method runs once."""
     base, done = tmp_path_factory.mktemp("methods"), {}
-    os.environ["PYTHONPATH"] = str(EXAMPLE)
+    path = os.pathsep.join(filter(None, (str(EXAMPLE), os.environ.get("PYTHONPATH"))))
 
     def of(method):
         if method not in done:
             settings = [f"method={method}"] if "-" not in method else []
             settings += [*SETTINGS[method], f"trainer.total_training_steps={STEPS}"]
-            train(world, base / method, *settings)
+            with patch.dict(os.environ, PYTHONPATH=path):
+                train(world, base / method, *settings)
             done[method] = base / method
         return done[method]
 
-    yield of
-    del os.environ["PYTHONPATH"]
+    return of
 
 
 def generations(run_dir, step):
@@ -104,6 +106,14 @@ def test_an_external_teacher_sees_what_the_student_saw(run):
     # The same rollouts, since seeds depend on prompt and step; gamma 0.5 gives weights between 1 and 1.5.
     assert uniform["rollout/tokens_mean"] == weighted["rollout/tokens_mean"]
     assert uniform["opd/credit"] <= 1.0 < weighted["opd/credit"] <= 1.5
+
+
+def test_a_served_teacher_says_what_a_colocated_one_says(run):
+    """verl's teacher server and our engine score the same rollouts: the log-probs agree to the kernels' rounding."""
+    engine, served = (metrics(run(method)) for method in ("opd", "opd-server"))
+    # The first step has the same weights on both sides; vLLM's and FSDP's fp32 kernels differ by some 1e-5 nats.
+    assert served[0]["opd/teacher_log_prob"] == pytest.approx(engine[0]["opd/teacher_log_prob"], abs=1e-3)
+    assert served[0]["opd/divergence"] == pytest.approx(engine[0]["opd/divergence"], abs=1e-3)
 
 
 def test_opsd_shows_the_reference_solution_and_keeps_the_first_weights(run):

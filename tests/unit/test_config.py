@@ -69,7 +69,21 @@ def test_the_node_carries_the_published_settings_of_crisp():
         (["method=grpo", "+opd.policy.gate=complement"], ["gate=complement", "spans"]),
         (["method=cispo", "actor_rollout_ref.actor.clip_ratio_low=0.2"], ["clip_ratio_low=0.2", "lower bound"]),
         (["method=cispo", "actor_rollout_ref.actor.use_kl_loss=true"], ["CISPO has no KL"]),
-        (["method=cispo", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"], ["prompt_mean", "token-mean"]),
+        (["method=cispo", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"], ["prompt_mean", "token-sum"]),
+        (["method=grpo", "opd.policy.prompt_mean=true"], ["prompt_mean", "token-sum"]),
+        (["method=grpo", "algorithm.adv_estimator=gae"], ["adv_estimator=gae", "critic"]),
+        (
+            ["method=trace", "actor_rollout_ref.rollout.calculate_log_probs=false"],
+            ["rollout_is", "calculate_log_probs"],
+        ),
+        (
+            ["method=sdpo", "opd.divergence={kind: reverse_kl, support: sampled, beta: null}"],
+            ["importance_cap", "support=sampled"],
+        ),
+        (
+            ["method=opd", "~opd.credit.rollout_cap", "opd.credit.kind=tip"],
+            ["'tip' needs divergence"],
+        ),
         (["method=cispo", "algorithm.rollout_correction.bypass_mode=true"], ["bypass_mode", "anchor=sampler"]),
         (["method=trace", "algorithm.filter_groups.enable=true"], ["filter_groups", "teacher still teaches"]),
         (["method=opd", "opd.teacher.weights=frozen"], ["opd.teacher.path", "external"]),

@@ -126,7 +126,7 @@ CISPO = {
     f"{ACTOR}.policy_loss.loss_mode": "cispo",
     f"{ACTOR}.clip_ratio_high": 4.0,
     f"{ACTOR}.clip_ratio_low": 10,
-    f"{ACTOR}.loss_agg_mode": "token-mean",
+    f"{ACTOR}.loss_agg_mode": "token-sum",
     f"{ACTOR}.use_kl_loss": False,
     f"{ACTOR}.entropy_coeff": 0,
     f"{ACTOR}.optim.override_optimizer_config": {"eps": 1e-15},

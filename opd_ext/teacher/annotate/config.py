@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of an annotator: ``opd.credit.annotator`` in the configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -16,6 +17,7 @@ class AnnotatorConfig:
     timeout_s: float = 120.0  # seconds for one answer
     retries: int = 2  # api, server: after rate limits, server errors and timeouts, with growing pauses
     max_tokens: int = 256  # of an answer
+    extra_body: dict[str, Any] = field(default_factory=dict)  # api, server: sent along, e.g. {enable_thinking: false}
     structured: bool = False  # api, server: constrain the answer to the JSON schema, where the endpoint can
     cache_dir: str | None = None  # folder that keeps every answer; `replay` reads it
     base: str | None = None  # replay: whose answers; random25, inverted25: whose types

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,9 @@ class AnswerCache:
         self.folder = Path(folder).expanduser()
 
     @staticmethod
-    def key(annotator: str, problem: str, response: str, correct: bool) -> str:
-        """SHA-256 of everything that decides an answer."""
-        identity = json.dumps([annotator, TEMPLATE_VERSION, problem, response, bool(correct)])
+    def key(annotator: Sequence[Any], problem: str, segments: Sequence[str], correct: bool) -> str:
+        """SHA-256 of everything that decides an answer: who is asked how, and what is shown in which segments."""
+        identity = json.dumps([annotator, TEMPLATE_VERSION, problem, segments, bool(correct)])
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def get(self, key: str) -> Answer | None:
@@ -67,10 +67,11 @@ class ModelAnnotator(Annotator):
         self.cache = AnswerCache(config.cache_dir) if config.cache_dir else None
         self._turns = asyncio.Semaphore(config.max_concurrency)
 
-    @property
-    def identity(self) -> str:
-        """The annotator in cache keys."""
-        return f"{self.config.kind}:{self.config.model or ''}"
+    def identity(self, request: Request) -> list[Any]:
+        """The annotator in cache keys; the model in training differs from step to step, so the seed stands for it."""
+        asked = self.config.base if self.config.kind == "replay" else self.config.kind
+        step = request.seed if asked == "self" else None
+        return [asked, self.config.model, self.config.max_tokens, step]
 
     async def ask(self, messages: list[dict], schema: dict) -> Answer:
         """One chat completion at temperature 0; ``schema`` is what the answer should look like."""
@@ -84,10 +85,10 @@ class ModelAnnotator(Annotator):
         return Found(status, spans, answer.tokens_in, answer.tokens_out)
 
     async def _answer(self, request: Request, text: Text) -> Answer:
-        key = AnswerCache.key(self.identity, request.problem, text.text, request.correct)
+        shown = [text.text[start:end] for start, end in text.segments]
+        key = AnswerCache.key(self.identity(request), request.problem, shown, request.correct)
         if self.cache and (kept := self.cache.get(key)):
             return kept
-        shown = [text.text[start:end] for start, end in text.segments]
         async with self._turns:
             messages = annotation_prompt(request.problem, shown, request.correct)
             schema = answer_schema(len(shown), request.correct)
@@ -141,7 +142,7 @@ class APIAnnotator(ModelAnnotator):
                 messages=messages,
                 temperature=0.0,
                 max_tokens=self.config.max_tokens,
-                extra_body=self._without_thinking(),
+                extra_body={**self._without_thinking(), **self.config.extra_body},
                 **self._constraint(schema),
             )
         except APITimeoutError as error:
@@ -156,8 +157,8 @@ class APIAnnotator(ModelAnnotator):
         named = {"name": "annotation", "schema": schema, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": named}}
 
-    def _without_thinking(self) -> Mapping[str, Any] | None:
-        return None
+    def _without_thinking(self) -> Mapping[str, Any]:
+        return {}  # every provider has its own switch: extra_body
 
 
 @register_annotator("server")
@@ -187,10 +188,6 @@ class ReplayAnnotator(ModelAnnotator):
             raise ValueError("annotator.kind=replay needs annotator.cache_dir, the folder with the answers")
         if not config.base or not issubclass(get_annotator(config.base), ModelAnnotator) or config.base == "replay":
             raise ValueError("annotator.kind=replay needs annotator.base, whose answers these are: self, api or server")
-
-    @property
-    def identity(self) -> str:
-        return f"{self.config.base}:{self.config.model or ''}"
 
     async def ask(self, messages: list[dict], schema: dict) -> Answer:
         raise ValueError("the replayed folder holds no answer for this rollout")

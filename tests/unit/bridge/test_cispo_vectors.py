@@ -86,11 +86,19 @@ def test_a_mean_per_prompt_through_the_advantages(vectors):
     inputs, expected = data["inputs"], data["cases"]["normalisation_two_groups_range_0_5"]
     scale = prompt_mean_scale([str(group) for group in expected["group"]], tensor(inputs["response_mask"]))
     scaled = tensor(inputs["advantages"]) * scale.double()[:, None]
-    loss, gradient, _ = loss_of("cispo", inputs, 1.0, 4.0, advantages=scaled)
+    loss, gradient, _ = loss_of("cispo", inputs, 1.0, 4.0, "token-sum", advantages=scaled)
     # The scale is a float32 number.
     close = {"rtol": 1e-6, "atol": 1e-7}
     torch.testing.assert_close(loss, tensor(expected["prompt_mean"]["loss"]), **close)
     torch.testing.assert_close(gradient, tensor(expected["prompt_mean"]["grad"]), **close)
+
+
+def test_every_prompt_weighs_the_same_however_the_batch_is_cut():
+    """Two prompts of 2 and 18 tokens, together or each in a mini-batch of its own: the same share of an update each."""
+    mask = (torch.arange(18)[None, :] < torch.tensor([2, 18])[:, None]).float()
+    for mini_batches, share in ((1, 0.5), (2, 1.0)):
+        weights = prompt_mean_scale(["a", "b"], mask, mini_batches)[:, None] * mask
+        torch.testing.assert_close(weights.sum(-1), torch.full((2,), share))
 
 
 def test_ranks_average_to_the_loss_of_the_batch(vectors):

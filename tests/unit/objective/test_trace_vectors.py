@@ -92,7 +92,7 @@ def _loss(data, precision, k, mu_error, mu_key, tau, literal, policy_reduction, 
     old = precision.tensor(inputs["old_log_probs"])[rows]
     extra = precision.tensor(inputs["rollout_is_weights"])[rows] if rollout_is else torch.ones_like(old)
 
-    def policy(log_prob, entropy):
+    def policy(log_prob, entropy, shape):
         surrogate = clipped_surrogate(
             log_prob, old[mask], advantage[mask], meta["clip_low"], meta["clip_high"], meta["dual_clip_c"]
         )
