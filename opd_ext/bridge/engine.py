@@ -87,6 +87,7 @@ class OPDEngine(FSDPEngineWithLMHead):
     trust: float | None = None  # share of the live student in a trust-region teacher; None: the teacher's weights alone
     base_teaches: bool = False  # with LoRA: the student without its adapter teaches
     objective: Objective | None = None
+    base_is_reference: bool = False  # ExOPD: the student without its adapter is what the surrogate extrapolates from
     updates: int = 0  # optimiser steps that were made, see OPDWorker.count_updates
     denominator: str = "trained"  # whose tokens and sequences the reductions count: all trained or the distilled ones
 
@@ -201,6 +202,11 @@ class OPDEngine(FSDPEngineWithLMHead):
             a = self.trust
             self._teacher_rows = [torch.cat([(1 - a) * h0, a * h], -1) for h0, h in zip(fixed[0], live[0], strict=True)]
             self._teacher_head = torch.cat([fixed[1], live[1]], dim=-1)
+        if self.base_is_reference:  # with context `same` the teacher's sequences are the student's
+            self.module.eval()
+            with self.disable_adapter():
+                self._reference_rows = self.response_hidden_states(data)
+            self.module.train()
         vocabulary = self._lm_head.weight.shape[0]
         if len(self._teacher_head) < vocabulary:
             raise ValueError(
@@ -241,6 +247,7 @@ class OPDEngine(FSDPEngineWithLMHead):
             return super().forward_backward_batch(data, loss_function, forward_only)
         finally:
             del self._teacher_rows, self._teacher_head
+            self._reference_rows = []
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Callable, forward_only: bool) -> Any:
         """One micro-batch: trunk, chunked head, loss. verl calls ``backward`` on the loss that is returned.
@@ -251,7 +258,8 @@ class OPDEngine(FSDPEngineWithLMHead):
             return super().forward_step(micro_batch, loss_function, forward_only)
         teacher: tuple[torch.Tensor, ...] = ()
         if "teacher_input_ids" in micro_batch:
-            teacher = (self._teacher_hidden(micro_batch), self._teacher_head)
+            teacher = (self._rows_of(self._teacher_rows, micro_batch), self._teacher_head)
+        reference = self._rows_of(self._reference_rows, micro_batch) if self.base_is_reference else None
         micro_batch = micro_batch.to(get_device_id())
         lengths = micro_batch["responses"].offsets().diff()
         rows = _packed_rows(micro_batch["input_ids"], lengths)
@@ -262,7 +270,7 @@ class OPDEngine(FSDPEngineWithLMHead):
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             nonlocal terms
-            terms = self.objective(batch, hidden[0], weight, *teacher, policy=policy)
+            terms = self.objective(batch, hidden[0], weight, *teacher, policy=policy, reference_hidden=reference)
             return terms.loss
 
         inputs, _ = self.prepare_model_inputs(micro_batch)
@@ -271,10 +279,11 @@ class OPDEngine(FSDPEngineWithLMHead):
         sums = {name: Metric("sum", value) for name, value in self.objective.sums(batch, terms).items()}
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": sums | policy_metrics}
 
-    def _teacher_hidden(self, micro_batch: TensorDict) -> torch.Tensor:
+    @staticmethod
+    def _rows_of(hidden: list[torch.Tensor], micro_batch: TensorDict) -> torch.Tensor:
         """Teacher rows of a micro-batch, [R, H]; zeros, which no weight lets through, where there is no teacher."""
         lengths = micro_batch["responses"].offsets().diff().tolist()
-        rows = [self._teacher_rows[row] for row in micro_batch["row"].tolist()]
+        rows = [hidden[row] for row in micro_batch["row"].tolist()]
         flags = micro_batch["has_teacher"].bool().tolist()
         parts = zip(rows, lengths, flags, strict=True)
         return torch.cat([part if flag else part.new_zeros(n, part.shape[1]) for part, n, flag in parts])

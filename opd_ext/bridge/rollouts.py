@@ -10,6 +10,8 @@ import numpy as np
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
+from opd_ext.report.search import pass_at_k
+
 ANNOTATION = "opd_annotation"
 """Under which name the agent loop leaves an annotation beside a rollout."""
 
@@ -66,7 +68,7 @@ def _item(data: Any, name: str, i: int) -> Any:
 
 
 def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
-    """Accuracy, response lengths (tokens), truncation and empty responses; other graded accuracies if present."""
+    """Accuracy, response lengths (tokens), truncation and empty responses; pass@k and other accuracies if there are."""
     if not rows:
         return {}
     tokens = np.array([row["response_tokens"] for row in rows])
@@ -82,7 +84,20 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     for key in ("acc_answer_only", "acc_boxed_only", "format_ok"):
         if key in rows[0]:
             metrics[f"{prefix}/{key}"] = float(np.mean([row[key] for row in rows]))
-    return metrics
+    return metrics | _pass_at_k(rows, prefix)
+
+
+def _pass_at_k(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """``<prefix>/pass_at_<k>`` for k = 2, 4, ... and n, where every problem was sampled the same n > 1 times."""
+    right: dict[tuple, list[bool]] = {}
+    for row in rows:
+        right.setdefault((row["data_source"], row["index"], row["input"]), []).append(row["acc"] > 0.5)
+    sizes = {len(samples) for samples in right.values()}
+    if len(sizes) != 1 or sizes == {1}:
+        return {}
+    (n,) = sizes
+    ks = sorted({*(2**i for i in range(1, n.bit_length())), n})
+    return {f"{prefix}/pass_at_{k}": float(np.mean([pass_at_k(n, sum(s), k) for s in right.values()])) for k in ks}
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

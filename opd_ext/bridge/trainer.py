@@ -98,6 +98,7 @@ class OPDTrainer(PPOTrainerSync):
         settings = TeacherSettings(
             trust=self.opd.teacher.rate if trust else None,
             base_teaches=self.opd.distils and self.opd.teacher.weights == "base",
+            base_is_reference=self.opd.distils and self.opd.divergence.extrapolation != 1.0,
             denominator=self.opd.denominator,
         )
         self.actor_rollout_wg.configure(objective, settings, self.opd.external_libs)

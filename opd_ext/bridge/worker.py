@@ -64,6 +64,7 @@ class TeacherSettings:
 
     trust: float | None = None
     base_teaches: bool = False
+    base_is_reference: bool = False
     denominator: str = "trained"
 
 
@@ -100,7 +101,8 @@ class OPDWorker(ActorRolloutRefWorker):
         engine = self.actor.engine
         engine.objective = objective
         engine.teacher = self.ref.engine if self.ref is not None else None
-        engine.trust, engine.base_teaches, engine.denominator = dataclasses.astuple(teacher)
+        for name, value in dataclasses.asdict(teacher).items():
+            setattr(engine, name, value)
         for worker in filter(None, (self.actor, self.ref)):
             worker.engine.module.get_output_embeddings().fp32 = objective.fp32
 

@@ -54,7 +54,7 @@ def check(config: DictConfig) -> OPDConfig:
     if opd.distils:
         _check_teacher(opd, config)
         _check_context(opd)
-        _check_divergence(opd)
+        _check_divergence(opd, config)
         _check_credit(opd, config)
     else:
         _check_absent_teacher(opd)
@@ -155,7 +155,7 @@ def _check_context(opd: OPDConfig) -> None:
         raise ConfigError("opd.context.kind=label shows what an annotator found: set opd.credit.annotator.kind.")
 
 
-def _check_divergence(opd: OPDConfig) -> None:
+def _check_divergence(opd: OPDConfig, config: DictConfig) -> None:
     divergence = opd.divergence
     terms = {f".{name}": getattr(divergence, name) for name in ("key", "error") if getattr(divergence, name)}
     if terms and opd.credit.kind != "spans":
@@ -170,11 +170,25 @@ def _check_divergence(opd: OPDConfig) -> None:
             f"opd.divergence.gradient=policy with support={divergence.support} has zero expected gradient, because "
             "that divergence does not depend on the sampled token; set gradient=direct, or support=sampled."
         )
+    if divergence.extrapolation != 1.0:
+        _check_extrapolation(opd, config)
     if divergence.gradient == "direct" and sampled:
         raise ConfigError(
             "opd.divergence.gradient=direct with support=sampled loses the teacher, whose log-prob is a constant; set "
             "gradient=policy, or support=full."
         )
+
+
+def _check_extrapolation(opd: OPDConfig, config: DictConfig) -> None:
+    """ExOPD compares the teacher with the initial model, which is at hand where adapters leave it untouched."""
+    wrong = {
+        "opd.divergence.support=sampled": opd.divergence.support != "sampled",
+        "opd.teacher.backend=engine": opd.teacher.backend != "engine",
+        "opd.context.kind=same": opd.context.kind != "same",
+        "actor_rollout_ref.model.lora_rank": config.actor_rollout_ref.model.lora_rank == 0,
+    }
+    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise ConfigError(f"opd.divergence.extrapolation={opd.divergence.extrapolation} needs {found[0]}: set it.")
 
 
 def _check_term(key: str, term: DivergenceTerm) -> None:

@@ -89,6 +89,7 @@ class DivergenceConfig(DivergenceTerm):
     gradient: str = "auto"  # direct: of the divergence | policy: advantage of the sampled token | auto: by support
     ratio_clip: float = 0.2  # sampled only: PPO's clip of current to old policy
     dual_clip: float = 3.0  # sampled only
+    extrapolation: float = 1.0  # sampled only; ExOPD: beyond 1, past the teacher as seen from the initial model
 
     @property
     def by_class(self) -> bool:
@@ -224,7 +225,8 @@ class OPDConfig:
         """
         branches, surrogate = (), None
         if self.distils and self.divergence.support == "sampled":
-            surrogate = Surrogate(self.divergence.ratio_clip, self.divergence.dual_clip)
+            divergence = self.divergence
+            surrogate = Surrogate(divergence.ratio_clip, divergence.dual_clip, divergence.extrapolation)
         elif self.distils and self.divergence.by_class:
             terms = {name: getattr(self.divergence, name) for name in SPAN_LABELS}
             branches = tuple(term.branch(SPAN_LABELS[name]) for name, term in terms.items() if term is not None)

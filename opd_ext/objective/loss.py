@@ -43,6 +43,7 @@ class MicroBatch:
         span_label: class of each token [N]: 0 none, 1 key, 2 error; None: no annotation.
         rollout_log_probs, old_log_probs: log-probs of the labels when they were sampled and before the update [N].
         teacher_log_prob: the teacher's log-probs of the labels [N], where its hidden states are not at hand.
+        reference_log_prob: the reference's log-probs of the labels [N], for a surrogate that extrapolates.
         scale: weight of the distillation term at this step (annealing).
     """
 
@@ -58,6 +59,7 @@ class MicroBatch:
     sample_mask: Tensor | None = None
     span_label: Tensor | None = None
     teacher_log_prob: Tensor | None = None
+    reference_log_prob: Tensor | None = None
     scale: float = 1.0
 
     def padded(self, values: Tensor | None) -> Tensor | None:
@@ -88,11 +90,13 @@ class Surrogate:
     """Reverse KL on the sampled token as a policy gradient (IW-OPD, arXiv 2606.22600; G-OPD, arXiv 2602.12125).
 
     The advantage is ``log p_T - log p_S`` of the sampled token, constant; ``clip`` and ``dual_clip`` bound the ratio
-    of current to old policy, which is 1 while there is one optimiser step per batch.
+    of current to old policy, which is 1 while there is one optimiser step per batch. With another ``scale`` than 1 it
+    extrapolates from a reference (ExOPD).
     """
 
     clip: float = 0.2
     dual_clip: float = 3.0
+    scale: float = 1.0
 
 
 Shape = Callable[[Tensor], Tensor]
@@ -159,6 +163,7 @@ class Objective:
         teacher_hidden: Tensor | None = None,
         teacher_weight: Tensor | None = None,
         policy: PolicyTerm | None = None,
+        reference_hidden: Tensor | None = None,
     ) -> Terms:
         """Loss and per-token terms of one micro-batch.
 
@@ -167,7 +172,12 @@ class Objective:
                 term alone.
             weight, teacher_weight: vocabulary projections [V, H] and [V, Ht].
             policy: the policy term, or None.
+            reference_hidden: rows of the reference that a surrogate extrapolates from, [N, H]; its head is ``weight``.
         """
+        if reference_hidden is not None:
+            with torch.no_grad():
+                reference = self._head(reference_hidden, weight, None, None, labels=batch.labels, mode="recompute")
+            batch = dataclasses.replace(batch, reference_log_prob=reference.student_log_prob)
         if teacher_hidden is None and batch.teacher_log_prob is None:
             terms = self._without_teacher(batch, hidden, weight)
         elif self.surrogate is None and self.branches[0].label is not None:
@@ -338,9 +348,9 @@ class Objective:
 
     def _surrogate(self, batch: MicroBatch, out: HeadOutput) -> Tensor:
         old = out.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
-        advantage = sampled_advantage(old, out.teacher_log_prob)
-        clip = self.surrogate.clip
-        return clipped_surrogate(out.student_log_prob, old, advantage, clip, clip, self.surrogate.dual_clip).loss
+        clip, dual_clip, scale = dataclasses.astuple(self.surrogate)
+        advantage = sampled_advantage(old, out.teacher_log_prob, batch.reference_log_prob, scale)
+        return clipped_surrogate(out.student_log_prob, old, advantage, clip, clip, dual_clip).loss
 
     def _shape(self, batch: MicroBatch, terms: Terms) -> Shape:
         old = terms.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs

@@ -48,6 +48,8 @@ def _term(term: DivergenceTerm) -> str:
     kind = term.kind + (f"({term.beta})" if term.beta else "")
     support = f"top-{term.k} of the {term.topk_by}" if term.support == "topk" else term.support
     parts = [f"{kind}, {support}"]
+    if getattr(term, "extrapolation", 1.0) != 1.0:
+        parts.append(f"extrapolated by {term.extrapolation:g}")
     if term.clip is not None:
         parts.append(f"clip {term.clip}")
     if isinstance(term.temperature, float) and term.temperature != 1.0:

@@ -22,6 +22,7 @@ EXAMPLE = ROOT / "examples" / "custom_method"
 SETTINGS = {
     "cispo": ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4"],
     "opd": ["opd.max_teacher_entropy=null"],
+    "exopd": ["opd.max_teacher_entropy=null"],
     "iw_opd": ["opd.max_teacher_entropy=null"],
     "opsd": [],
     "opd-server": ["method=opd", "teacher_server=cpu_tiny", "opd.max_teacher_entropy=null"],

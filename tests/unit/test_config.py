@@ -117,6 +117,8 @@ def test_the_node_carries_the_published_settings_of_crisp():
             ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge=true"],
             ["opd.teacher.weights=periodic with LoRA", "base"],
         ),
+        (["method=opd", "opd.divergence.extrapolation=1.25"], ["extrapolation=1.25", "lora_rank"]),
+        (["opd.divergence.extrapolation=1.25"], ["extrapolation=1.25", "support=sampled"]),
         (["opd.teacher.weights=base"], ["opd.teacher.weights=base", "lora_rank", "frozen"]),
         (["actor_rollout_ref.actor.ppo_epochs=2"], ["ppo_epochs=2"]),
         (["trainer.n_gpus_per_node=3"], ["divisible", "3"]),

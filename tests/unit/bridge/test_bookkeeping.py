@@ -110,3 +110,21 @@ def test_two_runs_on_one_machine_exchange_no_weights(monkeypatch):
     assert len({handle, *names}) == 3
     monkeypatch.delenv("OPD_RUN")
     assert own_socket(handle) == handle
+
+
+def _row(index, acc):
+    return {
+        "data_source": "d",
+        "index": index,
+        "input": f"q{index}",
+        "acc": acc,
+        "response_tokens": 5,
+        "truncated": False,
+    }
+
+
+def test_several_samples_per_problem_give_pass_at_k():
+    rows = [_row(0, 1.0), _row(0, 0.0), _row(1, 0.0), _row(1, 0.0)]
+    assert rollouts.summarise(rows, "val")["val/pass_at_2"] == 0.5
+    assert not any("pass_at" in name for name in rollouts.summarise(rows[:1] + rows[2:3], "val"))
+    assert not any("pass_at" in name for name in rollouts.summarise(rows[:3], "val")), "unequal numbers of samples"

@@ -183,6 +183,35 @@ def test_the_configured_objective_gives_the_same_numbers(vectors, precision):
     precision.assert_close(terms.loss, expected)
 
 
+@pytest.mark.parametrize("scale, credit", [(1.0, "uniform"), (1.25, "uniform"), (1.25, "position")])
+def test_the_objective_extrapolates_from_a_reference(vectors, precision, scale, credit):
+    """ExOPD and IW-ExOPD through the whole loss; the drift is that of teacher and student."""
+    batch = vectors("iw_opd")["batch_a"]
+    mask = torch.tensor(batch["mask"]).bool()
+    student, teacher, reference = (
+        precision.tensor(batch[f"{side}_logp"])[mask] for side in ("student", "teacher", "reference")
+    )
+
+    def head_input(logp):
+        return torch.stack([logp, torch.log1p(-logp.exp())], -1)
+
+    hidden = head_input(student).requires_grad_()
+    micro_batch = MicroBatch(
+        labels=torch.zeros(len(student), dtype=torch.long),
+        mask=torch.ones_like(student),
+        lengths=torch.tensor(batch["lengths"]),
+        num_micro_batches=1,
+        dp_size=1,
+        teacher_log_prob=teacher,
+        **_counts(mask),
+    )
+    objective = Objective(surrogate=Surrogate(scale=scale), credit=credit)
+    eye = torch.eye(2, dtype=hidden.dtype)
+    terms = objective(micro_batch, hidden, eye, reference_hidden=head_input(reference))
+    name = "iw_exopd_lambda1.25_gamma0.5_raw_gap" if credit == "position" else f"exopd_lambda{scale}"
+    precision.assert_close(terms.loss, batch["cases"][name]["ppo_value_on_policy"]["token-mean"])
+
+
 def test_sampled_estimators(vectors, precision):
     """What the metrics call the sampled KL is k1, whose mean is that of the vectors."""
     batch = vectors("iw_opd")["batch_a"]
