@@ -91,7 +91,9 @@ def _pass_at_k(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     """``<prefix>/pass_at_<k>`` for k = 2, 4, ... and n, where every problem was sampled the same n > 1 times."""
     right: dict[tuple, list[bool]] = {}
     for row in rows:
-        right.setdefault((row["data_source"], row["index"], row["input"]), []).append(row["acc"] > 0.5)
+        if row.get("index") is None:  # nothing tells which samples belong to one problem
+            return {}
+        right.setdefault((row["data_source"], row["index"]), []).append(row["acc"] > 0.5)
     sizes = {len(samples) for samples in right.values()}
     if len(sizes) != 1 or sizes == {1}:
         return {}
