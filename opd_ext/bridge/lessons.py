@@ -92,8 +92,8 @@ def plan_lessons(
             )
             lesson.too_long = lesson.ids is None
         if active_spans is not None:
-            idle = lesson.ids is None and bool(found & set(active_spans))
-            lesson.span_label = span_labels(() if idle else annotation.get("runs", ()), len(response))
+            runs = usable_runs(annotation.get("runs", ()), active_spans, lesson.ids is not None)
+            lesson.span_label = span_labels(runs, len(response))
         lessons.append(lesson)
     metrics = {
         "teacher/samples": float(np.mean([lesson.ids is not None for lesson in lessons])),
@@ -109,6 +109,18 @@ def _annotation_metrics(annotations: list[dict | None], lengths: list[int], step
     if metrics.get("annotation/failures", 0.0) > ALARM:
         _log.warning("step %d: %.0f %% of the annotations failed", step, 100 * metrics["annotation/failures"])
     return metrics
+
+
+def usable_runs(
+    runs: Iterable[Iterable[int]], active_spans: Collection[int], has_teacher: bool
+) -> list[tuple[int, int, int]]:
+    """The spans that the loss and the gate may see.
+
+    None where a span has a divergence but its rollout no teacher: gated and untaught, its tokens would not train at all.
+    """
+    found = [tuple(run) for run in runs]
+    untaught = not has_teacher and any(label in active_spans for _, _, label in found)
+    return [] if untaught else found
 
 
 def span_labels(runs: Iterable[Iterable[int]], length: int) -> list[int]:
