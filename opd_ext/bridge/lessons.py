@@ -116,7 +116,7 @@ def usable_runs(
 ) -> list[tuple[int, int, int]]:
     """The spans that the loss and the gate may see.
 
-    None where a span has a divergence but its rollout no teacher: gated and untaught, its tokens would not train at all.
+    None where a span has a divergence but its rollout no teacher: gated and untaught, its tokens would not train.
     """
     found = [tuple(run) for run in runs]
     untaught = not has_teacher and any(label in active_spans for _, _, label in found)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches for one question: what is refused, what is not repeated, what is reported. (A real one: tests/stack.)"""
+
+import json
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from opd_ext.discover import SearchError, discover
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.parquet"
+    rows = [{"prompt": [{"role": "user", "content": f"What is {i}+1?"}], "extra_info": {"index": i}} for i in range(3)]
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def finish(out, seed, found, step=4):
+    folder = out / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    (folder / "discovery.json").write_text(json.dumps({"attempts": 16 * step, "found": found, "step": step}))
+
+
+def test_finished_searches_are_reported_and_not_repeated(questions, tmp_path):
+    """Nothing could be started here: the data set is not even one of a world."""
+    out = tmp_path / "out"
+    for seed, found in ((1, 3), (2, None), (3, 40)):
+        finish(out, seed, found)
+    console = Console(width=120, record=True)
+    assert discover(questions, 1, out, seeds=3, budget=64, console=console) == [3, None, 40]
+    record = json.loads((out / "discovery.json").read_text())
+    assert record["first_success"] == [3, None, 40] and record["budget"] == 64
+    assert record["discovery_at_k"]["2"] == 0.0
+    assert record["discovery_at_k"]["4"] == pytest.approx(1 / 3)
+    assert record["discovery_at_k"]["64"] == pytest.approx(2 / 3)
+    assert (out / "discovery.png").stat().st_size > 1000
+    assert "3, none, 40" in console.export_text()
+    assert pd.read_parquet(out / "question.parquet").iloc[0]["extra_info"]["index"] == 1
+
+
+def test_a_folder_holds_searches_for_one_question(questions, tmp_path):
+    out = tmp_path / "out"
+    finish(out, 1, 5)
+    discover(questions, 0, out, seeds=1, budget=16, console=Console(quiet=True))
+    with pytest.raises(SearchError, match="another question"):
+        discover(questions, 1, out, seeds=1, budget=16)
+
+
+def test_bad_input_is_named(questions, tmp_path):
+    with pytest.raises(SearchError, match="rows 0 to 2; there is no row 3"):
+        discover(questions, 3, tmp_path / "out")
+    with pytest.raises(SearchError, match="at least 1"):
+        discover(questions, 0, tmp_path / "out", seeds=0)
+
+
+def test_a_search_that_fails_shows_the_end_of_its_log(questions, tmp_path):
+    with pytest.raises(SearchError, match=r"(?s)failed with status 2.*opd.teacher.weights=stale"):
+        discover(questions, 0, tmp_path / "out", seeds=1, overrides=["opd.teacher.weights=stale"])
