@@ -70,7 +70,8 @@ def prepare_environment(config: DictConfig) -> None:
     variables = {name: str(value) for name, value in (runtime_env.get("env_vars") or {}).items()}
     if config.opd.device == "cpu":
         ranks = config.trainer.n_gpus_per_node
-        variables.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(ranks))))
+        devices = config.ray_kwargs.ray_init.get("num_gpus") or ranks  # a served teacher has devices of its own
+        variables.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices))))
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
         variables.setdefault("OMP_NUM_THREADS", threads)
         variables["OPD_RUN"] = uuid4().hex[:12]  # see opd_ext.bridge.cpu_platform.own_socket
