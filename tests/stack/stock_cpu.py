@@ -10,6 +10,8 @@ verl imports this module in each of its workers (``actor_rollout_ref.model.exter
 import os
 import sys
 
+from omegaconf import open_dict
+
 
 def prepare_worker() -> None:
     """A gloo group, which verl would ask for by a name that torch refuses, and verl's engine under the name `cpu`."""
@@ -27,7 +29,8 @@ def main() -> None:
 
     config = train.compose_config(sys.argv[1:])
     train.prepare_environment(config)
-    del config.ray_kwargs.ray_init.runtime_env.env_vars["OPD_RUN"]  # verl's worker keeps verl's name of the socket
+    with open_dict(config):
+        del config.ray_kwargs.ray_init.runtime_env.env_vars["OPD_RUN"]  # verl's worker keeps verl's name of the socket
     del os.environ["OPD_RUN"]
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
