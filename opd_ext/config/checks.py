@@ -80,7 +80,7 @@ def _check_options(key: str, kind: str, given: dict[str, Any], allowed: Iterable
     for name in given:
         if allowed is not None and name not in allowed:
             takes = f"it takes: {', '.join(allowed)}" if allowed else "it takes no options"
-            raise ConfigError(f"{key}.{name} does not exist for kind={kind}; {takes}.")
+            raise ConfigError(f"{key}.{name} does not exist for kind={kind}: take it out (~{key}.{name}); {takes}.")
 
 
 def _parameters(function: Callable[..., Any], skip: int) -> list[str] | None:

@@ -88,7 +88,7 @@ def test_a_submitted_recipe_trains_and_reports(cluster):
 def test_a_refused_configuration_comes_back_as_a_failed_job(cluster):
     done = submit(cluster, ROOT / "recipes" / "crisp" / "tiny_cpu.sh", "opd.teacher.weights=stale")
     assert done.returncode == 2, done.stdout[-4000:]
-    assert "choose one of: ema, frozen, live, periodic" in done.stdout
+    assert "choose one of: base, ema, external, frozen, live, periodic" in done.stdout
 
 
 def test_a_recipe_that_does_not_exist_is_refused_before_anything_is_submitted(cluster):

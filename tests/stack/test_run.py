@@ -89,6 +89,8 @@ def test_a_student_that_is_its_own_teacher_has_no_loss(world, tmp_path, capsys):
         world,
         run_dir,
         "opd.context.kind=same",
+        "~opd.context.text",
+        "~opd.context.strip_suffix",
         "opd.teacher.weights=frozen",
         "actor_rollout_ref.actor.optim.lr=0.0",
         "trainer.total_training_steps=2",
