@@ -44,7 +44,6 @@ SETTINGS = {
         "actor_rollout_ref.rollout.n=4",
         "data.train_batch_size=4",
     ],
-    "srpo": ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4"],
     "surprise": [f"--config-dir={EXAMPLE / 'config'}"],
 }
 
@@ -188,9 +187,3 @@ def test_self_annotation_asks_the_rollout_servers_and_its_failures_are_grpo(run)
         assert line["annotation/calls"] > 0 and line["annotation/tokens_in"] > 500 * line["annotation/calls"] * 0.5
         assert line["annotation/tokens_out"] > 0
         assert not line["opd/skipped"], "without spans the policy term alone trains"
-
-
-def test_srpo_teaches_failures_and_rewards_the_rest(run):
-    for step in range(1, STEPS + 1):
-        for row in generations(run("srpo"), step):
-            assert row["score"] < 0.5 or "teacher_prompt" not in row

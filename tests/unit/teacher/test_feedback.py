@@ -293,3 +293,16 @@ def test_groups_count_once_whatever_their_size():
     assert metrics["success_group_fraction"] == 0.5
     assert metrics["success_sample_fraction"] == 5 / 7
     assert FeedbackContext().metrics([]) == {}
+
+
+def test_only_failures_may_have_a_teacher():
+    """SRPO: what succeeded learns from its reward."""
+    group = [{"session": i, "score": float(i == 0), "response": f"try{i}"} for i in range(3)]
+    context = FeedbackContext(failures_only=True)
+    for rollout in group:
+        sample = {
+            "raw_prompt": [{"role": "user", "content": "Q"}],
+            "uid": "g", "session": rollout["session"], "score": rollout["score"], "feedback": "",
+            "response": rollout["response"], "group": group, "step": 1,
+        }  # fmt: skip
+        assert (context.messages(sample) is None) == (rollout["score"] == 1.0)
