@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods as what they are: choices in five places. Printed by ``opd methods``."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from opd_ext.config.schema import DivergenceTerm, OPDConfig, load
 
 PRESETS = Path(__file__).parents[1] / "config"
 NOTHING = "-"
+LOG_WIDTH = 140  # a log has no width of its own
 
 
 def describe(opd: OPDConfig) -> dict[str, str]:
@@ -109,7 +111,7 @@ def print_methods(config_dirs: Sequence[Path] = ()) -> None:
     table = Table(title="Methods: opd train method=NAME", title_justify="left", show_lines=True)
     found = read_methods(config_dirs)
     for column in ("method", *next(iter(found.values()))):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name, places in found.items():
         table.add_row(name, *places.values())
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(table)

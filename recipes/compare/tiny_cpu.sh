@@ -13,7 +13,7 @@ set -euo pipefail
 METHODS=${METHODS:-grpo cispo opd iw_opd crisp opsd sdpo trace}
 SEEDS=${SEEDS:-1 2 3}
 JOBS=${JOBS:-1}
-STEPS=${STEPS:-40}
+STEPS=${STEPS:-30}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ -r $here/../common.sh ]] ||
@@ -30,7 +30,7 @@ mkdir -p "$out"
 # 64 rollouts per step for every method. Two samples of each validation problem, at the same steps for all.
 common=(
     scale=cpu_tiny "trainer.total_training_steps=$STEPS"
-    trainer.test_freq=10 trainer.save_freq=20 trainer.max_actor_ckpt_to_keep=1
+    trainer.test_freq=10 trainer.save_freq=10 trainer.max_actor_ckpt_to_keep=1
     actor_rollout_ref.rollout.val_kwargs.n=2
 )
 declare -A rollouts=([grpo]=8 [cispo]=8 [opd]=64 [iw_opd]=64 [crisp]=64 [opsd]=64 [sdpo]=8 [trace]=8)
