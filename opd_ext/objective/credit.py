@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ext.objective.registry import Registry
+from opd_ext.registry import Registry
 
 _credits = Registry("credit")
 register_credit = _credits.register

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd_ext.objective.registry import Registry
+from opd_ext.registry import Registry
 
 ClipMode = Literal["vocab_max", "token_scale", "none"]
 

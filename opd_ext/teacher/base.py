@@ -8,9 +8,11 @@ live in a file of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
+
+from opd_ext.registry import Registry
 
 
 class TeacherContext:
@@ -67,41 +69,10 @@ class TeacherContext:
         return {name: fmean(numbers[name] for numbers in described) for name in (described[0] if described else ())}
 
 
-_CONTEXTS: dict[str, type[TeacherContext]] = {}
-
-
-def register_context(name: str) -> Callable[[type[TeacherContext]], type[TeacherContext]]:
-    """Class decorator that makes a context available as ``opd.context.kind=name``.
-
-    Raises:
-        ValueError: the name is taken by another class.
-    """
-
-    def register(cls: type[TeacherContext]) -> type[TeacherContext]:
-        taken = _CONTEXTS.get(name)
-        # A user module may be imported twice under one name; only a different class is a conflict.
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"teacher context {name!r} is already {taken.__qualname__}: choose another name")
-        _CONTEXTS[name] = cls
-        return cls
-
-    return register
-
-
-def get_context(name: str) -> type[TeacherContext]:
-    """The context class of that name.
-
-    Raises:
-        ValueError: there is none; the message lists the names that exist.
-    """
-    if name not in _CONTEXTS:
-        raise ValueError(f"unknown teacher context {name!r}: use one of {', '.join(context_names())}")
-    return _CONTEXTS[name]
-
-
-def context_names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_CONTEXTS)
+_contexts = Registry("teacher context")
+register_context = _contexts.register
+get_context = _contexts.get
+context_names = _contexts.names
 
 
 def copy_messages(sample: Mapping[str, Any]) -> list[dict]:

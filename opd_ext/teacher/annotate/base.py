@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from opd_ext.registry import Registry
 from opd_ext.teacher.annotate.align import AlignmentError, TokenBytes, align, cap, runs
 from opd_ext.teacher.annotate.config import AnnotatorConfig
 from opd_ext.teacher.annotate.segments import Interval, segment
@@ -194,41 +195,10 @@ class Annotator:
             return Found("api_error")
 
 
-_ANNOTATORS: dict[str, type[Annotator]] = {}
-
-
-def register_annotator(name: str) -> Callable[[type[Annotator]], type[Annotator]]:
-    """Class decorator that makes an annotator available as ``opd.credit.annotator.kind=name``.
-
-    Raises:
-        ValueError: the name is taken by another class.
-    """
-
-    def register(cls: type[Annotator]) -> type[Annotator]:
-        taken = _ANNOTATORS.get(name)
-        # A user module may be imported twice under one name; only a different class is a conflict.
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"annotator {name!r} is already {taken.__qualname__}: choose another name")
-        _ANNOTATORS[name] = cls
-        return cls
-
-    return register
-
-
-def get_annotator(name: str) -> type[Annotator]:
-    """The annotator class of that name.
-
-    Raises:
-        ValueError: there is none; the message lists the names that exist.
-    """
-    if name not in _ANNOTATORS:
-        raise ValueError(f"unknown annotator {name!r}: use one of {', '.join(annotator_names())}")
-    return _ANNOTATORS[name]
-
-
-def annotator_names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_ANNOTATORS)
+_annotators = Registry("annotator")
+register_annotator = _annotators.register
+get_annotator = _annotators.get
+annotator_names = _annotators.names
 
 
 def build_annotator(config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None) -> Annotator:

@@ -193,7 +193,7 @@ def test_controls_mark_nothing_where_their_annotator_found_nothing():
         (_config("inverted25", base="random25"), "needs annotator.base"),
         (_config("rule", coverage=0.0), "coverage=0.0 must be in"),
         (_config("rule", paragraph="page"), "paragraph='page' does not exist"),
-        (_config("oracle"), "unknown annotator 'oracle'"),
+        (_config("oracle"), "Unknown annotator 'oracle'"),
     ],
 )
 def test_options_are_refused_before_anything_is_asked(config, sentence):
