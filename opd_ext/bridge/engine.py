@@ -182,13 +182,18 @@ class OPDEngine(FSDPEngineWithLMHead):
                 hidden[row] = part.to(self._autocast_dtype)
         return hidden
 
+    def _own_rows(self, data: TensorDict, adapter: bool) -> list[torch.Tensor]:
+        """The student as a teacher, with its adapter or as the model that it was before."""
+        self.module.eval()
+        with nullcontext() if adapter else self.disable_adapter():
+            rows = self.response_hidden_states(data)
+        self.module.train()
+        return rows
+
     def _ask_teacher(self, data: TensorDict) -> None:
         """Fill what the student's micro-batches need: teacher rows per sample and the teacher's head."""
         if self.teacher is None or self.trust is not None:
-            self.module.eval()
-            with self.disable_adapter() if self.base_teaches else nullcontext():
-                live = self.response_hidden_states(data), self.head_weight()
-            self.module.train()
+            live = self._own_rows(data, adapter=not self.base_teaches), self.head_weight()
         if self.teacher is not None:
             with self.teacher.eval_mode():
                 fixed = self.teacher.response_hidden_states(data), self.teacher.head_weight()
@@ -203,10 +208,7 @@ class OPDEngine(FSDPEngineWithLMHead):
             self._teacher_rows = [torch.cat([(1 - a) * h0, a * h], -1) for h0, h in zip(fixed[0], live[0], strict=True)]
             self._teacher_head = torch.cat([fixed[1], live[1]], dim=-1)
         if self.base_is_reference:  # with context `same` the teacher's sequences are the student's
-            self.module.eval()
-            with self.disable_adapter():
-                self._reference_rows = self.response_hidden_states(data)
-            self.module.train()
+            self._reference_rows = self._own_rows(data, adapter=False)
         vocabulary = self._lm_head.weight.shape[0]
         if len(self._teacher_head) < vocabulary:
             raise ValueError(

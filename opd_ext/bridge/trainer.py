@@ -164,7 +164,7 @@ class OPDTrainer(PPOTrainerSync):
         with marked_timer("update_actor", timing_raw, color="red"):
             batch = self._update_with_teacher(batch, metrics, scale) if taught else self._update_alone(batch, metrics)
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
-            updates = sum(self.actor_rollout_wg.count_updates()[:1]) if self._follows_slowly() else 1
+            updates = self.actor_rollout_wg.count_updates()[0] if self._follows_slowly() else 1
             self._refresh_teacher(metrics, updates)
         self._guard_teacher(metrics)
         return batch

@@ -18,25 +18,28 @@ def _garbage_where_untrained(values, mask, precision):
 @pytest.mark.parametrize("gamma, case", [(0.5, "iw_opd_gamma0.5"), (1.0, "iw_opd_gamma1.0"), (0.0, "opd_gamma0")])
 def test_position_weights(vectors, precision, gamma, case):
     batch = vectors("iw_opd")["batch_a"]
-    _check_position_weights(batch, batch["cases"][case], gamma, precision)
+    weights, mask = _position_weights(batch, gamma, precision)
+    precision.assert_close(weights, batch["cases"][case]["weights"], mask)
 
 
 def test_position_weights_of_edge_rows(vectors, precision):
     """No gap at all, one trained token, interior masked tokens, an empty row."""
     batch = vectors("iw_opd")["batch_b_edges"]
-    _check_position_weights(batch, batch["iw_opd_gamma0.5"], 0.5, precision)
+    weights, mask = _position_weights(batch, 0.5, precision)
+    precision.assert_close(weights, batch["iw_opd_gamma0.5"]["weights"], mask)
 
 
-def _check_position_weights(batch, expected, gamma, precision):
+def _position_weights(batch, gamma, precision):
+    """Weights and mask of a batch; in any batch they are constants, 1 where nothing trains, and the credit's own."""
     mask = torch.tensor(batch["mask"]).bool()
     student = _garbage_where_untrained(batch["student_logp"], mask, precision).requires_grad_()
     teacher = _garbage_where_untrained(batch["teacher_logp"], mask, precision)
     weights = position_weights(student, teacher, mask, gamma)
     assert not weights.requires_grad
-    precision.assert_close(weights, expected["weights"], mask)
     assert (weights[~mask] == 1).all()
     named = get_credit("position")(CreditInputs(mask, student.detach(), teacher), gamma=gamma)
     torch.testing.assert_close(named, weights, rtol=0, atol=0)
+    return weights, mask
 
 
 def test_truncated_importance_weights_between_trainer_and_rollout(vectors, precision):
