@@ -2,6 +2,7 @@
 """The ``opd`` command. A subcommand imports what it needs when it runs, so that ``opd --help`` is instant."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -169,6 +170,57 @@ def discover(
         search(data_file, row, out, seeds, budget, attempts, overrides=overrides or [])
     except SearchError as error:
         raise _refused("discover", error) from None
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="OVERRIDES")]
+Until = Annotated[str | None, typer.Option(help="stop after this stage")]
+Only = Annotated[str | None, typer.Option(help="run this stage alone")]
+Force = Annotated[str | None, typer.Option(help="throw away what this stage made and make it again")]
+Plan = Annotated[bool, typer.Option("--dry-run", help="print the stages and what is done, and stop")]
+Print = Annotated[bool, typer.Option("--cfg", help="print the composed configuration and stop")]
+_HYDRA = {"ignore_unknown_options": True}
+
+
+@app.command(context_settings=_HYDRA)
+def ssd(
+    overrides: Overrides = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    dry_run: Plan = False,
+    cfg: Print = False,
+) -> None:
+    """Simple self-distillation: sample, fine-tune, evaluate. The same command again goes on where it stopped."""
+    from opd_ext.offline.command import run_ssd
+
+    _pipeline("ssd", run_ssd, overrides, until, only, force, dry_run, cfg)
+
+
+@app.command(context_settings=_HYDRA)
+def t3s(
+    overrides: Overrides = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    dry_run: Plan = False,
+    cfg: Print = False,
+) -> None:
+    """Trajectory-aware token selection: pilot, bottleneck, mask, retrain. Goes on where it stopped, like `opd ssd`."""
+    from opd_ext.offline.command import run_t3s
+
+    _pipeline("t3s", run_t3s, overrides, until, only, force, dry_run, cfg)
+
+
+def _pipeline(name: str, command: Callable, overrides: list[str] | None, *options: str | bool | None) -> None:
+    from opd_ext.config.schema import ConfigError
+    from opd_ext.offline.launch import LaunchError
+    from opd_ext.offline.stages import StageError
+    from opd_ext.offline.tables import TableError
+
+    try:
+        command(overrides or [], *options)
+    except (ConfigError, LaunchError, StageError, TableError) as error:
+        raise _refused(name, error) from None
 
 
 if __name__ == "__main__":

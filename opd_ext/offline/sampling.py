@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling on vLLM: what is asked for, in which batches, and where the answers go.
+
+A job is a model, prompts as token ids and a way of decoding. Its requests are cut into shards; a shard is generated as
+one batch by one engine and stored as one file. So an interrupted job goes on with the shards that are missing, and ends
+with the same samples: the same shard is the same batch, every request has a seed of its own, and neither depends on how
+many engines there are or which shards were there already.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from opd_ext.offline import launch
+from opd_ext.offline.settings import VLLMConfig
+from opd_ext.offline.tables import PROMPTS, SAMPLES, TableError, file_digest, read_table, write_table
+
+WORKER = "opd_ext.offline.sampler"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Samples of one model; ``prompts`` and ``out`` are token tables.
+
+    ``weights`` tells models apart that have had the same path: the digest of the stage that made it, say.
+    """
+
+    model: str
+    weights: str
+    prompts: str
+    out: str
+    temperature: float
+    top_k: int
+    top_p: float
+    n: int
+    max_tokens: int
+    seed: int
+    stop_ids: tuple[int, ...]  # tokens that end a response
+    shard: int
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the samples."""
+        content = {**asdict(self), "out": None, "prompts": file_digest(Path(self.prompts))}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def parts(self) -> Path:
+        """Folder of the shards until the job is complete."""
+        out = Path(self.out)
+        return out.parent / f".{out.stem}.{self.digest}.parts"
+
+    @property
+    def done(self) -> bool:
+        """Whether ``out`` holds the samples of this very job."""
+        try:
+            read_table(Path(self.out), SAMPLES, {"job": self.digest})
+        except TableError:
+            return False
+        return True
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file of samples says about itself."""
+        asked = ("temperature", "top_k", "top_p", "n", "max_tokens", "seed", "stop_ids")
+        return {"sampling": json.dumps({name: getattr(self, name) for name in asked}), "job": self.digest}
+
+    def requests(self, prompts: pd.DataFrame) -> list[tuple[str, int, list[int]]]:
+        """(uid, sample, prompt ids) of every request, in order."""
+        pairs = zip(prompts["uid"], prompts["prompt_ids"], strict=True)
+        return [(uid, sample, list(map(int, ids))) for uid, ids in pairs for sample in range(self.n)]
+
+    def shards(self, requests: Sequence) -> Iterator[tuple[Path, Sequence]]:
+        """The file of every shard, and its requests."""
+        for index, start in enumerate(range(0, len(requests), self.shard)):
+            yield self.parts / f"{index:05d}.parquet", requests[start : start + self.shard]
+
+
+def request_seed(seed: int, uid: str, sample: int) -> int:
+    """Seed of one request, in [0, 2^31): its own, whatever else is sampled beside it."""
+    digest = hashlib.sha256(f"{seed}/{uid}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def sample(
+    jobs: Sequence[Job], engine: VLLMConfig, device: str, environment: dict[str, str], logs: Path, title: str
+) -> None:
+    """Run jobs that share an architecture (checkpoints of one model, say) on one start of the engines.
+
+    Jobs whose samples are there already are skipped. Progress is shown on the console.
+
+    Raises:
+        LaunchError: an engine failed.
+    """
+    jobs = [job for job in jobs if not job.done]
+    if not jobs:
+        return
+    for job in jobs:
+        job.parts.mkdir(parents=True, exist_ok=True)
+    spec = logs / f"{title.replace(' ', '-')}.json"
+    spec.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        **engine.args,
+    }
+    spec.write_text(json.dumps({"jobs": [asdict(job) for job in jobs], "engine": settings, "device": device}))
+    commands = [
+        launch.Command(
+            WORKER,
+            [str(spec), str(replica), str(engine.replicas)],
+            spec.with_suffix(f".{replica}.log"),
+            devices=engine.tensor_parallel_size,
+            environment=environment,
+        )
+        for replica in range(engine.replicas)
+    ]
+    total = sum(job.n * pq.read_metadata(job.prompts).num_rows for job in jobs)
+    with _progress() as progress:
+        task = progress.add_task(title, total=total, rate="starting vLLM")
+
+        def watch() -> None:
+            counts = _counts(jobs, spec, engine.replicas)
+            progress.update(
+                task, completed=counts[0], rate=f"{counts[1] / 1000:.1f}k tokens" if counts[1] else "starting vLLM"
+            )
+
+        launch.run(commands, device, watch)
+    for job in jobs:
+        _merge(job)
+
+
+def progress_file(spec: Path, replica: int) -> Path:
+    """Where an engine says how far it is with its current shard: requests and tokens since it started."""
+    return spec.with_suffix(f".{replica}.progress")
+
+
+def _counts(jobs: Sequence[Job], spec: Path, replicas: int) -> tuple[int, int]:
+    stored = sum(pq.read_metadata(part).num_rows for job in jobs for part in job.parts.glob("[0-9]*.parquet"))
+    running, tokens = 0, 0
+    for replica in range(replicas):
+        try:
+            of_shard, since_start = map(int, progress_file(spec, replica).read_text().split())
+        except (FileNotFoundError, ValueError):
+            continue
+        running, tokens = running + of_shard, tokens + since_start
+    return stored + running, tokens
+
+
+def _merge(job: Job) -> None:
+    """One file out of all shards, in the order of the requests."""
+    requests = job.requests(read_table(Path(job.prompts), PROMPTS))
+    parts = [read_table(path, SAMPLES, {"job": job.digest}) for path, _ in job.shards(requests)]
+    write_table(Path(job.out), pd.concat(parts, ignore_index=True), SAMPLES, **job.metadata)
+    shutil.rmtree(job.parts)
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(), refresh_per_second=4)
