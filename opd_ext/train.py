@@ -78,19 +78,19 @@ def prepare_environment(config: DictConfig) -> None:
     with open_dict(config):
         runtime_env.env_vars = variables
     os.environ.update(variables)
-    # verl would only log at DEBUG that its plugin failed to load, and then not know the platform.
-    from opd_ext import plugin
-
-    plugin.register()
 
 
 def validate(config: DictConfig) -> schema.OPDConfig:
-    """Our schema, then verl's own validation and dataclasses.
+    """Our schema, then verl's own validation and dataclasses; verl takes seconds to import, a refusal of ours does not.
 
     Raises:
         ConfigError: one sentence, whoever found the fault.
     """
     opd = checks.check(config)
+    # verl would only log at DEBUG that its plugin failed to load, and then not know the platform.
+    from opd_ext import plugin
+
+    plugin.register()
     from opd_ext.bridge.validation import validate_verl
 
     validate_verl(config)

@@ -1,14 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden numbers for every unit test, from a folder that the environment may replace."""
+"""What unit tests share: golden numbers, from a folder that the environment may replace, and quicker compositions."""
 
+import copy
 import functools
+import gc
 import json
 import os
+import re
 from pathlib import Path
+from unittest import mock
 
+import hydra
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from opd_ext import train
 
 DEFAULT_VECTORS = Path(__file__).parents[1] / "vectors"
+
+
+def pytest_collection_finish():
+    """Torch, verl and transformers stay: the garbage collector need not walk through them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @functools.cache
@@ -24,3 +44,30 @@ def load_vectors(method: str) -> dict:
 def vectors():
     """``vectors("crisp")`` is the content of ``$OPD_VECTORS_DIR/crisp.json`` (default: ``tests/vectors``)."""
     return load_vectors
+
+
+_compose_presets = functools.cache(lambda name, *choices: hydra.compose(name, list(choices)))
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    """``hydra.compose``, whose time goes into presets: values enter a copy of them, by Hydra's own hand."""
+    values = [override for override in overrides if re.match(r"[+~]*(?!hydra\.)\w+\.", override)]
+    config = copy.deepcopy(_compose_presets(name, *(choice for choice in overrides if choice not in values)))
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
+    return config
+
+
+@pytest.fixture
+def presets_composed_once(monkeypatch):
+    """`compose_config` as it is, but Hydra composes the same choice of presets only once per session."""
+    monkeypatch.setattr(train, "compose", _compose)
+
+
+@pytest.fixture
+def opd_train():
+    """``opd_train(*arguments)`` is the exit status of `opd train` in this process, where torch and verl are loaded.
+
+    The environment variables of the run are taken back.
+    """
+    with mock.patch.dict(os.environ):
+        yield lambda *arguments: train.main(list(arguments))

@@ -294,7 +294,7 @@ def arguments(tmp_path_factory, tmp_path):
 
 
 @pytest.fixture
-def composed(arguments):
+def composed(arguments, presets_composed_once):
     """Likewise the configuration: Hydra composes it here, which is quicker than a process that imports torch."""
     return lambda *recipe, **variables: compose_config(arguments(*recipe, **variables))
 
@@ -498,17 +498,13 @@ def test_the_plan_needs_no_gpu_no_data_no_model(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_recipe_has_a_plan_that_verl_accepts(arguments, tmp_path):
-    """All in one process, since importing torch and verl takes longer than a plan."""
-    recipes = [*GPU_RECIPES, *VARIANTS]
-    wanted = [arguments(recipe, HOME=str(tmp_path)) for recipe in recipes]
-    plan_all = f"from opd_ext.train import main\nfor wanted in {wanted}: assert main([*wanted, '--dry-run']) == 0"
-    environment = {**os.environ, "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    answer = subprocess.run(
-        [sys.executable, "-c", plan_all], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert " ".join(answer.stdout.split()).count("Nothing was started") == len(recipes)
+@pytest.mark.parametrize("recipe", [*GPU_RECIPES, *VARIANTS])
+def test_every_recipe_has_a_plan_that_verl_accepts(recipe, arguments, opd_train, tmp_path, monkeypatch, capsys):
+    """In this process, since importing torch and verl takes longer than a plan."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert opd_train(*arguments(recipe), "--dry-run") == 0
+    assert "Nothing was started" in " ".join(capsys.readouterr().out.split())
     assert list(tmp_path.iterdir()) == []
 
 

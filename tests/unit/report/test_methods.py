@@ -35,7 +35,7 @@ def test_presets_of_a_user_stand_beside_ours():
 
 @pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
 @pytest.mark.parametrize("method", sorted(read_methods()))
-def test_every_method_composes_at_every_scale(method, scale, monkeypatch):
+def test_every_method_composes_at_every_scale(method, scale, presets_composed_once):
     from opd_ext.config.checks import check
 
     opd = check(compose_config([f"method={method}", f"scale={scale}", *PATHS]))
@@ -54,7 +54,7 @@ def test_every_method_composes_at_every_scale(method, scale, monkeypatch):
         ["method=trace", "opd.divergence.error={kind: reverse_kl, support: full}"],
     ],
 )
-def test_the_algebra_is_open(overrides):
+def test_the_algebra_is_open(overrides, presets_composed_once):
     """Combinations that no paper has published compose without a line of code."""
     from opd_ext.config.checks import check
 
