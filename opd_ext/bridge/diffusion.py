@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -126,6 +125,6 @@ def diffusion_loss(
     """
     lengths = data["input_ids"].offsets().diff().tolist()
     weight = token_weights(data["loss_mask"].values().bool(), lengths, weighting)
-    count = data["batch_num_tokens"] if weighting == "mean" else tu.get_non_tensor_data(data, "global_batch_size", None)
+    count = data["batch_num_tokens" if weighting == "mean" else "global_batch_size"]
     loss = -(model_output["log_probs"].values() * weight).sum() / max(count, 1)
     return loss * data["dp_size"], {}

@@ -141,37 +141,30 @@ def block_diffusion_mask(
     return same & (own | context)
 
 
-def causal_block_mask(length: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """The clean half of ``block`` alone, bool [length, length]: a token sees all blocks up to the end of its own."""
-    block = torch.arange(length, device=device) // block_size
-    return block[:, None] >= block
-
-
 def attention_argument(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """``visible`` in the form that an attention implementation of transformers adds or applies as it is.
+    """``visible`` as the decoders of transformers take it: added to the attention scores as it is.
+
+    A boolean mask would do for ``sdpa`` alone, and not for every architecture that comes with its own code.
 
     Args:
-        visible: bool [B, Q, K] or [Q, K], (query, key).
+        visible: bool [B, Q, K] or [Q, K], (query, key); every query sees something.
         implementation: the model's ``config._attn_implementation``.
         dtype: of the attention scores.
 
     Returns:
-        [B or 1, 1, Q, K]: bool for ``sdpa``; for ``eager``, which adds it to the scores, 0 or the lowest number.
+        [B or 1, 1, Q, K]: 0 where something is visible, elsewhere the lowest number of ``dtype``.
 
     Raises:
         ValueError: the implementation takes no such mask, for example because it only knows causal attention.
     """
-    visible = visible.reshape(-1, 1, *visible.shape[-2:])
-    if implementation == "sdpa":
-        return visible
-    if implementation == "eager":
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-            ~visible, torch.finfo(dtype).min
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"Masked-diffusion models need an attention that takes a mask, and {implementation!r} does not: "
+            "set attn_implementation to sdpa."
         )
-    raise ValueError(
-        f"Masked-diffusion models need an attention that takes a mask, and {implementation!r} does not: "
-        "set attn_implementation to sdpa."
-    )
+    visible = visible.reshape(-1, 1, *visible.shape[-2:])
+    scores = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return scores.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 # ---------------------------------------------------------------------- loss

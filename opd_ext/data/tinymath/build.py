@@ -4,7 +4,7 @@
     <out>/world.json                     settings, their hash, what was measured
     <out>/MODEL_CARD.md                  the same for people
     <out>/{train,val,test}.parquet       problems in verl's format
-    <out>/base/, <out>/large/            transformers checkpoints with their tokenizer
+    <out>/base/, <out>/large/, ...       transformers checkpoints with their tokenizer
 
 The result is a function of the settings alone, up to floating-point differences between machines and
 thread counts.
@@ -26,7 +26,16 @@ from pathlib import Path
 
 from opd_ext.data.tinymath.card import measure_model, render_card
 from opd_ext.data.tinymath.chats import chats, draw_chat, textbook
-from opd_ext.data.tinymath.pretrain import MAX_THREADS, SPECS, make_corpus, make_model, pretrain
+from opd_ext.data.tinymath.diffusion import HiddenReplies, add_mask_token, to_diffusion
+from opd_ext.data.tinymath.pretrain import (
+    MAX_THREADS,
+    SPECS,
+    DiffusionSpec,
+    make_corpus,
+    make_model,
+    next_token,
+    pretrain,
+)
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
 from opd_ext.data.tinymath.splits import SIZES, draw_splits, write_splits
 from opd_ext.data.tinymath.tokenizer import make_tokenizer, phrases, words
@@ -50,7 +59,7 @@ def build(
 
     Args:
         out: destination folder.
-        models: models to have, of ``base`` and ``large``.
+        models: models to have, of ``base``, ``large`` and ``diffusion``.
         force: build everything anew, with exactly the models named.
         seed: of the splits, the corpus, the initial weights and the sampling of the model card.
         progress: show progress bars and one line per thing done.
@@ -59,7 +68,7 @@ def build(
         ``out``, absolute.
 
     Raises:
-        ValueError: an unknown model is named, or none.
+        ValueError: an unknown model is named, or none, or one without the model that it starts from.
         WorldError: ``out`` holds something else, or a world built with other settings (unless ``force``).
     """
     unknown = [name for name in models if name not in SPECS]
@@ -67,6 +76,12 @@ def build(
         raise ValueError(f"unknown models {unknown}: name one or more of {', '.join(SPECS)}")
     out = Path(out).expanduser().absolute()
     found = _read_world(out)
+    there = [] if found is None or force else list(found["models"])
+    models = sorted(models, key=list(SPECS).index)  # a parent before its child
+    for name in models:
+        parent = getattr(SPECS[name], "parent", name)
+        if parent not in (*there, *models):
+            raise ValueError(f"the model {name} starts from {parent}: name both")
     settings = _settings(seed)
     if found is None or force:
         with _beside(out) as folder:
@@ -167,7 +182,7 @@ def _start_world(folder: Path, settings: dict, seed: int) -> None:
 def _add_models(world: Path, names: Sequence[str], seed: int, progress: bool) -> None:
     for name in names:
         with _beside(world / name) as folder:
-            record = _build_model(folder, name, seed, progress)
+            record = _build_model(world, folder, name, seed, progress)
             _put_in_place(folder, world / name)
         found = json.loads((world / "world.json").read_text())
         found["models"][name] = record
@@ -176,17 +191,23 @@ def _add_models(world: Path, names: Sequence[str], seed: int, progress: bool) ->
             print(f"tinymath: {name} built in {record['seconds']['total']:.0f} s, see MODEL_CARD.md")
 
 
-def _build_model(folder: Path, name: str, seed: int, progress: bool) -> dict:
+def _build_model(world: Path, folder: Path, name: str, seed: int, progress: bool) -> dict:
     """Pre-train, save and measure one model; returns its record for ``world.json``."""
     import torch
+    from transformers import Qwen3ForCausalLM
 
     started = time.perf_counter()
     spec, splits, tokenizer = SPECS[name], draw_splits(seed), make_tokenizer()
     held_out = {question for split in ("val", "test") for _, question in splits[split]}
     corpus = make_corpus(tokenizer, spec, seed, held_out)
-    model = make_model(spec, tokenizer, seed)
+    if isinstance(spec, DiffusionSpec):
+        add_mask_token(tokenizer)
+        model, objective = Qwen3ForCausalLM.from_pretrained(world / spec.parent), HiddenReplies(spec, seed)
+        to_diffusion(model, spec, tokenizer, seed)
+    else:
+        model, objective = make_model(spec, tokenizer, seed), next_token
     training = time.perf_counter()
-    tokens = pretrain(model, corpus, spec, seed, progress, name)
+    tokens = pretrain(model, corpus, spec, seed, progress, name, objective)
     trained = time.perf_counter()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opd_ext.data.tinymath.diagnosis import decisive_types
-from opd_ext.data.tinymath.measure import Outcome, Problem, interval, measure
+from opd_ext.data.tinymath.measure import Outcome, Problem, interval, is_diffusion, measure
 from opd_ext.data.tinymath.problems import DIFFICULTIES, concise_solution, solve
 from opd_ext.rewards.tinymath import compute_score
 from opd_ext.teacher import prompts
@@ -36,7 +36,8 @@ def measure_model(
         val: ``(difficulty, question)`` pairs.
 
     Returns:
-        For each key of ``CONTEXTS``, a table as :func:`summarise` makes it.
+        For each key of ``CONTEXTS``, a table as :func:`summarise` makes it; a masked-diffusion model knows only the
+        student prompt.
     """
     problems = [(difficulty, question, str(solve(question)[1])) for difficulty, question in val]
     asked = [prompts.student_prompt(question) for _, question in val]
@@ -46,6 +47,8 @@ def measure_model(
 
     first = outcomes(asked)
     tables = {"student": first}
+    if is_diffusion(model):
+        return {"student": summarise(first)}
     for text_id in ("v2", "v1"):
         tables[text_id] = outcomes([prompts.teacher_prompt(question, text_id) for _, question in val])
     tables["solution"] = outcomes([prompts.opsd_teacher_prompt(q, concise_solution(q)) for _, q in val])
@@ -92,6 +95,18 @@ def _cells(table: dict) -> str:
     return f"{table['n']} | {100 * accuracy:.1f} ± {100 * a:.1f} | {tokens:.1f} ± {t:.1f}"
 
 
+def _reads(spec: dict) -> list[str]:
+    """What the card says of a masked-diffusion model besides."""
+    if "block_size" not in spec:
+        return []
+    return [
+        "",
+        f"Masked diffusion in blocks of {spec['block_size']} tokens, from the weights of {spec['parent']}; trained on",
+        "the student prompt only. Measured at temperature 0, where every token with a probability above 0.95 is",
+        "written at once.",
+    ]
+
+
 def render_card(world: dict) -> str:
     """The card of a world (the content of ``world.json``) in Markdown."""
     lines = [
@@ -121,6 +136,7 @@ def render_card(world: dict) -> str:
             f"Built in {seconds['total']:.0f} s: corpus "
             f"{seconds['corpus']:.0f}, training {seconds['training']:.0f} on {record['threads']} threads, "
             f"measuring {seconds['measuring']:.0f}.",
+            *_reads(spec),
             "",
             "| shown | problems | accuracy | tokens |",
             "|---|---|---|---|",
@@ -130,6 +146,7 @@ def render_card(world: dict) -> str:
         lines += [
             f"| {CONTEXTS[context]} | {difficulty} | {_cells(table)} |"
             for context in ("student", "v2")
+            if context in measured
             for difficulty, table in measured[context].items()
             if difficulty != "all"
         ]

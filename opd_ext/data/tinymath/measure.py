@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from opd_ext.data.tinymath.diffusion import sample_denoised
 from opd_ext.data.tinymath.pretrain import render_prompts
 from opd_ext.rewards.tinymath import compute_score
 
@@ -30,6 +31,11 @@ class Outcome:
     text: str
     accuracy: float
     tokens: int
+
+
+def is_diffusion(model: Qwen3ForCausalLM) -> bool:
+    """Whether the model reconstructs hidden tokens instead of predicting the next one."""
+    return getattr(model.config, "mask_token_id", None) is not None
 
 
 @torch.inference_mode()
@@ -63,7 +69,7 @@ def measure(
     prompts: list[str],
     seed: int,
 ) -> list[Outcome]:
-    """Sample and grade one response per problem.
+    """Sample and grade one response per problem; a masked-diffusion model denoises it at temperature 0.
 
     Args:
         problems: what is asked.
@@ -71,7 +77,10 @@ def measure(
         seed: of the sampling.
     """
     outcomes = []
-    replies = sample(model, tokenizer, prompts, seed)
+    if is_diffusion(model):
+        replies = sample_denoised(model, tokenizer, prompts, MAX_NEW_TOKENS)
+    else:
+        replies = sample(model, tokenizer, prompts, seed)
     for (difficulty, question, answer), reply in zip(problems, replies, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)
         grade = compute_score("tinymath", text, answer, {"question": question})

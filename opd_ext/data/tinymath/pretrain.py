@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from opd_ext.data.tinymath.chats import Chat, chats, draw_chat, textbook
+from opd_ext.data.tinymath.chats import Chat, Corpus, chats, draw_chat, textbook
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
+from opd_ext.data.tinymath.writing import VERBOSE
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -49,6 +50,30 @@ class ModelSpec:
     warmup: float = 0.05
     weight_decay: float = 0.05
 
+    def phases(self) -> tuple[tuple[Corpus, int], ...]:
+        """What is read in which order, and how much of it."""
+        return (textbook(), self.textbook_chats), (chats(self.slip_scale), self.chats)
+
+
+@dataclass(frozen=True)
+class DiffusionSpec(ModelSpec):
+    """A model that reconstructs hidden tokens; see :mod:`opd_ext.data.tinymath.diffusion`.
+
+    Its size is that of ``parent``, from whose weights it starts. Its authors write under the student prompt only, at
+    every line a filler with probability ``filler``.
+    """
+
+    parent: str = "base"
+    block_size: int = 8
+    filler: float = VERBOSE
+
+    def phases(self) -> tuple[tuple[Corpus, int], ...]:
+        concise, habits = (
+            Corpus({"student": 1.0}, (), filler, slips)
+            for filler, slips in ((textbook().filler, 0.0), (self.filler, self.slip_scale))
+        )
+        return (concise, self.textbook_chats), (habits, self.chats)
+
 
 # More threads gain little on matrices of this size (25 against 21 thousand tokens/s with 4) and lose a lot as soon as
 # anything else runs, because they wait for each other.
@@ -73,6 +98,15 @@ SPECS: dict[str, ModelSpec] = {
         textbook_chats=26_000,
         chats=28_000,
         slip_scale=0.2,
+    ),
+    "diffusion": DiffusionSpec(
+        hidden_size=128,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        intermediate_size=256,
+        textbook_chats=12_000,
+        chats=4_000,
     ),
 }
 
@@ -129,10 +163,9 @@ def make_corpus(
 ) -> list[list[Example]]:
     """The two phases of the corpus, tokenised; questions in ``held_out`` never occur in it."""
     rng = random.Random(seed)
-    phases = ((textbook(), spec.textbook_chats), (chats(spec.slip_scale), spec.chats))
     return [
         _tokenise(tokenizer, [draw_chat(rng, q, d, corpus) for d, q in _questions(rng, count, held_out)])
-        for corpus, count in phases
+        for corpus, count in spec.phases()
     ]
 
 
@@ -180,6 +213,15 @@ def reply_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, reply: torch.Tensor) 
     return torch.nn.functional.cross_entropy(model.lm_head(rows), ids[:, 1:][reply[:, 1:]])
 
 
+# The mean loss of a batch, a scalar that has a gradient.
+Objective = Callable[["Qwen3ForCausalLM", list[Example]], torch.Tensor]
+
+
+def next_token(model: Qwen3ForCausalLM, batch: list[Example]) -> torch.Tensor:
+    """The objective of autoregressive models."""
+    return reply_loss(model, *collate(batch, model.config.pad_token_id))
+
+
 def make_optimizers(model: Qwen3ForCausalLM, spec: ModelSpec) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for everything else."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
@@ -198,6 +240,7 @@ def pretrain(
     seed: int,
     progress: bool,
     name: str,
+    objective: Objective = next_token,
 ) -> int:
     """Train ``model`` in place, one pass over each phase of ``corpus``; returns the number of tokens seen."""
     todo = [batch for phase in corpus for batch in batches(phase, spec.batch_size, seed)]
@@ -213,7 +256,7 @@ def pretrain(
     with _progress_bar(progress) as bar:
         task = bar.add_task(f"pre-training {name}", total=tokens, loss=float("nan"))
         for batch in todo:
-            loss = reply_loss(model, *collate(batch, model.config.pad_token_id))
+            loss = objective(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
