@@ -280,7 +280,10 @@ class OPDTrainer(PPOTrainerSync):
         for name in ("loss", "grad_norm", "lr"):
             metrics[f"opd/{name}"] = metrics[f"actor/{name}"]
         if "actor/entropy" in metrics:  # verl does not compute it where the sampler's log-probs are the old ones
-            metrics["opd/student_entropy"] = metrics["actor/entropy"]
+            # verl reduces entropy as it reduces the loss; a sum over tokens is no entropy of a token.
+            summed = self.config.actor_rollout_ref.actor.loss_agg_mode == "token-sum"
+            tokens = metrics["rollout/samples"] * metrics["rollout/tokens_mean"] if summed else 1.0
+            metrics["opd/student_entropy"] = metrics["actor/entropy"] / tokens
         for name in _MEMORY:
             metrics[f"memory/{name}"] = metrics.pop(f"actor/perf/{name}")
         return batch
