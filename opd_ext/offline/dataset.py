@@ -10,17 +10,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from opd_ext.objective.diffusion import training_mask
+from opd_ext.objective.diffusion import fill_length, training_mask
 from opd_ext.offline.tables import FLAGS, TRAINING, TableError, aligned, check_keys, read_table
 
 
 @dataclasses.dataclass(frozen=True)
 class Corruption:
-    """How a masked-diffusion model sees a response: see :func:`opd_ext.objective.diffusion.training_mask`."""
+    """How a masked-diffusion model sees a response: see :func:`opd_ext.objective.diffusion.training_mask`.
+
+    A finished response is filled with ``end`` tokens, trained like any other, up to where a decoder would fill: to the
+    end of its block, or, for a model that sees everything (``block_size`` None), to ``canvas`` response tokens.
+    """
 
     low: float
     high: float
     seed: int
+    end: int
+    block_size: int | None
+    canvas: int
+
+    def fill(self, prompt: int, response: int) -> int:
+        """Number of end tokens behind a finished response."""
+        if self.block_size is None:
+            return max(0, self.canvas - response)
+        return fill_length(prompt + response, self.block_size)
 
 
 class TokenDataset(Dataset):
@@ -69,7 +82,18 @@ class TokenDataset(Dataset):
                     f"{path}: the prompt of row {key[:12]} has {len(prompt)} tokens, max_length is {max_length}; "
                     "raise train.max_length or drop the row."
                 )
+        if corruption is not None:
+            self._fill(rows["finish_reason"])
         self.cut = sum(len(p) + len(r) > max_length for p, r in zip(self._prompts, self._responses, strict=True))
+
+    def _fill(self, reasons: Sequence[str]) -> None:
+        for index, reason in enumerate(reasons):
+            missing = self._corruption.fill(len(self._prompts[index]), len(self._responses[index]))
+            if reason == "stop" and missing:
+                ends = np.full(missing, self._corruption.end, dtype=self._responses[index].dtype)
+                self._responses[index] = np.concatenate([self._responses[index], ends])
+                if self._flags is not None:
+                    self._flags[index] = np.concatenate([self._flags[index], np.zeros(missing, dtype=bool)])
 
     def __len__(self) -> int:
         return len(self.keys)

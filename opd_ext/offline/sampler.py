@@ -8,8 +8,9 @@ so batches do not depend on how fast they arrive.
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -21,38 +22,81 @@ from opd_ext.offline.tables import PROMPTS, SAMPLES, content_key, read_table, wr
 
 REPORT_EVERY = 20  # engine steps between reports of progress
 
+Request = tuple[str, int, list[int]]
+"""uid, sample, prompt ids."""
 
-def main(spec: Path, replica: int, replicas: int) -> None:
-    """Generate and store every missing shard that falls to this replica, model after model."""
+Response = tuple[list[int], str]
+"""Token ids, and why there are no more of them."""
+
+
+class Generator(Protocol):
+    """An engine that can take the weights of one checkpoint after another."""
+
+    def load(self, model: str) -> None: ...
+
+    def generate(self, job: Job, requests: list[Request], report: Callable[[int, int], None]) -> list[Response]:
+        """One response per request, in their order; ``report`` takes how many are done and their tokens."""
+        ...
+
+
+def work(spec: Path, replica: int, replicas: int, start: Callable[[str, dict[str, Any]], Generator]) -> None:
+    """Generate and store every missing shard that falls to this replica, model after model.
+
+    Args:
+        start: from a model and the engine's settings to the engine.
+    """
     content = json.loads(spec.read_text())
     jobs = [Job(**{**job, "stop_ids": tuple(job["stop_ids"])}) for job in content["jobs"]]
-    if content["device"] == "cpu":
-        from opd_ext import plugin
+    generator, turn, tokens = None, 0, 0
+    progress = progress_file(spec, replica)
 
-        plugin.register()  # vLLM then finds its CPU build
-    sampler, turn = None, 0
+    def report(done: int, of_them: int) -> None:
+        temporary = progress.with_suffix(".tmp")
+        temporary.write_text(f"{done} {tokens + of_them}")
+        os.replace(temporary, progress)
+
     for job in jobs:
         requests = job.requests(read_table(Path(job.prompts), PROMPTS))
         for path, share in job.shards(requests):
             turn += 1
             if turn % replicas != replica or path.exists():
                 continue
-            if sampler is None:
-                sampler = Sampler(job.model, content["engine"], progress_file(spec, replica))
-            sampler.load(job.model)
-            write_table(path, sampler.generate(job, share), SAMPLES, job=job.digest)
-            sampler.stored()
+            generator = generator or start(job.model, content["engine"] | {"device": content["device"]})
+            generator.load(job.model)
+            responses = generator.generate(job, share, report)
+            rows = [_row(request, response) for request, response in zip(share, responses, strict=True)]
+            write_table(path, pd.DataFrame(rows), SAMPLES, job=job.digest)
+            tokens += sum(len(ids) for ids, _ in responses)
+            report(0, 0)  # the shard now counts as a file
 
 
-class Sampler:
-    """A vLLM engine that can take the weights of one checkpoint after another."""
+def _row(request: Request, response: Response) -> dict[str, Any]:
+    (uid, sample, prompt), (ids, reason) = request, response
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"Request {uid} was ended with '{reason}'.")
+    return {
+        "uid": uid,
+        "sample": sample,
+        "key": content_key(prompt, ids),
+        "prompt_ids": prompt,
+        "response_ids": ids,
+        "finish_reason": reason,
+    }
 
-    def __init__(self, model: str, settings: dict[str, Any], report: Path):
+
+class VLLM:
+    """vLLM's engine, in this process."""
+
+    def __init__(self, model: str, settings: dict[str, Any]):
+        if settings.pop("device") == "cpu":
+            from opd_ext import plugin
+
+            plugin.register()  # vLLM then finds its CPU build
         from vllm import LLM
 
         # Without `generation_config="vllm"` a model's own defaults (top-k, penalties) would slip into every request.
         self._llm = LLM(model=model, generation_config="vllm", seed=0, disable_log_stats=True, **settings)
-        self._model, self._report, self._tokens = model, report, 0
+        self._model = model
 
     def load(self, model: str) -> None:
         """Take the weights of another checkpoint with the same architecture."""
@@ -61,12 +105,8 @@ class Sampler:
             self._llm.reset_prefix_cache()
             self._model = model
 
-    def generate(self, job: Job, requests: list[tuple[str, int, list[int]]]) -> pd.DataFrame:
-        """Rows of :data:`~opd_ext.offline.tables.SAMPLES` for ``requests``, in their order.
-
-        Raises:
-            RuntimeError: vLLM ended a request for another reason than its own end or its length.
-        """
+    def generate(self, job: Job, requests: list[Request], report: Callable[[int, int], None]) -> list[Response]:
+        """See :class:`Generator`."""
         from vllm import SamplingParams, TokensPrompt
 
         engine = self._llm.llm_engine
@@ -85,41 +125,19 @@ class Sampler:
                 detokenize=False,
             )
             engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), params)
-        done: dict[int, Any] = {}
-        steps = 0
+        done: dict[int, Response] = {}
+        steps = tokens = 0
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    done[int(output.request_id)] = output.outputs[0]
-                    self._tokens += len(output.outputs[0].token_ids)
+                    (completion,) = output.outputs
+                    done[int(output.request_id)] = list(completion.token_ids), completion.finish_reason
+                    tokens += len(completion.token_ids)
             steps += 1
             if steps % REPORT_EVERY == 0:
-                self._say(len(done))
-        return pd.DataFrame([_row(*request, done[index]) for index, request in enumerate(requests)])
-
-    def stored(self) -> None:
-        """The shard now counts as a file."""
-        self._say(0)
-
-    def _say(self, finished: int) -> None:
-        temporary = self._report.with_suffix(".tmp")
-        temporary.write_text(f"{finished} {self._tokens}")
-        os.replace(temporary, self._report)
-
-
-def _row(uid: str, sample: int, prompt: list[int], output: Any) -> dict[str, Any]:
-    if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended {uid} with '{output.finish_reason}'.")
-    response = list(output.token_ids)
-    return {
-        "uid": uid,
-        "sample": sample,
-        "key": content_key(prompt, response),
-        "prompt_ids": prompt,
-        "response_ids": response,
-        "finish_reason": output.finish_reason,
-    }
+                report(len(done), tokens)
+        return [done[index] for index in range(len(requests))]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), VLLM)

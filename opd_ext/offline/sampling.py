@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -22,8 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from opd_ext.offline import launch
 from opd_ext.offline.settings import VLLMConfig
 from opd_ext.offline.tables import PROMPTS, SAMPLES, TableError, file_digest, read_table, write_table
-
-WORKER = "opd_ext.offline.sampler"
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,24 @@ def request_seed(seed: int, uid: str, sample: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+@dataclass(frozen=True)
+class Engines:
+    """What generates: a module that works through shards as :mod:`opd_ext.offline.sampler` does, and its settings."""
+
+    module: str
+    settings: dict[str, Any]
+    replicas: int
+    devices: int  # of each
+
+    @classmethod
+    def vllm(cls, config: VLLMConfig) -> "Engines":
+        own = ("dtype", "max_model_len", "tensor_parallel_size")
+        settings = {name: getattr(config, name) for name in own} | config.args
+        return cls("opd_ext.offline.sampler", settings, config.replicas, config.tensor_parallel_size)
+
+
 def sample(
-    jobs: Sequence[Job], engine: VLLMConfig, device: str, environment: dict[str, str], logs: Path, title: str
+    jobs: Sequence[Job], engines: Engines, device: str, environment: dict[str, str], logs: Path, title: str
 ) -> None:
     """Run jobs that share an architecture (checkpoints of one model, say) on one start of the engines.
 
@@ -106,32 +121,27 @@ def sample(
     for job in jobs:
         job.parts.mkdir(parents=True, exist_ok=True)
     spec = logs / f"{title.replace(' ', '-')}.json"
+    content = {"jobs": [asdict(job) for job in jobs], "engine": engines.settings, "device": device}
     spec.parent.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "dtype": engine.dtype,
-        "max_model_len": engine.max_model_len,
-        "tensor_parallel_size": engine.tensor_parallel_size,
-        **engine.args,
-    }
-    spec.write_text(json.dumps({"jobs": [asdict(job) for job in jobs], "engine": settings, "device": device}))
+    spec.write_text(json.dumps(content))
     commands = [
         launch.Command(
-            WORKER,
-            [str(spec), str(replica), str(engine.replicas)],
+            engines.module,
+            [str(spec), str(replica), str(engines.replicas)],
             spec.with_suffix(f".{replica}.log"),
-            devices=engine.tensor_parallel_size,
+            devices=engines.devices,
             environment=environment,
         )
-        for replica in range(engine.replicas)
+        for replica in range(engines.replicas)
     ]
     total = sum(job.n * pq.read_metadata(job.prompts).num_rows for job in jobs)
     with _progress() as progress:
-        task = progress.add_task(title, total=total, rate="starting vLLM")
+        task = progress.add_task(title, total=total, rate="starting")
 
         def watch() -> None:
-            counts = _counts(jobs, spec, engine.replicas)
+            counts = _counts(jobs, spec, engines.replicas)
             progress.update(
-                task, completed=counts[0], rate=f"{counts[1] / 1000:.1f}k tokens" if counts[1] else "starting vLLM"
+                task, completed=counts[0], rate=f"{counts[1] / 1000:.1f}k tokens" if counts[1] else "starting"
             )
 
         launch.run(commands, device, watch)

@@ -156,10 +156,11 @@ class DiffusionConfig:
     model: str | None = None  # folder or hub id
     tau: float = 0.2  # nats that a token must have lost to be restored always
     ratio: list[float] = field(default_factory=lambda: [0.3, 0.8])  # of masked response tokens, drawn per sample
-    mask_token_id: int | None = None  # null: the model's config has it
-    attention: str = "full"  # full | block
-    block_size: int = 32
+    mask_token_id: int | None = None  # null: what the model's config says; so for the next two
+    attention: str | None = None  # full (LLaDA) | block (LLaDA-2.0)
+    block_size: int | None = None
     threshold: float = 0.95  # confidence from which a token is written
+    batch_size: int = 32  # prompts that are denoised at a time
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -235,7 +236,8 @@ def _check(config: PipelineConfig) -> None:
         decodings |= {"traces": config.traces, "bottleneck": config.bottleneck}
         limits["traces.max_tokens"] = config.traces.max_tokens
         if config.diffusion is not None:
-            _require(config.diffusion.attention in ("full", "block"), "diffusion.attention", "?", "full or block")
+            attention = config.diffusion.attention
+            _require(attention in (None, "full", "block"), "diffusion.attention", attention, "full or block")
             _require(bool(config.diffusion.model), "diffusion.model", None, "a folder with a model, or its hub id")
             low, high = config.diffusion.ratio
             _require(0 <= low <= high <= 1, "diffusion.ratio", [low, high], "[low, high] within 0 and 1")

@@ -12,7 +12,7 @@ import pandas as pd
 
 from opd_ext.offline import problems
 from opd_ext.offline.finetuning import FineTuning, fine_tune
-from opd_ext.offline.sampling import Job, sample
+from opd_ext.offline.sampling import Engines, Job, sample
 from opd_ext.offline.settings import Decoding, PipelineConfig, PromptsConfig, TrainConfig, plain
 from opd_ext.offline.stages import Stage
 from opd_ext.offline.tables import PROMPTS, SAMPLES, read_table, write_table
@@ -82,7 +82,7 @@ class Steps:
             longest = max(job.max_tokens for job in jobs if job.prompts == prompts)
             table = read_table(Path(prompts), PROMPTS)
             problems.check_lengths(table, longest, config.vllm.max_model_len, "max_tokens")
-        sample(jobs, config.vllm, config.device, self.environment, self.folder / "logs", title)
+        sample(jobs, Engines.vllm(config.vllm), config.device, self.environment, self.folder / "logs", title)
 
     @property
     def environment(self) -> dict[str, str]:

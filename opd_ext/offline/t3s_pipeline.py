@@ -231,13 +231,12 @@ class T3S(Steps):
     # ------------------------------------------------------------------ selection
 
     def selection_stage(self) -> Stage:
-        """The mask of every arm, and for a diffusion model the positions that it must restore."""
+        """The mask of every arm."""
         config = self.config
 
         def run() -> dict[str, Any]:
-            table = read_table(self.folder / TRACES, SAMPLES)
             base, low = self.confidences(0), self.confidences(self.bottleneck)
-            keep = _per_response(t3s.keep_mask, base, low, config.threshold)
+            keep = per_response(t3s.keep_mask, base, low, config.threshold)
             if config.always_keep_eos:
                 for row in keep:
                     row[-1] = True
@@ -248,31 +247,42 @@ class T3S(Steps):
                 "lowest": t3s.lowest_confidence_keep(keep, base),
             }
             wanted = {arm: masks[arm] for arm in config.arms}
-            if config.diffusion is not None:
-                wanted["restore"] = _per_response(t3s.restore_mask, base, low, config.diffusion.tau)
-            for name, flags in wanted.items():
-                rows = pd.DataFrame({"key": table["key"], "flags": flags})
-                write_table(self.folder / "masks" / f"{name}.parquet", rows, FLAGS, bottleneck=str(self.bottleneck))
+            self.write_masks(wanted)
             statistics = t3s.selection_statistics(keep, base, low)
             below = {step: t3s.fraction_below_base(base, self.confidences(step)) for step in self.checkpoints if step}
             statistics["eos_anchor_fraction"] = float(np.mean([not row[-1] for row in keep]))
             statistics["fraction_below_base_by_step"] = below
-            if config.diffusion is not None:
-                statistics["restore_fraction"] = float(np.concatenate(wanted["restore"]).mean())
             write_whole(self.folder / SELECTION, json.dumps(statistics, indent=2).encode())
             return {}
 
-        tau = config.diffusion.tau if config.diffusion else None
         settings = {
             "threshold": config.threshold,
             "always_keep_eos": config.always_keep_eos,
             "arms": config.arms,
             "seed": config.seed,
-            "tau": tau,
         }
-        names = [*config.arms, *(["restore"] if config.diffusion else [])]
-        outputs = [SELECTION, *(f"masks/{name}.parquet" for name in names)]
+        outputs = [SELECTION, *(f"masks/{arm}.parquet" for arm in config.arms)]
         return Stage("select", run, settings, outputs, ["traces", "bottleneck", "confidence"])
+
+    def write_masks(self, masks: dict[str, list[np.ndarray]]) -> None:
+        """``masks/<name>.parquet`` for the traces, in their order."""
+        keys = read_table(self.folder / TRACES, SAMPLES)["key"]
+        for name, flags in masks.items():
+            rows = pd.DataFrame({"key": keys, "flags": flags})
+            write_table(self.folder / "masks" / f"{name}.parquet", rows, FLAGS, bottleneck=str(self.bottleneck))
+
+    def restore_stage(self, tau: float) -> Stage:
+        """What a diffusion model must always restore, and as many positions at random."""
+
+        def run() -> dict[str, Any]:
+            base, low = self.confidences(0), self.confidences(self.bottleneck)
+            restore = per_response(t3s.restore_mask, base, low, tau)
+            self.write_masks({"restore": restore, "restore-random": t3s.random_keep(restore, self.config.seed)})
+            return {"fraction": float(np.concatenate(restore).mean())}
+
+        outputs = [f"masks/{name}.parquet" for name in ("restore", "restore-random")]
+        settings = {"tau": tau, "seed": self.config.seed}
+        return Stage("select-diffusion", run, settings, outputs, ["traces", "bottleneck", "confidence"])
 
     def rrt_stage(self) -> Stage:
         """The merged model, which costs three reads and no training."""
@@ -285,9 +295,9 @@ class T3S(Steps):
         return Stage("rrt", run, {}, [RRT], ["train-pilot", "bottleneck"])
 
 
-def _per_response(rule: Any, base: list[np.ndarray], low: list[np.ndarray], threshold: float) -> list[np.ndarray]:
+def per_response(rule: Any, base: list[np.ndarray], low: list[np.ndarray], threshold: float) -> list[np.ndarray]:
     """A rule of :mod:`~opd_ext.offline.t3s` on the responses, all of whose tokens count; [R_i] bool each."""
-    pairs = zip(map(torch.from_numpy, base), map(torch.from_numpy, low), strict=True)
+    pairs = zip(map(torch.tensor, base), map(torch.tensor, low), strict=True)
     return [rule(b, x, torch.ones(len(b)), threshold).numpy() for b, x in pairs]
 
 
@@ -334,4 +344,5 @@ def write_report(config: T3SConfig, pipeline: Pipeline, steps: "T3S") -> None:
         {model: steps.scores(model) for model in steps.models},
         difficulties(steps),
         diffusion_pipeline.scores(steps) if config.diffusion else None,
+        pipeline.record("select-diffusion").get("notes", {}).get("fraction"),
     )

@@ -32,6 +32,7 @@ def write_report(
     scores: Mapping[str, pd.DataFrame],
     difficulty: pd.Series,
     diffusion: Mapping[str, pd.DataFrame] | None,
+    restored: float | None,
     console: Console | None = None,
 ) -> None:
     """Print the tables and write ``report.{md,html,json}`` with figures.
@@ -43,6 +44,7 @@ def write_report(
         losses: model -> (step, training loss).
         scores: model -> grades.
         diffusion: the same for masked-diffusion models, if there were any.
+        restored: share of the response tokens that these always restore under T3S.
     """
     records, evaluation = compare_models(scores, "base")
     sections = [_trajectory(curve, bottleneck, selection), _selected(selection, bottleneck), evaluation]
@@ -58,6 +60,7 @@ def write_report(
     if diffusion:
         records, section = compare_models(diffusion, "base")
         section.title = "Masked-diffusion model"
+        section.text += f" {100 * restored:.1f} % of the response tokens are always restored under t3s and random."
         sections.append(section)
         everything["diffusion"] = records
     write_pages(folder, "T3S: training-trajectory-aware token selection", sections, everything, console)
@@ -109,8 +112,6 @@ def _selected(selection: Mapping[str, Any], bottleneck: Mapping[str, Any]) -> Se
         f"{100 * selection['near_zero_fraction']:.1f} % changed by less than 0.001 nats, where rounding decides; the "
         f"end of the response is an anchor in {100 * selection['eos_anchor_fraction']:.1f} % of the traces."
     )
-    if "restore_fraction" in selection:
-        text += f" A diffusion model restores {100 * selection['restore_fraction']:.1f} % always."
     return Section("Selection", text, ["tokens", "number", "mean change, nats", "mean base probability %"], rows)
 
 

@@ -145,7 +145,9 @@ def test_a_corruption_belongs_to_row_and_epoch_and_holds_what_must_be_restored(t
     write_table(path, rows(([1, 2], [*range(10, 60), STOP])), SAMPLES)
     chosen = np.zeros(51, dtype=bool)
     chosen[[0, 50]] = True
-    data = TokenDataset(path, 100, [STOP], flags(path, chosen), Corruption(0.3, 0.8, seed=1))
+    data = TokenDataset(
+        path, 100, [STOP], flags(path, chosen), Corruption(0.3, 0.8, seed=1, end=STOP, block_size=1, canvas=0)
+    )
     first = data[0]["loss_mask"]
     assert first[:2].sum() == 0 and first[2] == 1 and first[-1] == 1
     assert 0.1 < first[2:].float().mean() < 1
@@ -153,3 +155,12 @@ def test_a_corruption_belongs_to_row_and_epoch_and_holds_what_must_be_restored(t
     second = data[0]["loss_mask"]
     data.set_epoch(0)
     assert not first.equal(second) and data[0]["loss_mask"].equal(first)
+
+
+@pytest.mark.parametrize(("block_size", "canvas", "length"), [(8, 0, 8), (4, 0, 8), (None, 6, 8), (None, 2, 5)])
+def test_a_finished_response_is_filled_with_ends_that_are_trained(table, block_size, canvas, length):
+    """Else the number of masked tokens in the last block would tell a model how long the response is."""
+    everything = Corruption(1.0, 1.0, seed=1, end=STOP, block_size=block_size, canvas=canvas)
+    item = TokenDataset(table, 20, [STOP], flags(table, [True] * 3, [False] * 2), everything)[0]
+    assert item["input_ids"].tolist() == [1, 2, 3, 4] + [STOP] * (length - 4)
+    assert item["loss_mask"].tolist() == item["response_mask"].tolist() == [0, 0] + [1] * (length - 2)
