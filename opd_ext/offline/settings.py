@@ -180,6 +180,7 @@ class T3SConfig(PipelineConfig):
     diffusion: DiffusionConfig | None = None
 
 
+_GROUPS = ("scale", "preset", "tuning")
 T3S_ARMS = ("t3s", "inverse", "random", "lowest")
 _Config = TypeVar("_Config", bound=PipelineConfig)
 
@@ -197,7 +198,7 @@ def compose_pipeline(name: str, kind: type[_Config], overrides: Sequence[str]) -
     """
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            composed: DictConfig = compose(name, overrides=list(overrides))
+            composed: DictConfig = compose(name, overrides=[_addable(override) for override in overrides])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
@@ -205,6 +206,12 @@ def compose_pipeline(name: str, kind: type[_Config], overrides: Sequence[str]) -
     config.run_dir = str(Path(config.run_dir).expanduser().absolute())
     _check(config)
     return config
+
+
+def _addable(override: str) -> str:
+    """A key that the files leave at its default can be set like any other; the types say which keys exist."""
+    key = override.partition("=")[0]
+    return override if key in _GROUPS or override.startswith(("+", "~")) else f"++{override}"
 
 
 def _check(config: PipelineConfig) -> None:

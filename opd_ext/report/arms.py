@@ -70,8 +70,12 @@ def compare_models(scores: Mapping[str, pd.DataFrame], reference: str) -> tuple[
         )
     head = [name.format(pass_k=f"pass@{min(samples, 5)}", reference=reference) for name in HEAD]
     rows = [_cells(record, record["model"] == reference) for record in records]
+    if samples == 1:  # pass@1 once is enough
+        place = HEAD.index("{pass_k} %")
+        head, *rows = ([*row[:place], *row[place + 1 :]] for row in (head, *rows))
     chosen = " at the temperature that was best on the selection problems" if _has_selection(scores) else ""
-    text = f"{len(base)} problems, {samples} samples each{chosen}; 95 % intervals over problems, differences paired."
+    text = f"{len(base)} problems, {samples} sample{'s' if samples > 1 else ''} each{chosen}; "
+    text += "95 % intervals over problems, differences paired."
     return records, Section("Evaluation", text, head, rows)
 
 
