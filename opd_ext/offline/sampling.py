@@ -29,7 +29,7 @@ from opd_ext.offline.tables import PROMPTS, SAMPLES, TableError, file_digest, re
 class Job:
     """Samples of one model; ``prompts`` and ``out`` are token tables.
 
-    ``weights`` tells models apart that have had the same path: the digest of the stage that made it, say.
+    ``weights`` identifies a model by content where a run made it itself; its path may then be anywhere.
     """
 
     model: str
@@ -48,7 +48,8 @@ class Job:
     @property
     def digest(self) -> str:
         """Of everything that decides the samples."""
-        content = {**asdict(self), "out": None, "prompts": file_digest(Path(self.prompts))}
+        model = None if self.weights else self.model
+        content = {**asdict(self), "model": model, "out": None, "prompts": file_digest(Path(self.prompts))}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -170,7 +170,7 @@ class T3SConfig(PipelineConfig):
 
     teacher: str | None = None
     traces: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.6, -1, 1.0, 16, 32768))
-    traces_column: str | None = None  # of prompts.file: verified responses that are there already, as text
+    traces_column: str | None = None  # of prompts.file: verified traces as text; also `column.field`
     trace_prefix: str = ""  # put before every trace, e.g. the opening think tag that the teacher's template writes
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     threshold: float = 0.0  # nats; an anchor's confidence rose by more

@@ -62,7 +62,7 @@ class Steps:
         """Samples of ``model``, which the stage ``made_by`` made, or which was there before."""
         return Job(
             model=model,
-            weights=self.digest_of(made_by) if made_by else "",
+            weights=f"{self.digest_of(made_by)}/{Path(model).relative_to(self.folder)}" if made_by else "",
             prompts=str(self.prompts(prompts)),
             out=str(self.folder / out),
             temperature=decoding.temperature,

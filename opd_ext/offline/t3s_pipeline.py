@@ -102,9 +102,11 @@ class T3S(Steps):
 
     def _given_traces(self) -> dict[str, Any]:
         rows = problems.read_problems(self.config.prompts)
-        if self.config.traces_column not in rows:
+        column, _, field = self.config.traces_column.partition(".")
+        if column not in rows or (field and field not in rows[column].iloc[0]):
             raise TableError(f"{self.config.prompts.file} has no column {self.config.traces_column} with traces.")
-        return self._write_traces(rows[["uid"]].assign(text=rows[self.config.traces_column]), None)
+        texts = rows[column].map(lambda cell: cell[field]) if field else rows[column]
+        return self._write_traces(rows[["uid"]].assign(text=texts), None)
 
     def _write_traces(self, chosen: pd.DataFrame, teacher: Any) -> dict[str, Any]:
         config, prompts = self.config, read_table(self.prompts("train"), PROMPTS)
@@ -178,7 +180,7 @@ class T3S(Steps):
                 if b.step not in set(curve["step"]) - {0}:
                     raise StageError(f"bottleneck.step={b.step} is no saved step: {curve['step'].tolist()[1:]}.")
                 drop = curve["accuracy"].iloc[0] - curve.set_index("step")["accuracy"][b.step]
-                found = t3s.Bottleneck(b.step, float(drop), bool(drop > noise), b.step == curve["step"].iloc[-1])
+                found = t3s.Bottleneck(b.step, float(drop), bool(drop > noise), b.step == self.pilot.train["steps"])
             elif not found.has_dip or found.at_end:
                 raise StageError(_no_bottleneck(curve, found, noise))
             write_whole(self.folder / CHOICE, json.dumps(plain(found) | {"noise": noise}, indent=2).encode())

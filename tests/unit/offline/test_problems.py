@@ -116,7 +116,8 @@ def test_a_job_knows_its_samples_from_those_of_another(tmp_path):
 
     others = [job(weights="v"), job(temperature=0.9), job(top_k=5), job(seed=2), job(n=3), job(shard=4)]
     assert len({each.digest for each in (job(), *others)}) == 7
-    assert job(out="elsewhere").digest == job().digest
+    assert job(out="elsewhere").digest == job(model="moved").digest == job().digest
+    assert job(weights="", model="a").digest != job(weights="", model="b").digest
     before = job().digest
     write_table(tmp_path / "p.parquet", pd.DataFrame({"uid": ["a"], "prompt_ids": [[2]]}), PROMPTS)
     assert job().digest != before
