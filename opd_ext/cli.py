@@ -214,12 +214,13 @@ def t3s(
 def _pipeline(name: str, command: Callable, overrides: list[str] | None, *options: str | bool | None) -> None:
     from opd_ext.config.schema import ConfigError
     from opd_ext.offline.launch import LaunchError
+    from opd_ext.offline.merge import MergeError
     from opd_ext.offline.stages import StageError
     from opd_ext.offline.tables import TableError
 
     try:
         command(overrides or [], *options)
-    except (ConfigError, LaunchError, StageError, TableError) as error:
+    except (ConfigError, LaunchError, MergeError, StageError, TableError) as error:
         raise _refused(name, error) from None
 
 

@@ -8,10 +8,11 @@ The specification is JSON: fields of :class:`~opd_ext.offline.finetuning.FineTun
 ``models``: path of the result -> model. Each rank writes its share beside the result; rank 0 joins them.
 """
 
+import dataclasses
+import gc
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -19,6 +20,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.utils.device import get_torch_device
 from verl.utils.distributed import destroy_global_process_group
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
@@ -46,8 +48,12 @@ def response_log_probs(data: TensorDict, log_probs: torch.Tensor) -> list[torch.
     return [row[:-1][mask[1:].bool()].float().cpu() for row, mask in rows]
 
 
-def _sweep(task: FineTuning, rows: list[dict[str, torch.Tensor]], meta: dict[str, Any]) -> list[torch.Tensor]:
-    """Confidence of ``task.model`` in ``rows``; collective, and every rank calls the engine equally often."""
+def _sweep(task: FineTuning, dataset: TokenDataset) -> tuple[int, int, pd.DataFrame | None]:
+    """Confidence of ``task.model`` in this rank's share of the rows; collective.
+
+    Returns:
+        Data-parallel rank and size, and the rows of the share, None on a rank that only helps another to compute.
+    """
     config = sft_config(task)
     engine_config = omega_conf_to_dataclass(config.engine)
     engine_config.forward_only = True
@@ -62,30 +68,10 @@ def _sweep(task: FineTuning, rows: list[dict[str, torch.Tensor]], meta: dict[str
         )
     )
     worker.reset()
-    found = []
-    for start in range(0, len(rows), ROWS):
-        data = tu.get_tensordict(SFTTensorCollator("no_padding")(rows[start : start + ROWS]), meta)
-        output = worker.infer_batch(data)
-        found += response_log_probs(data, output["log_probs"])
-    return found
-
-
-def main(spec: Path) -> None:
-    """Write a table of :data:`~opd_ext.offline.tables.CONFIDENCE` per model; those that exist are left alone."""
-    content = json.loads(spec.read_text())
-    models = {out: model for out, model in content.pop("models").items() if not Path(out).exists()}
-    task = FineTuning(**content, model="", out="")
-    join_group(task.device)
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    dataset = TokenDataset(Path(task.samples), task.train["max_length"], task.stop_ids)
-    if dataset.cut:
-        raise TableError(
-            f"{task.samples}: {dataset.cut} rows are longer than train.max_length={task.train['max_length']}."
-        )
-    # The last rows come again where the ranks would not have equally many; their copies are dropped.
+    rank, ranks = worker.engine.get_data_parallel_rank(), worker.engine.get_data_parallel_size()
+    # All ranks call the engine equally often: where rows run out the last comes again, and its copies are dropped.
     share = -(-len(dataset) // ranks)
     mine = [min(rank * share + offset, len(dataset) - 1) for offset in range(share)]
-    rows = [dataset[index] for index in mine]
     meta = {
         "use_remove_padding": True,
         "use_dynamic_bsz": True,
@@ -94,13 +80,38 @@ def main(spec: Path) -> None:
         "pad_mode": "no_padding",
         "compute_loss": False,
     }
+    found = []
+    for start in range(0, share, ROWS):
+        rows = [dataset[index] for index in mine[start : start + ROWS]]
+        data = tu.get_tensordict(SFTTensorCollator("no_padding")(rows), meta)
+        output = worker.infer_batch(data)
+        if worker.engine.is_mp_src_rank_with_outputs():
+            found += response_log_probs(data, output["log_probs"])
+    if not worker.engine.is_mp_src_rank_with_outputs():
+        return rank, ranks, None
+    logps = [logp.numpy() for logp in found]
+    return rank, ranks, pd.DataFrame({"key": [dataset.keys[index] for index in mine], "logp": logps})
+
+
+def main(spec: Path) -> None:
+    """Write a table of :data:`~opd_ext.offline.tables.CONFIDENCE` per model; those that exist are left alone."""
+    content = json.loads(spec.read_text())
+    models = {out: model for out, model in content.pop("models").items() if not Path(out).exists()}
+    task = FineTuning(**content, model="", out="")
+    join_group(task.device)
+    dataset = TokenDataset(Path(task.samples), task.train["max_length"], task.stop_ids)
+    if dataset.cut:
+        limit = task.train["max_length"]
+        raise TableError(f"{task.samples}: {dataset.cut} rows are longer than train.max_length={limit}.")
     for out, model in models.items():
-        found = _sweep(FineTuning(**{**task.__dict__, "model": model}), rows, meta)
-        share_file = Path(f"{out}.rank{rank}")
-        table = pd.DataFrame({"key": [dataset.keys[i] for i in mine], "logp": [logp.numpy() for logp in found]})
-        write_table(share_file, table, CONFIDENCE)
+        rank, ranks, table = _sweep(dataclasses.replace(task, model=model), dataset)
+        # The module of an engine is in reference cycles: without this, every checkpoint stays on the device.
+        gc.collect()
+        get_torch_device().empty_cache()
+        if table is not None:
+            write_table(Path(f"{out}.rank{rank}"), table, CONFIDENCE)
         torch.distributed.barrier()
-        if rank == 0:
+        if torch.distributed.get_rank() == 0:
             shares = [Path(f"{out}.rank{other}") for other in range(ranks)]
             joined = pd.concat([read_table(path, CONFIDENCE) for path in shares]).drop_duplicates("key")
             write_table(Path(out), joined, CONFIDENCE)

@@ -9,6 +9,7 @@ The specification is JSON with the fields of :class:`~opd_ext.offline.finetuning
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tensordict import TensorDict
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.checkpoint import CheckpointHandler
+from verl.utils.checkpoint.checkpoint_handler import extract_step
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 from verl.workers.config import TrainingWorkerConfig
@@ -97,7 +99,11 @@ class Batches:
 
 
 class Checkpoints(CheckpointHandler):
-    """Complete or absent; what is needed to go on is kept for the last one only, the model of every one."""
+    """Complete or absent. What is needed to go on is kept for the last one only, and no longer than the run lasts."""
+
+    def __init__(self, task: FineTuning, **settings: Any):
+        super().__init__(**settings)
+        self._task = task
 
     def save_checkpoint(self, step: int) -> None:
         root = Path(self.default_local_dir)
@@ -107,7 +113,12 @@ class Checkpoints(CheckpointHandler):
         if self.rank == 0:
             last = checkpoint.commit(folder, root, step, keep=None)
             for other in set(root.glob("global_step_*")) - {last}:
-                _drop_resume_state(other)
+                if extract_step(str(other)) not in self._task.keep:
+                    shutil.rmtree(other)
+                else:
+                    _drop_resume_state(other)
+            if step == self._task.train["steps"]:
+                _drop_resume_state(last)
         torch.distributed.barrier()
 
     def _load_dataloader_state(self, checkpoint_path: str) -> None:
@@ -171,6 +182,7 @@ class FineTuner(SFTTrainer):
 
     def _build_ckpt_handler(self) -> None:
         self.ckpt_handler = Checkpoints(
+            self._task,
             engine=self.engine,
             train_dataloader=self.train_dataloader,
             default_local_dir=self.config.trainer.default_local_dir,
@@ -224,7 +236,9 @@ def sft_config(task: FineTuning) -> DictConfig:
             "resume_mode": "auto",
         },
     }
-    OmegaConf.set_struct(config, False)
+    # verl's file leaves some keys of the engine to its dataclass, which refuses those that it does not know.
+    for section in (config.engine, config.model.override_config):
+        OmegaConf.set_struct(section, False)
     return OmegaConf.merge(config, ours, train["verl"])
 
 

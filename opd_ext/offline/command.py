@@ -13,6 +13,7 @@ from opd_ext.offline import problems
 from opd_ext.offline.settings import PipelineConfig, SSDConfig, T3SConfig, check_inputs, compose_pipeline
 from opd_ext.offline.stages import Pipeline
 from opd_ext.offline.steps import Steps
+from opd_ext.report.run_report import write_whole
 
 
 def run_ssd(
@@ -59,6 +60,10 @@ def _only_shows(config: PipelineConfig, cfg: bool) -> bool:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return True
     check_inputs(config)
+    problems.load_grader(config.reward)
+    problems.check_columns(config.prompts.file, graded=isinstance(config, T3SConfig))
+    for file in filter(None, (config.evaluate.file, config.evaluate.select_file)):
+        problems.check_columns(file, graded=True)
     return False
 
 
@@ -74,10 +79,9 @@ def _run(
             table.add_row(name, state, ", ".join(after))
         console.print(table)
         return False
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
     pipeline.run(until, only, force)
+    content = OmegaConf.to_yaml(OmegaConf.structured(config))
+    write_whole(Path(config.run_dir) / "config.yaml", content.encode())  # of what was accepted and ran
     return all(state == "done" for _, state, _ in pipeline.overview())
 
 

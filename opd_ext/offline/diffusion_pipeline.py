@@ -9,6 +9,8 @@ chosen at random; `plain` hides none on purpose.
 """
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +44,13 @@ def stages(steps: "T3S", config: T3SConfig, traces: str) -> list[Stage]:
     reading = _reading(steps, config)
     tasks = {arm: _task(steps, config, reading, arm, traces) for arm in MASKS}
     found = [steps.restore_stage(config.diffusion.tau)]
-    found += [steps.train(f"diffusion-{arm}", task, ["traces", "select-diffusion"]) for arm, task in tasks.items()]
+    for arm, task in tasks.items():
+        found.append(steps.train(f"diffusion-{arm}", task, ["traces", *(["select-diffusion"] if MASKS[arm] else [])]))
     models = {BASE: (config.diffusion.model, None)}
     models |= {arm: (str(task.final), f"train-diffusion-{arm}") for arm, task in tasks.items()}
     settings = {"threshold": config.diffusion.threshold, "reading": plain(reading), "reward": plain(config.reward)}
-    settings |= {"max_tokens": config.evaluate.max_tokens, "shard": config.vllm.shard}
+    settings |= {"max_tokens": _max_tokens(config), "shard": config.vllm.shard}
+    settings |= {"model": problems.fingerprint(config.diffusion.model)}
     for name, (_, made_by) in models.items():
         after = ["prompts-report", *([made_by] if made_by else [])]
         outputs = [f"evaluate/diffusion-{name}.parquet"]
@@ -57,6 +61,7 @@ def stages(steps: "T3S", config: T3SConfig, traces: str) -> list[Stage]:
                 settings,
                 outputs,
                 after,
+                owns=[f"evaluate/samples/diffusion-{name}.parquet"],
             )
         )
     return found
@@ -90,7 +95,7 @@ def _task(steps: "T3S", config: T3SConfig, reading: Reading, arm: str, traces: s
         seed=config.seed,
         end=steps.tokenizer.eos_token_id,
         block_size=reading.block_size if reading.attention == "block" else None,
-        canvas=config.evaluate.max_tokens,
+        canvas=_max_tokens(config) if reading.attention == "full" else 0,
     )
     flags = f"masks/{MASKS[arm]}.parquet" if MASKS[arm] else None
     return steps.fine_tuning(f"diffusion-{arm}", traces, train, model=d.model, flags=flags, corruption=corruption)
@@ -100,7 +105,7 @@ def _evaluate(
     steps: "T3S", config: T3SConfig, reading: Reading, name: str, models: dict[str, tuple[str, str | None]]
 ) -> dict[str, Any]:
     """Greedy answers to the reported problems, graded; the first model that has none answers for all."""
-    jobs = {other: _job(steps, config, other, *of) for other, of in models.items()}
+    jobs = {other: _job(steps, config, reading, other, *of) for other, of in models.items()}
     if not jobs[name].done:
         settings = {
             **plain(reading),
@@ -119,9 +124,14 @@ def _evaluate(
     return {}
 
 
-def _job(steps: "T3S", config: T3SConfig, name: str, model: str, made_by: str | None) -> Job:
+def _job(steps: "T3S", config: T3SConfig, reading: Reading, name: str, model: str, made_by: str | None) -> Job:
     out = f"evaluate/samples/diffusion-{name}.parquet"
-    return steps.job(model, made_by, "report", out, Decoding(0.0), 1, config.evaluate.max_tokens)
+    job = steps.job(model, made_by, "report", out, Decoding(0.0), 1, _max_tokens(config))
+    return dataclasses.replace(job, engine=json.dumps({**plain(reading), "threshold": config.diffusion.threshold}))
+
+
+def _max_tokens(config: T3SConfig) -> int:
+    return config.diffusion.max_tokens or config.evaluate.max_tokens
 
 
 def scores(steps: "T3S") -> dict[str, pd.DataFrame]:

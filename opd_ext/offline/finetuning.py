@@ -37,6 +37,7 @@ class FineTuning:
     device: str
     flags: str | None = None
     corruption: Corruption | None = None
+    keep: Sequence[int] = ()  # steps whose models stay; of the others only the last, to go on from
     trust_remote_code: bool = False
 
     @classmethod
@@ -68,16 +69,19 @@ class FineTuning:
         return Path(self.out) / f"metrics-from-{step:06d}.jsonl"
 
 
-def fine_tune(task: FineTuning, ranks: int, environment: dict[str, str], title: str) -> None:
+def fine_tune(task: FineTuning, environment: dict[str, str], title: str) -> None:
     """Fine-tune, or go on where an interrupted run left its last checkpoint; progress is shown on the console.
 
     Raises:
         LaunchError: a process failed.
     """
+    if task.final.exists():  # renamed into place when it was complete
+        return
     out = Path(task.out)
     out.mkdir(parents=True, exist_ok=True)
     spec = out / "finetuning.json"
     write_whole(spec, json.dumps(dataclasses.asdict(task), indent=2).encode())
+    ranks = task.train["ranks"]
     command = launch.Command(WORKER, [str(spec)], out / "log.txt", ranks, ranks, environment)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}")
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(), refresh_per_second=4) as bar:

@@ -153,6 +153,11 @@ def _run_on_ray(commands: Sequence[Command], device: str, watch: Callable[[], No
             _stop([child for _, child in children])
 
     gpus = (lambda command: command.devices) if device == "cuda" else (lambda command: 0)
+    wanted, there = sum(map(gpus, commands)), ray.cluster_resources().get("GPU", 0)
+    if wanted > there:
+        raise LaunchError(
+            f"{wanted} GPUs are wanted, the Ray cluster has {there:g}; lower vllm.replicas or train.ranks."
+        )
     pending = [
         here.options(num_gpus=gpus(command), num_cpus=max(1, command.ranks)).remote(command) for command in commands
     ]
@@ -163,6 +168,8 @@ def _run_on_ray(commands: Sequence[Command], device: str, watch: Callable[[], No
             watch()
     except ray.exceptions.RayTaskError as error:
         raise LaunchError(str(error.cause)) from None
+    except ray.exceptions.RayError as error:
+        raise LaunchError(f"Ray lost a process: {' '.join(str(error).split())}") from None
     finally:
         for task in pending:
             ray.cancel(task, force=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From files in verl's format to prompts as token ids, and from sampled ids to grades."""
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -11,7 +12,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd_ext.config.schema import ConfigError
@@ -19,12 +22,20 @@ from opd_ext.offline.settings import PromptsConfig, RewardConfig
 from opd_ext.offline.ssd import statement_key
 
 _PER_PROCESS = 2_000  # responses from which another process pays for its start
+_LOOK = 1 << 20  # bytes
 
 
 @cache
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, loaded once per process."""
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    """The tokenizer of a model, loaded once per process.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model} has no tokenizer that loads: {' '.join(str(error).split())}") from None
 
 
 def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -59,6 +70,28 @@ def read_problems(settings: PromptsConfig) -> pd.DataFrame:
     if not len(rows):
         raise ConfigError(f"{settings.file} leaves no prompt; look at prompts.count.")
     return rows.reset_index(drop=True)
+
+
+def check_columns(file: str, graded: bool) -> None:
+    """Raises ConfigError if a file in verl's format lacks a column that prompts, or grades, are made of."""
+    needed = ["prompt", *(["data_source", "reward_model"] if graded else [])]
+    if missing := [name for name in needed if name not in pq.read_schema(file).names]:
+        raise ConfigError(f"{file} has no column {missing[0]}; verl's format has prompt, data_source and reward_model.")
+
+
+def fingerprint(model: str) -> str:
+    """What a model is, without reading all of it: names, sizes, beginnings and ends of its files; a hub id as it is."""
+    if not Path(model).is_dir():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted(path for path in Path(model).iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}/{size}/".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(_LOOK))
+            handle.seek(max(0, size - _LOOK))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
 
 
 def render(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
@@ -113,7 +146,9 @@ def load_grader(settings: RewardConfig) -> Callable[..., Any]:
 
 def decode(samples: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of every response, without special tokens."""
-    return tokenizer.batch_decode([list(ids) for ids in samples["response_ids"]], skip_special_tokens=True)
+    return [
+        tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in map(np.asarray, samples["response_ids"])
+    ]
 
 
 def grade(

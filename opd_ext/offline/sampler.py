@@ -102,13 +102,13 @@ class VLLM:
         """Take the weights of another checkpoint with the same architecture."""
         if model != self._model:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
-            self._llm.reset_prefix_cache()
             self._model = model
 
     def generate(self, job: Job, requests: list[Request], report: Callable[[int, int], None]) -> list[Response]:
         """See :class:`Generator`."""
         from vllm import SamplingParams, TokensPrompt
 
+        self._llm.reset_prefix_cache()  # what an earlier shard left there would change the batches of this one
         engine = self._llm.llm_engine
         for index, (uid, sample, ids) in enumerate(requests):
             params = SamplingParams(

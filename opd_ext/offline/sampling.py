@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from opd_ext.offline import launch
 from opd_ext.offline.settings import VLLMConfig
-from opd_ext.offline.tables import PROMPTS, SAMPLES, TableError, file_digest, read_table, write_table
+from opd_ext.offline.tables import PROMPTS, SAMPLES, file_digest, read_table, write_table
 
 
 @dataclass(frozen=True)
 class Job:
     """Samples of one model; ``prompts`` and ``out`` are token tables.
 
-    ``weights`` identifies a model by content where a run made it itself; its path may then be anywhere.
+    ``weights`` identifies the model by content and ``engine`` says in what numbers it computes, so that paths and
+    placement may change.
     """
 
     model: str
     weights: str
+    engine: str
     prompts: str
     out: str
     temperature: float
@@ -45,11 +48,10 @@ class Job:
     stop_ids: tuple[int, ...]  # tokens that end a response
     shard: int
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of everything that decides the samples."""
-        model = None if self.weights else self.model
-        content = {**asdict(self), "model": model, "out": None, "prompts": file_digest(Path(self.prompts))}
+        content = {**asdict(self), "model": None, "out": None, "prompts": file_digest(Path(self.prompts))}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -61,11 +63,9 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether ``out`` holds the samples of this very job."""
-        try:
-            read_table(Path(self.out), SAMPLES, {"job": self.digest})
-        except TableError:
+        if not Path(self.out).exists():
             return False
-        return True
+        return (pq.read_schema(self.out).metadata or {}).get(b"opd.job") == self.digest.encode()
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -100,9 +100,10 @@ class Engines:
     devices: int  # of each
 
     @classmethod
-    def vllm(cls, config: VLLMConfig) -> "Engines":
+    def vllm(cls, config: VLLMConfig, trust_remote_code: bool = False) -> "Engines":
         own = ("dtype", "max_model_len", "tensor_parallel_size")
-        settings = {name: getattr(config, name) for name in own} | config.args
+        settings = {name: getattr(config, name) for name in own}
+        settings |= {"trust_remote_code": trust_remote_code} | config.args
         return cls("opd_ext.offline.sampler", settings, config.replicas, config.tensor_parallel_size)
 
 
@@ -116,6 +117,9 @@ def sample(
     Raises:
         LaunchError: an engine failed.
     """
+    for job in jobs:
+        if job.done:  # a run that was killed behind the last rename left its shards
+            shutil.rmtree(job.parts, ignore_errors=True)
     jobs = [job for job in jobs if not job.done]
     if not jobs:
         return

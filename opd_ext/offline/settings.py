@@ -6,7 +6,7 @@ published ``preset``.
 """
 
 import json
-import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -160,7 +160,8 @@ class DiffusionConfig:
     attention: str | None = None  # full (LLaDA) | block (LLaDA-2.0)
     block_size: int | None = None
     threshold: float = 0.95  # confidence from which a token is written
-    batch_size: int = 32  # prompts that are denoised at a time
+    batch_size: int = 32  # prompts that are denoised at a time; each step holds a [batch, length, length] mask
+    max_tokens: int | None = None  # of an answer; null: evaluate.max_tokens
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -180,6 +181,7 @@ class T3SConfig(PipelineConfig):
     diffusion: DiffusionConfig | None = None
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 _GROUPS = ("scale", "preset", "tuning")
 T3S_ARMS = ("t3s", "inverse", "random", "lowest")
 _Config = TypeVar("_Config", bound=PipelineConfig)
@@ -203,7 +205,7 @@ def compose_pipeline(name: str, kind: type[_Config], overrides: Sequence[str]) -
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"The configuration does not compose: {reason}") from None
-    config.run_dir = str(Path(config.run_dir).expanduser().absolute())
+    _make_paths_absolute(config)
     _check(config)
     return config
 
@@ -217,6 +219,8 @@ def _addable(override: str) -> str:
 def _check(config: PipelineConfig) -> None:
     _require(config.device in ("cpu", "cuda"), "device", config.device, "cpu or cuda")
     _require(bool(config.model), "model", config.model, "a folder with a model, or its hub id")
+    _require("base" not in getattr(config, "arms", ()), "arms", "base", "another name: that is the model itself")
+    _require(config.vllm.replicas > 0, "vllm.replicas", config.vllm.replicas, "at least 1")
     _check_training("train", config.train)
     decodings = {"evaluate": config.evaluate}
     for temperature in config.evaluate.temperatures:
@@ -230,6 +234,8 @@ def _check(config: PipelineConfig) -> None:
         control = config.arms["control"]
         _require(control == Decoding(1.0, control.top_k, 1.0) and control.top_k <= 0, "arms.control", control, "T 1, -")
         decodings |= {f"arms.{arm}": decoding for arm, decoding in config.arms.items()}
+        for arm, decoding in config.arms.items():
+            _require(decoding.temperature > 0, f"arms.{arm}.temperature", decoding.temperature, "above 0")
         limits["max_tokens"] = config.max_tokens
         for temperature in config.sweep:
             _require(temperature > 0, "sweep", temperature, "above 0")
@@ -241,7 +247,8 @@ def _check(config: PipelineConfig) -> None:
             config.train.save_every < config.train.steps, "train.save_every", config.train.save_every, "below steps"
         )
         decodings |= {"traces": config.traces, "bottleneck": config.bottleneck}
-        limits["traces.max_tokens"] = config.traces.max_tokens
+        if not config.traces_column:
+            limits["traces.max_tokens"] = config.traces.max_tokens
         if config.diffusion is not None:
             attention = config.diffusion.attention
             _require(attention in (None, "full", "block"), "diffusion.attention", attention, "full or block")
@@ -263,7 +270,9 @@ def _check_training(name: str, train: TrainConfig) -> None:
     _require(train.schedule in ("constant", "cosine"), f"{name}.schedule", train.schedule, "constant or cosine")
     reductions = ("kept-token-mean", "all-token-mean")
     _require(train.normalisation in reductions, f"{name}.normalisation", train.normalisation, " or ".join(reductions))
-    _require(train.batch_size % train.ranks == 0, f"{name}.batch_size", train.batch_size, "a multiple of train.ranks")
+    _require(train.batch_size % train.ranks == 0, f"{name}.batch_size", train.batch_size, f"a multiple of {name}.ranks")
+    rank = (train.verl.get("model") or {}).get("lora_rank", 0)
+    _require(not rank, f"{name}.verl.model.lora_rank", rank, "0: adapters are neither sampled from nor merged here")
     _require(train.steps > 0 and train.save_every > 0, f"{name}.steps", train.steps, "at least 1, as is save_every")
     _require(0 <= train.min_lr <= train.lr, f"{name}.min_lr", train.min_lr, f"between 0 and lr={train.lr}")
 
@@ -281,20 +290,32 @@ def check_inputs(config: PipelineConfig) -> None:
     """
     files = {"prompts.file": config.prompts.file, "evaluate.file": config.evaluate.file}
     files |= {"evaluate.select_file": config.evaluate.select_file or config.evaluate.file}
+    for key, value in files.items():
+        if not value or not Path(value).is_file():
+            hint = " (opd data tinymath builds the miniature world)" if config.world else ""
+            raise ConfigError(f"{key}={value} is not a file{hint}.")
     models = {"model": config.model}
     if isinstance(config, T3SConfig):
         if not config.traces_column:
             models["teacher"] = config.teacher
         if config.diffusion is not None:
             models["diffusion.model"] = config.diffusion.model
-    for key, value in files.items():
-        if not value or not Path(value).is_file():
-            hint = " (opd data tinymath builds the miniature world)" if config.world else ""
-            raise ConfigError(f"{key}={value} is not a file{hint}.")
     for key, value in models.items():
-        if os.sep in str(value) and Path(value).is_absolute() and not (Path(value) / "config.json").is_file():
+        hub_id = _HUB_ID.fullmatch(value) and not Path(value).exists()
+        if not hub_id and not (Path(value) / "config.json").is_file():
             hint = "; opd data tinymath builds the miniature world" if config.world else ""
-            raise ConfigError(f"{key}={value} has no config.json{hint}.")
+            raise ConfigError(f"{key}={value} is neither a hub id nor a folder with a config.json{hint}.")
+
+
+def _make_paths_absolute(config: PipelineConfig) -> None:
+    """Processes that sample and train may run elsewhere than here."""
+    holders = [(config, "run_dir"), (config, "model"), (config.prompts, "file")]
+    holders += [(config.evaluate, "file"), (config.evaluate, "select_file"), (config, "teacher")]
+    holders += [(getattr(config, "diffusion", None), "model")]
+    for holder, name in holders:
+        value = getattr(holder, name, None)
+        if value and (name == "run_dir" or Path(value).expanduser().exists()):
+            setattr(holder, name, str(Path(value).expanduser().absolute()))
 
 
 def plain(value: Any) -> Any:

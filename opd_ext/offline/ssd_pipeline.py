@@ -14,7 +14,7 @@ from opd_ext.offline import lockfork, problems
 from opd_ext.offline.settings import Decoding, SSDConfig
 from opd_ext.offline.ssd import is_stub
 from opd_ext.offline.stages import Pipeline, Stage
-from opd_ext.offline.steps import Steps, digest_of_record
+from opd_ext.offline.steps import REFUSALS, Steps, digest_of_record
 from opd_ext.offline.tables import SAMPLES, read_table, write_table
 
 BASE = "base"
@@ -31,12 +31,12 @@ def build(config: SSDConfig) -> tuple[Pipeline, Steps]:
     stages = [steps.render("train", config.prompts)]
     stages += [_sampling(steps, config, arm) for arm in arms]
     tasks = {arm: steps.fine_tuning(arm, f"training/{arm}.parquet") for arm in arms}
-    stages += [steps.train(arm, task, [f"sample-{arm}"], task.saved_steps) for arm, task in tasks.items()]
+    stages += [steps.train(arm, task, [f"sample-{arm}"]) for arm, task in tasks.items()]
     models = {BASE: (config.model, None)} | {arm: (str(task.final), f"train-{arm}") for arm, task in tasks.items()}
     stages += steps.evaluation_stages(models)
     if config.diagnose:
         stages.append(_diagnosis(steps, config, {arm: model for arm, (model, _) in models.items()}))
-    pipeline = Pipeline(Path(config.run_dir), stages)
+    pipeline = Pipeline(Path(config.run_dir), stages, REFUSALS)
     steps.digest_of = lambda stage: digest_of_record(pipeline.record(stage))
     return pipeline, steps
 
@@ -62,7 +62,7 @@ def _sampling(steps: Steps, config: SSDConfig, arm: str) -> Stage:
             "mean_tokens": float(samples["response_ids"].map(len).mean()),
         }
 
-    settings = steps.sampling_settings(all_arms(config)[arm], 1, config.max_tokens)
+    settings = steps.sampling_settings(config.model, all_arms(config)[arm], 1, config.max_tokens)
     return Stage(
         f"sample-{arm}", run, settings, [f"samples/{arm}.parquet", f"training/{arm}.parquet"], ["prompts-train"]
     )

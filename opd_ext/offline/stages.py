@@ -33,7 +33,8 @@ class Stage:
     """Files from files.
 
     ``settings`` holds everything but the inputs that decides the outputs. ``after`` names the stages whose outputs it
-    reads. ``outputs`` are relative to the run's folder; a folder counts with all it holds. ``run`` may return numbers
+    reads. ``outputs`` are relative to the run's folder; a folder counts with all it holds. ``owns`` (patterns) is what
+    else must go when the stage is made anew: state that an interrupted run goes on from. ``run`` may return numbers
     worth remembering.
     """
 
@@ -42,14 +43,16 @@ class Stage:
     settings: dict[str, Any]
     outputs: list[str]
     after: list[str] = field(default_factory=list)
+    owns: list[str] = field(default_factory=list)
 
 
 class Pipeline:
     """Stages in order, and what became of them."""
 
-    def __init__(self, folder: Path, stages: Sequence[Stage], console: Console | None = None):
+    def __init__(self, folder: Path, stages: Sequence[Stage], refusals: tuple[type[Exception], ...] = ()):
+        """``refusals`` are errors by which a stage says that it did not begin: it then counts as never run."""
         self._folder, self._stages = folder, {stage.name: stage for stage in stages}
-        self._console = console or Console()
+        self._console, self._refusals = Console(), refusals
 
     @property
     def names(self) -> list[str]:
@@ -73,6 +76,9 @@ class Pipeline:
         for name in filter(None, (until, only, force)):
             if name not in self._stages:
                 raise StageError(f"There is no stage '{name}'; the stages are {', '.join(self.names)}.")
+        last = only or until
+        if force and last and not (force == only or (not only and self.names.index(force) <= self.names.index(last))):
+            raise StageError(f"--force {force} would not make '{force}' again with what else was asked for.")
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
             if force:
@@ -98,14 +104,24 @@ class Pipeline:
             self._say(stage, f"done before, in {self.record(stage.name)['seconds']:.0f} s")
             return
         self._check_settings(stage)
-        began = time.monotonic()
+        before = self.record(stage.name)
         entry = {"settings": stage.settings, "inputs": self._inputs(stage)}
         self._write(stage.name, entry)
         self._say(stage, "running")
-        notes = stage.run()
+        began = time.monotonic()
+        try:
+            notes = stage.run()
+        except self._refusals:
+            if not before:
+                self._forget(stage.name)
+            raise
+        if missing := [name for name in stage.outputs if not (self._folder / name).exists()]:
+            raise StageError(
+                f"Stage '{stage.name}' ended without making {missing[0]}; --force {stage.name} begins it anew."
+            )
         entry |= {
             "outputs": {name: file_digest(self._folder / name) for name in stage.outputs},
-            "seconds": round(time.monotonic() - began + self.record(stage.name).get("seconds", 0.0), 2),
+            "seconds": round(time.monotonic() - began, 2),  # of the run that finished it
             "notes": notes or {},
         }
         self._write(stage.name, entry)
@@ -139,14 +155,19 @@ class Pipeline:
                 f"Stage '{stage.name}' of {self._folder} was run with {key}={before}, not {now}: make it again with "
                 f"--force {stage.name}, or choose another run_dir."
             )
-        if entry["inputs"] != self._inputs(stage):
-            # Its inputs were made again on request and came out different, so what was made of them is of no use.
+        if "outputs" in entry or entry["inputs"] != self._inputs(stage):
+            # An output was lost, or its inputs were made again on request and came out different: what is left of it,
+            # half a fine-tuning on other data say, must not be gone on from.
             self._discard(stage.name)
 
     def _discard(self, name: str) -> None:
-        for output in self._stages[name].outputs:
-            path = self._folder / output
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        stage = self._stages[name]
+        for pattern in (*stage.outputs, *stage.owns):
+            for path in list(self._folder.glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
         manifest = self._manifest()
         manifest.pop(name, None)
         self._replace(manifest)

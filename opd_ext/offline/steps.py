@@ -4,21 +4,25 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from opd_ext.config.schema import ConfigError
 from opd_ext.offline import problems
 from opd_ext.offline.finetuning import FineTuning, fine_tune
 from opd_ext.offline.sampling import Engines, Job, sample
 from opd_ext.offline.settings import Decoding, PipelineConfig, PromptsConfig, TrainConfig, plain
 from opd_ext.offline.stages import Stage
-from opd_ext.offline.tables import PROMPTS, SAMPLES, read_table, write_table
+from opd_ext.offline.tables import PROMPTS, SAMPLES, TRAINING, TableError, read_table, write_table
 
-# What moves work between machines and processes but changes no number.
-_PLACEMENT = ("replicas", "tensor_parallel_size", "ranks", "tokens_per_gpu")
+# What moves work between machines and processes, or makes it fit, but decides no result.
+_PLACEMENT = ("replicas", "tensor_parallel_size", "ranks", "tokens_per_gpu", "max_model_len", "gpu_memory_utilization")
+REFUSALS = (ConfigError, TableError)
+"""How a stage says, before it has made anything, that its input will not do."""
+
 SCORES = ["split", "temperature", "uid", "sample", "acc", "tokens", "truncated"]
 
 
@@ -48,7 +52,7 @@ class Steps:
 
         # A file may move; what it holds must not change.
         content = {**plain(settings), "file": hashlib.sha256(Path(settings.file).read_bytes()).hexdigest()}
-        model = {"model": self.config.model, "stop_ids": self.stop_ids}
+        model = {"model": problems.fingerprint(self.config.model), "stop_ids": self.stop_ids}
         return Stage(f"prompts-{name}", run, {**content, **model}, [f"prompts/{name}.parquet"], list(after))
 
     def prompts(self, name: str) -> Path:
@@ -60,9 +64,11 @@ class Steps:
         self, model: str, made_by: str | None, prompts: str, out: str, decoding: Decoding, n: int, max_tokens: int
     ) -> Job:
         """Samples of ``model``, which the stage ``made_by`` made, or which was there before."""
+        made = made_by and f"{self.digest_of(made_by)}/{Path(model).relative_to(self.folder)}"
         return Job(
             model=model,
-            weights=f"{self.digest_of(made_by)}/{Path(model).relative_to(self.folder)}" if made_by else "",
+            weights=made or problems.fingerprint(model),
+            engine=json.dumps(self.engine_settings, sort_keys=True),
             prompts=str(self.prompts(prompts)),
             out=str(self.folder / out),
             temperature=decoding.temperature,
@@ -82,17 +88,26 @@ class Steps:
             longest = max(job.max_tokens for job in jobs if job.prompts == prompts)
             table = read_table(Path(prompts), PROMPTS)
             problems.check_lengths(table, longest, config.vllm.max_model_len, "max_tokens")
-        sample(jobs, Engines.vllm(config.vllm), config.device, self.environment, self.folder / "logs", title)
+        engines = Engines.vllm(config.vllm, config.trust_remote_code)
+        sample(jobs, engines, config.device, self.environment, self.folder / "logs", title)
 
     @property
     def environment(self) -> dict[str, str]:
         return {name: str(value) for name, value in self.config.environment.items()}
 
-    def sampling_settings(self, decoding: Decoding, n: int, max_tokens: int) -> dict[str, Any]:
-        """Of a stage that samples."""
-        vllm = {key: value for key, value in plain(self.config.vllm).items() if key not in _PLACEMENT}
+    @property
+    def engine_settings(self) -> dict[str, Any]:
+        """Of vLLM, as far as they decide numbers."""
+        vllm = plain(self.config.vllm)
+        kept = {**vllm, **vllm.pop("args")}
+        return {key: value for key, value in kept.items() if key not in (*_PLACEMENT, "args", "shard")}
+
+    def sampling_settings(self, model: str, decoding: Decoding, n: int, max_tokens: int) -> dict[str, Any]:
+        """Of a stage that samples; ``model`` where no stage made it."""
         own = {name: getattr(decoding, name) for name in ("temperature", "top_k", "top_p")}
-        return {**own, "n": n, "max_tokens": max_tokens, "seed": self.config.seed, "vllm": vllm}
+        engine = self.engine_settings | {"shard": self.config.vllm.shard}
+        model = problems.fingerprint(model)
+        return {**own, "model": model, "n": n, "max_tokens": max_tokens, "seed": self.config.seed, "vllm": engine}
 
     # ------------------------------------------------------------------ fine-tuning
 
@@ -117,15 +132,24 @@ class Steps:
     def train(self, name: str, task: FineTuning, after: Sequence[str], keep: Sequence[int] = ()) -> Stage:
         """Fine-tune; ``keep`` names the steps whose models count as outputs besides the last."""
 
+        task = replace(task, keep=sorted({*keep, task.train["steps"]}))
+
         def run() -> dict[str, Any]:
-            fine_tune(task, self.config.train.ranks, self.environment, f"fine-tuning {name}")
-            return {}
+            table = read_table(Path(task.samples), TRAINING)
+            size, limit = task.train["batch_size"], task.train["max_length"]
+            if len(table) < size:
+                raise TableError(
+                    f"{task.samples} has {len(table)} rows, less than train.batch_size={size}; lower that."
+                )
+            fine_tune(task, self.environment, f"fine-tuning {name}")
+            lengths = table["prompt_ids"].map(len) + table["response_ids"].map(len)
+            return {"rows": len(table), "cut": int((lengths > limit).sum())}
 
         content = {key: value for key, value in plain(task).items() if key not in ("out", "samples", "flags")}
         content["train"] = {key: value for key, value in content["train"].items() if key not in _PLACEMENT}
-        steps = sorted({*keep, task.train["steps"]})
-        outputs = [str(task.checkpoint(step).relative_to(self.folder)) for step in steps]
-        return Stage(f"train-{name}", run, content, outputs, list(after))
+        content["model"] = problems.fingerprint(task.model)
+        outputs = [str(task.checkpoint(step).relative_to(self.folder)) for step in task.keep]
+        return Stage(f"train-{name}", run, content, outputs, list(after), owns=[f"train/{name}"])
 
     # ------------------------------------------------------------------ evaluation
 
@@ -149,13 +173,16 @@ class Steps:
             after = [*names, *([made_by] if made_by else [])]
             e = self.config.evaluate
             settings = {
-                **self.sampling_settings(Decoding(0.0, e.top_k, e.top_p), e.n, e.max_tokens),
+                **self.sampling_settings(self.config.model, Decoding(0.0, e.top_k, e.top_p), e.n, e.max_tokens),
                 "temperatures": e.temperatures,
                 "reward": plain(self.config.reward),
             }
             outputs = [f"evaluate/{name}.parquet"]
+            owns = [f"evaluate/samples/{name}-{split}-*" for split in self.splits]
             stages.append(
-                Stage(f"evaluate-{name}", lambda name=name: self._evaluate(name, models), settings, outputs, after)
+                Stage(
+                    f"evaluate-{name}", lambda name=name: self._evaluate(name, models), settings, outputs, after, owns
+                )
             )
         return stages
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``opd t3s``: pilot, bottleneck, selection, second run, and the controls beside it.
 
-    prompts-train -> traces -> train-pilot -> score -> bottleneck -> confidence -> select
+    prompts-train -> sample-teacher -> traces -> train-pilot -> score -> bottleneck -> confidence -> select
         -> train-ARM (t3s, inverse, random, lowest), rrt -> evaluate-MODEL
 
 Plain fine-tuning (`sft`) is the pilot's last checkpoint: same data, order, optimiser and steps as every arm.
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from opd_ext.offline import diffusion_pipeline, launch, problems, t3s, traces
 from opd_ext.offline.finetuning import FineTuning
@@ -23,12 +24,13 @@ from opd_ext.offline.merge import recovering_residual_transfer
 from opd_ext.offline.sampling import Job
 from opd_ext.offline.settings import Decoding, T3SConfig, plain
 from opd_ext.offline.stages import Pipeline, Stage, StageError
-from opd_ext.offline.steps import Steps, digest_of_record, write_frame
+from opd_ext.offline.steps import REFUSALS, Steps, digest_of_record, write_frame
 from opd_ext.offline.tables import CONFIDENCE, FLAGS, PROMPTS, SAMPLES, TableError, aligned, read_table, write_table
 from opd_ext.report.run_report import write_whole
 from opd_ext.report.t3s_report import trajectory_lines
 
 BASE, PLAIN, RRT = "base", "sft", "rrt"
+SAMPLED = "samples/teacher.parquet"
 TRACES, SELECTION, CURVE, CHOICE = "traces.parquet", "selection.json", "trajectory.parquet", "bottleneck.json"
 
 
@@ -52,7 +54,7 @@ def build(config: T3SConfig) -> tuple[Pipeline, Steps]:
     if config.diffusion is not None:
         stages += diffusion_pipeline.stages(steps, config, TRACES)
     steps.models = list(models)
-    pipeline = Pipeline(Path(config.run_dir), stages)
+    pipeline = Pipeline(Path(config.run_dir), stages, REFUSALS)
     steps.digest_of = lambda stage: digest_of_record(pipeline.record(stage))
     return pipeline, steps
 
@@ -70,35 +72,39 @@ class T3S(Steps):
     # ------------------------------------------------------------------ traces
 
     def trace_stages(self) -> list[Stage]:
-        """`traces`, and for a teacher that samples, its own rendering before that."""
+        """`sample-teacher`, unless traces are given, and `traces`: what is chosen of them, in the student's tokens."""
         config = self.config
         choice = {"seed": config.seed, "prefix": config.trace_prefix, "max_length": config.train.max_length}
         if config.traces_column:
             settings = {**choice, "column": config.traces_column}
             return [Stage("traces", self._given_traces, settings, [TRACES], ["prompts-train"])]
-        settings = {
-            **choice,
-            **self.sampling_settings(config.traces, config.traces.n, config.traces.max_tokens),
-            "teacher": config.teacher,
-            "reward": plain(config.reward),
-        }
-        return [Stage("traces", self._sampled_traces, settings, ["samples/teacher.parquet", TRACES], ["prompts-train"])]
+        asked = self.sampling_settings(config.teacher, config.traces, config.traces.n, config.traces.max_tokens)
+        chosen = {**choice, "reward": plain(config.reward)}
+        return [
+            Stage("sample-teacher", self._sample_teacher, asked, [SAMPLED], ["prompts-train"]),
+            Stage("traces", self._chosen_traces, chosen, [TRACES], ["prompts-train", "sample-teacher"]),
+        ]
 
-    def _sampled_traces(self) -> dict[str, Any]:
-        config = self.config
-        teacher = problems.load_tokenizer(config.teacher, config.trust_remote_code)
-        rows = problems.read_problems(config.prompts)
-        write_table(self.prompts("teacher"), problems.render(rows, teacher, config.prompts), PROMPTS)
-        limit = config.traces.max_tokens
+    def _sample_teacher(self) -> dict[str, Any]:
+        config, teacher = self.config, self._teacher
+        rendered = problems.render(problems.read_problems(config.prompts), teacher, config.prompts)
+        write_table(self.prompts("teacher"), rendered, PROMPTS)
         job = self.job(
-            config.teacher, None, "teacher", "samples/teacher.parquet", config.traces, config.traces.n, limit
+            config.teacher, None, "teacher", SAMPLED, config.traces, config.traces.n, config.traces.max_tokens
         )
-        job = dataclasses.replace(job, stop_ids=tuple(problems.stop_ids(config.teacher, teacher)))
-        self.sample([job], "traces")
-        samples = read_table(Path(job.out), SAMPLES)
-        grades = problems.grade(samples, rows, teacher, config.reward)
+        self.sample([dataclasses.replace(job, stop_ids=tuple(problems.stop_ids(config.teacher, teacher)))], "traces")
+        return {"samples": len(read_table(self.folder / SAMPLED, SAMPLES))}
+
+    @property
+    def _teacher(self) -> PreTrainedTokenizerBase:
+        return problems.load_tokenizer(self.config.teacher, self.config.trust_remote_code)
+
+    def _chosen_traces(self) -> dict[str, Any]:
+        config = self.config
+        samples, rows = read_table(self.folder / SAMPLED, SAMPLES), problems.read_problems(config.prompts)
+        grades = problems.grade(samples, rows, self._teacher, config.reward)
         chosen = traces.choose(samples, grades, config.seed)
-        return self._write_traces(chosen, teacher) | {"samples": len(samples), "right": float(grades["acc"].mean())}
+        return self._write_traces(chosen, self._teacher) | {"right": float(grades["acc"].mean())}
 
     def _given_traces(self) -> dict[str, Any]:
         rows = problems.read_problems(self.config.prompts)
@@ -106,6 +112,10 @@ class T3S(Steps):
         if column not in rows or (field and field not in rows[column].iloc[0]):
             raise TableError(f"{self.config.prompts.file} has no column {self.config.traces_column} with traces.")
         texts = rows[column].map(lambda cell: cell[field]) if field else rows[column]
+        if empty := int(texts.map(lambda text: not text).sum()):
+            raise TableError(
+                f"{empty} rows of {self.config.prompts.file} have no {self.config.traces_column}; drop them."
+            )
         return self._write_traces(rows[["uid"]].assign(text=texts), None)
 
     def _write_traces(self, chosen: pd.DataFrame, teacher: Any) -> dict[str, Any]:
@@ -162,7 +172,7 @@ class T3S(Steps):
             return {}
 
         b = self.config.bottleneck
-        settings = self.sampling_settings(b, b.n, self.config.evaluate.max_tokens) | {
+        settings = self.sampling_settings(self.config.model, b, b.n, self.config.evaluate.max_tokens) | {
             "reward": plain(self.config.reward)
         }
         samples = [f"samples/step-{step:06d}.parquet" for step in self.checkpoints]

@@ -91,7 +91,7 @@ def _products(points: pd.DataFrame) -> Section:
     axes = figure.subplots()
     for arm, group in points.groupby("arm", sort=False):
         axes.plot(group["product"], group["accuracy"], marker="o", markersize=4, label=arm)
-    text = "pass@1 on the selection problems, by temperature of evaluation."
+    text = "pass@1 on the problems that temperatures are chosen on, by temperature of evaluation."
     if len(untruncated["product"].unique()) > 3:
         coefficients, r2 = quadratic_fit(untruncated["product"].to_numpy(), untruncated["accuracy"].to_numpy())
         xs = np.linspace(untruncated["product"].min(), untruncated["product"].max(), 100)
@@ -131,7 +131,7 @@ def _locks_and_forks(diagnosis: pd.DataFrame) -> Section:
             ]
         )
     text = (
-        "States of the base's own text, base -> arm: at a lock one token has 80 % of the base's mass, at a fork "
+        "States of the base's own text, base -> arm: at a lock one token has 80 % of the base's top 20, at a fork "
         "several share it. Cutting the tail shows as mass on the support, spreading as entropy; nats without a unit."
     )
     return Section("Locks and forks", text, head, rows)

@@ -2,7 +2,7 @@
 """SSD and T3S from prompts to weights with real vLLM and verl, killed on the way and started again."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,7 +51,7 @@ SSD = [
 ]
 # The model of these tests hardly knows arithmetic: whether its accuracy dips is chance, so the step is named.
 T3S = ["t3s", *SMALL, "teacher=${world}/base", "traces={n: 8, temperature: 1.0, max_tokens: 64}", "train.steps=4"]
-T3S += ["bottleneck={n: 2, step: 2}", "arms=[t3s]", "rrt=false"]
+T3S += ["bottleneck={n: 2, step: 2}", "arms=[t3s]", "evaluate.select_file=null"]
 
 
 def start(world: Path, run_dir: Path, *arguments: str) -> subprocess.Popen:
@@ -97,7 +97,7 @@ def ssd_run(world, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def t3s_run(world, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("t3s") / "run"
-    finish(world, run_dir, *T3S, "--until", "train-t3s")
+    finish(world, run_dir, *T3S, "--until", "rrt")
     return run_dir
 
 
@@ -147,7 +147,9 @@ def test_the_decoding_reaches_vllm(world, tmp_path):
     write_table(tmp_path / "prompts.parquet", rows, PROMPTS)
 
     def job(name: str, shard: int, **settings) -> Job:
-        common = dict(model=config.model, weights="", prompts=str(tmp_path / "prompts.parquet"), max_tokens=32, seed=3)
+        common = dict(
+            model=config.model, weights="", engine="", prompts=str(tmp_path / "prompts.parquet"), max_tokens=32, seed=3
+        )
         decoding = dict(temperature=1.0, top_k=-1, top_p=1.0, n=3, stop_ids=(eos(world),))
         return Job(out=str(tmp_path / f"{name}.parquet"), shard=shard, **{**common, **decoding, **settings})
 
@@ -185,18 +187,19 @@ def eos(world: Path) -> int:
 
 def test_t3s_killed_in_every_stage_ends_with_the_same_files(world, t3s_run, tmp_path):
     run_dir = tmp_path / "run"
-    stages = [
+    stages = [  # bottleneck and select take milliseconds
         lambda: any(run_dir.glob("samples/.teacher.*.parts/00002.parquet")),
         lambda: (run_dir / "train/pilot/checkpoints/global_step_2").exists(),
         lambda: any(run_dir.glob("samples/.step-*.parts/00000.parquet")),
         lambda: (run_dir / "confidence/step-000001.parquet").exists(),
         lambda: (run_dir / "train/t3s/checkpoints/global_step_3").exists(),
+        lambda: (run_dir / "rrt").exists() or (run_dir / ".rrt.tmp").exists(),
     ]
     for there in stages:
-        kill_when(start(world, run_dir, *T3S, "--until", "train-t3s"), there)
-    finish(world, run_dir, *T3S, "--until", "train-t3s")
+        kill_when(start(world, run_dir, *T3S, "--until", "rrt"), there)
+    finish(world, run_dir, *T3S, "--until", "rrt")
     kept = "traces.parquet", "samples/*.parquet", "confidence/*.parquet", "masks/*", "selection.json"
-    kept += ("train/*/checkpoints/global_step_4/huggingface/*.safetensors",)
+    kept += ("train/*/checkpoints/*/huggingface/*.safetensors", "rrt/*.safetensors")
     assert results(run_dir, *kept) == results(t3s_run, *kept)
 
 
@@ -261,11 +264,12 @@ def test_confidence_is_what_transformers_computes(world, t3s_run):
         np.testing.assert_allclose(found[row.key], expected.numpy(), atol=1e-5)  # packed against single, float32
 
 
-def test_no_dip_stops_the_pipeline_and_says_so(world, t3s_run):
+def test_no_dip_stops_the_pipeline_and_says_so(world, t3s_run, tmp_path):
     arguments = [argument for argument in T3S if "bottleneck" not in argument]
     # Fifty standard errors of noise: no accuracy can fall by that much.
-    process = start(world, t3s_run, *arguments, "bottleneck={n: 2, standard_errors: 50}", "--force", "bottleneck")
+    run_dir = shutil.copytree(t3s_run, tmp_path / "run")
+    process = start(world, run_dir, *arguments, "bottleneck={n: 2, standard_errors: 50}", "--force", "bottleneck")
     assert process.wait(DEADLINE_S) == 2
-    log = t3s_run.with_suffix(".log").read_text()
+    log = run_dir.with_suffix(".log").read_text()
     assert "No bottleneck, the lowest point" in log and "accuracy on training prompts" in log
-    assert os.path.exists(t3s_run / "traces.parquet")
+    assert (run_dir / "traces.parquet").exists() and "score: done before" in log  # the folder may move

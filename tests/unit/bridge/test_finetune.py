@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from omegaconf.errors import ConfigKeyError
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
 
@@ -172,11 +173,18 @@ def test_ranks_split_the_batches_of_one():
 
 def test_settings_reach_verls_own_configuration():
     train = plain(TrainConfig(steps=7, lr=1e-5, min_lr=1e-6, schedule="cosine", warmup_steps=3, save_every=2))
-    train["verl"] = {"model": {"lora_rank": 4}}
+    train["verl"] = {"model": {"use_liger": True, "override_config": {"attn_implementation": "sdpa"}}}
     config = sft_config(FineTuning("/m", "/s", "/out/arm", train, [1], seed=5, device="cpu"))
     optim = config.optim
     assert (optim.lr, optim.lr_scheduler_type, optim.lr_warmup_steps) == (1e-5, "cosine", 3)
     assert optim.min_lr_ratio == pytest.approx(0.1) and optim.lr_warmup_steps_ratio == 0
     assert (config.trainer.total_training_steps, config.trainer.save_freq, config.trainer.seed) == (7, 2, 5)
     assert config.trainer.default_local_dir == "/out/arm/checkpoints" and config.engine.strategy == "fsdp2"
-    assert config.model.lora_rank == 4 and config.model.path == "/m"
+    assert config.model.use_liger and config.model.path == "/m"
+    assert config.model.override_config.attn_implementation == "sdpa"
+
+
+def test_a_key_that_verl_does_not_have_is_refused():
+    train = plain(TrainConfig()) | {"verl": {"trainer": {"sav_freq": 1}}}
+    with pytest.raises(ConfigKeyError, match="sav_freq"):
+        sft_config(FineTuning("/m", "/s", "/out/arm", train, [1], seed=5, device="cpu"))

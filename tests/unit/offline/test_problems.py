@@ -111,13 +111,32 @@ def test_a_job_knows_its_samples_from_those_of_another(tmp_path):
 
     def job(**changes):
         settings = dict(temperature=1.0, top_k=-1, top_p=1.0, n=2, max_tokens=4, seed=1, stop_ids=(9,), shard=3)
-        paths = dict(model="m", weights="w", prompts=str(tmp_path / "p.parquet"), out=str(tmp_path / "o.parquet"))
+        paths = dict(
+            model="m", weights="w", engine="fp32", prompts=str(tmp_path / "p.parquet"), out=str(tmp_path / "o.parquet")
+        )
         return Job(**{**paths, **settings, **changes})
 
     others = [job(weights="v"), job(temperature=0.9), job(top_k=5), job(seed=2), job(n=3), job(shard=4)]
-    assert len({each.digest for each in (job(), *others)}) == 7
+    others.append(job(engine="bf16"))
+    assert len({each.digest for each in (job(), *others)}) == 8
     assert job(out="elsewhere").digest == job(model="moved").digest == job().digest
-    assert job(weights="", model="a").digest != job(weights="", model="b").digest
     before = job().digest
     write_table(tmp_path / "p.parquet", pd.DataFrame({"uid": ["a"], "prompt_ids": [[2]]}), PROMPTS)
     assert job().digest != before
+
+
+def test_a_model_is_known_by_what_it_holds(tmp_path):
+    for name, content in (("a", b"1" * 3_000_000), ("b", b"1" * 3_000_000), ("c", b"1" * 2_999_999 + b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    a, b, c = (problems.fingerprint(str(tmp_path / name)) for name in "abc")
+    assert a == b != c
+    assert problems.fingerprint("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+
+
+def test_what_is_graded_must_say_how(tmp_path, file):
+    problems.check_columns(file, graded=True)
+    pd.DataFrame({"prompt": [chat("hello")]}).to_parquet(tmp_path / "plain.parquet")
+    problems.check_columns(str(tmp_path / "plain.parquet"), graded=False)
+    with pytest.raises(ConfigError, match="no column data_source"):
+        problems.check_columns(str(tmp_path / "plain.parquet"), graded=True)

@@ -77,6 +77,10 @@ REFUSED = {
     "minimum": ("ssd", ["train.min_lr=1"], "train.min_lr=1.0.*between 0 and lr"),
     "length": ("ssd", ["max_tokens=600"], "max_tokens=600.*below vllm.max_model_len=512"),
     "pilot without checkpoints": ("t3s", ["train.save_every=50"], "train.save_every=50.*below steps"),
+    "base as an arm": ("ssd", ["+arms.base={temperature: 1.0}"], "arms=base.*another name"),
+    "greedy arm": ("ssd", ["arms.ssd.temperature=0"], "arms.ssd.temperature=0.*above 0"),
+    "adapter": ("ssd", ["train.verl.model.lora_rank=4"], "lora_rank=4.*0: adapters"),
+    "no engine": ("ssd", ["vllm.replicas=0"], "vllm.replicas=0.*at least 1"),
     "ranks": ("t3s", ["train.ranks=3"], "train.batch_size=64.*multiple of train.ranks"),
     "no teacher": ("t3s", ["teacher=null"], "teacher=None.*unless traces_column"),
     "ratio": ("t3s", ["preset=diffusion_tiny", "diffusion.ratio=[0.8,0.3]"], r"diffusion.ratio=\[0.8, 0.3\]"),
@@ -89,6 +93,26 @@ def test_nonsense_is_refused_in_one_sentence(case):
     name, overrides, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
         compose_pipeline(name, KINDS[name], overrides)
+
+
+def test_a_folder_is_made_absolute_and_a_name_that_is_nothing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "p.parquet").touch()
+    files = ["prompts.file=p.parquet", "evaluate.file=p.parquet", "evaluate.select_file=null"]
+    config = compose_pipeline("ssd", SSDConfig, ["model=model", *files])
+    assert config.model == str(tmp_path / "model") and config.prompts.file == str(tmp_path / "p.parquet")
+    with pytest.raises(ConfigError, match="neither a hub id nor a folder with a config.json"):
+        check_inputs(config)
+    (tmp_path / "model" / "config.json").touch()
+    check_inputs(config)
+    check_inputs(compose_pipeline("ssd", SSDConfig, ["model=Qwen/Qwen3-8B", *files]))
+
+
+def test_a_published_preset_is_not_overwritten_by_a_scale():
+    config = compose_pipeline("ssd", SSDConfig, ["preset=qwen3_4b_thinking"])
+    assert config.arms["ssd"] == Decoding(1.1, 20, 0.95) and config.train.steps == 300
+    assert config.evaluate.temperatures[0] == 0.7
 
 
 def test_missing_files_are_named(tmp_path):

@@ -122,3 +122,64 @@ def test_two_processes_do_not_share_a_folder(run):
     run.pipeline.run()
     with run.pipeline._alone(), pytest.raises(StageError, match="Another process works in"):
         run.pipeline.run()
+
+
+def test_what_a_stage_owns_goes_with_it(run):
+    """A fine-tuning that is made anew must not go on from the state that the old one left."""
+
+    def pipeline():
+        def train():
+            state = run.folder / "train" / "state"
+            went_on = state.exists()
+            state.parent.mkdir(exist_ok=True)
+            state.write_text("optimiser")
+            (run.folder / "model.txt").write_text(f"of {(run.folder / 'a.txt').read_text()}, went on: {went_on}")
+            if run.fails:
+                raise KeyboardInterrupt
+
+        stages = [Stage("a", run._a, dict(run.settings), ["a.txt"])]
+        stages.append(Stage("train", train, {}, ["model.txt"], ["a"], owns=["train", "other-*"]))
+        return Pipeline(run.folder, stages)
+
+    run.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        pipeline().run()
+    run.fails = False
+    pipeline().run()
+    assert (run.folder / "model.txt").read_text() == "of 1, went on: True"
+    (run.folder / "other-1").write_text("")
+    pipeline().run(force="train")
+    assert (run.folder / "model.txt").read_text() == "of 1, went on: False" and not (run.folder / "other-1").exists()
+    run.settings["x"] = 2
+    pipeline().run(force="a")  # its input changed
+    assert (run.folder / "model.txt").read_text() == "of 2, went on: False"
+    (run.folder / "model.txt").unlink()  # its output was lost
+    pipeline().run()
+    assert (run.folder / "model.txt").read_text() == "of 2, went on: False"
+
+
+def test_force_that_would_only_destroy_is_refused(run):
+    run.pipeline.run()
+    for options in ({"only": "b"}, {"only": "a", "until": "b"}):
+        with pytest.raises(StageError, match="--force .* would not make"):
+            run.pipeline.run(force="b" if options["only"] == "a" else "a", **options)
+    with pytest.raises(StageError, match="--force b would not make"):
+        run.pipeline.run(force="b", until="a")
+    assert (run.folder / "a.txt").exists() and (run.folder / "b").exists()
+
+
+def test_a_stage_that_makes_nothing_is_not_done(run):
+    pipeline = Pipeline(run.folder, [Stage("a", lambda: None, {}, ["a.txt"])])
+    with pytest.raises(StageError, match="ended without making a.txt"):
+        pipeline.run()
+    assert [state for _, state, _ in pipeline.overview()] == ["begun"]
+
+
+def test_a_stage_that_refuses_its_input_never_began(run):
+    def refuse():
+        raise ValueError("lower x")
+
+    with pytest.raises(ValueError, match="lower x"):
+        Pipeline(run.folder, [Stage("a", refuse, {"x": 1}, ["a.txt"])], (ValueError,)).run()
+    run.pipeline.run(only="a")
+    assert (run.folder / "a.txt").exists()

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes of the pipelines carry the published settings and refuse missing inputs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+
+from opd_ext.cli import app
+from opd_ext.offline import problems
+from opd_ext.offline.settings import (
+    Decoding,
+    PipelineConfig,
+    RewardConfig,
+    SSDConfig,
+    T3SConfig,
+    compose_pipeline,
+)
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+KINDS = {"ssd": SSDConfig, "t3s": T3SConfig}
+TINY = {
+    "ssd/tiny_cpu.sh": ["base"],
+    "t3s/tiny_cpu.sh": ["base", "large"],
+    "t3s/tiny_diffusion_cpu.sh": ["base", "large", "diffusion"],
+}
+GPU = ["ssd/qwen3_4b_instruct.sh", "t3s/qwen3_8b.sh", "t3s/llada2_mini.sh"]
+INPUTS = (
+    "MODEL", "DIFFUSION", "TEACHER", "TRACES", "PRESET", "DATA_DIR", "TRAIN", "SELECT", "EVAL", "OUT", "GPUS",
+    "RAY_ADDRESS", "PYTHONPATH",
+)  # fmt: skip
+
+
+def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Run a command in ``cwd`` with our `opd` and Python first on the path, and nothing that a recipe would read."""
+    inherited = {k: v for k, v in os.environ.items() if k not in INPUTS and not k.startswith("OPD_")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**inherited, "PATH": path, **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def recorded(tmp_path_factory, tmp_path):
+    """``recorded(recipe, *arguments, **variables)``: what `opd` is called with, call by call, and PYTHONPATH."""
+    recorder = tmp_path_factory.mktemp("bin") / "opd"
+    recorder.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" \"$PYTHONPATH\"\nprintf '\\1'\n")
+    recorder.chmod(0o755)
+
+    def record(recipe: str, *arguments: str, **variables: str) -> list[list[str]]:
+        path = f"{recorder.parent}:{os.environ['PATH']}"
+        answer = run([str(RECIPES / recipe), *arguments], tmp_path, **({"PATH": path} | variables))
+        assert answer.returncode == 0, answer.stderr
+        return [call.split("\0")[:-1] for call in answer.stdout.split("\1")[:-1]]
+
+    return record
+
+
+@pytest.fixture
+def composed(recorded, tmp_path, monkeypatch):
+    """Likewise the configuration, composed in this process: it is what the recipe's ``--cfg`` would print."""
+    monkeypatch.chdir(tmp_path)
+
+    def compose(recipe: str, *arguments: str, **variables: str) -> PipelineConfig:
+        ((name, *overrides, _),) = recorded(recipe, "--cfg", *arguments, **variables)
+        assert name == recipe.split("/")[0] and "--cfg" in overrides
+        return compose_pipeline(name, KINDS[name], [override for override in overrides if override != "--cfg"])
+
+    return compose
+
+
+def selected(config: PipelineConfig, keys: dict) -> dict:
+    """The values of dotted keys, as plain Python."""
+    tree = OmegaConf.structured(config)
+    values = {key: OmegaConf.select(tree, key, throw_on_missing=True) for key in keys}
+    return {key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in values.items()}
+
+
+# ---------------------------------------------------------------------- the settings
+
+# arXiv 2604.01193, table of hyper-parameters; the response cap is that of the released code.
+SSD = {
+    "prompts.deduplicate": True,
+    "max_tokens": 65_536,
+    "arms.control": Decoding(1.0, -1, 1.0),
+    "train.batch_size": 32,
+    "train.lr": 5e-6,
+    "train.min_lr": 1e-6,
+    "train.schedule": "cosine",
+    "train.betas": [0.9, 0.95],
+    "train.weight_decay": 0.1,
+    "train.max_length": 65_536,
+    "evaluate.n": 10,
+}
+INSTRUCT = {"train.steps": 2500, "train.warmup_steps": 250, "train.save_every": 250}
+THINKING = {"train.steps": 300, "train.warmup_steps": 50, "train.save_every": 50}
+
+# Per preset: the published model, T_train / top-k / top-p, the best T_eval / top-k / top-p, the schedule.
+PRESETS = {
+    "llama3_1_8b_instruct": ("meta-llama/Llama-3.1-8B-Instruct", (0.8, 20, 0.8), (0.7, 20, 0.8), INSTRUCT),
+    "qwen3_4b_instruct": ("Qwen/Qwen3-4B-Instruct-2507", (1.6, 20, 0.8), (1.1, 20, 0.8), INSTRUCT),
+    "qwen3_30b_a3b_instruct": ("Qwen/Qwen3-30B-A3B-Instruct-2507", (1.6, 20, 0.8), (0.9, 20, 0.8), INSTRUCT),
+    "qwen3_4b_thinking": ("Qwen/Qwen3-4B-Thinking-2507", (1.1, 20, 0.95), (0.7, 20, 0.95), THINKING),
+    "qwen3_30b_a3b_thinking": ("Qwen/Qwen3-30B-A3B-Thinking-2507", (1.2, 20, 0.95), (0.7, 20, 0.95), THINKING),
+    "gpt_oss_20b": ("openai/gpt-oss-20b", (1.2, -1, 1.0), (1.0, 20, 0.95), THINKING),
+}
+
+# arXiv 2601.10348, as far as it is known.
+T3S = {
+    "traces.n": 16,
+    "traces.temperature": 0.6,
+    "traces.max_tokens": 32_768,
+    "train.steps": 50,
+    "train.batch_size": 64,
+    "train.lr": 1e-5,
+    "threshold": 0.0,
+    "arms": ["t3s", "inverse", "random", "lowest"],
+    "rrt": True,
+    "always_keep_eos": False,
+    "evaluate.n": 16,
+}
+
+# LLaDA-2.0's fine-tuning as inclusionAI/dFactory has it, and what is known of the T3S run: tau, context, 20 epochs.
+LLADA = {
+    "diffusion.tau": 0.2,
+    "diffusion.ratio": [0.3, 0.8],
+    "diffusion.mask_token_id": 156_895,
+    "diffusion.attention": "block",
+    "diffusion.block_size": 32,
+    "diffusion.threshold": 0.95,
+    "diffusion.train.lr": 1e-5,
+    "diffusion.train.schedule": "cosine",
+    "diffusion.train.weight_decay": 0.1,
+    "diffusion.train.betas": [0.9, 0.999],
+    "diffusion.train.max_length": 16_384,
+    "diffusion.train.steps": 20 * (1000 // 64),
+    "diffusion.train.warmup_steps": 9,  # 3 %
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_ssd_settings_are_the_published_ones(preset, composed):
+    model, sampled, (t_eval, *cut), steps = PRESETS[preset]
+    config = composed("ssd/qwen3_4b_instruct.sh", OPD_PRESET=preset)
+    published = SSD | steps | {"arms.ssd": Decoding(*sampled), "evaluate.top_k": cut[0], "evaluate.top_p": cut[1]}
+    assert selected(config, published) == published
+    assert config.model == model and Path(config.run_dir).name == f"ssd-{preset}"
+    assert t_eval in config.evaluate.temperatures  # it is chosen among these, on other problems than the reported ones
+    assert config.evaluate.select_file.endswith("lcb_v5.parquet") and config.evaluate.file.endswith("lcb_v6.parquet")
+    assert config.max_tokens < config.vllm.max_model_len and config.train.ranks == config.vllm.replicas == 8
+
+
+def test_only_instruct_models_are_told_to_reason_step_by_step(composed):
+    told = {name: composed("ssd/qwen3_4b_instruct.sh", PRESET=name).prompts.system for name in PRESETS}
+    assert {name for name, text in told.items() if "step by step" in text} == {
+        name for name in PRESETS if name.endswith("instruct")
+    }
+    assert all("```python" in text for text in told.values())
+
+
+def test_t3s_settings_are_the_published_ones(composed):
+    config = composed("t3s/qwen3_8b.sh")
+    assert selected(config, T3S) == T3S
+    assert (config.model, config.teacher, config.traces_column) == ("Qwen/Qwen3-8B", None, "trace")
+    assert config.train.save_every < config.train.steps and config.diffusion is None
+    assert config.reward.path == "pkg://opd_ext.rewards.math_dual"
+
+
+def test_llada_settings_are_the_published_ones(composed):
+    config = composed("t3s/llada2_mini.sh")
+    assert selected(config, LLADA) == LLADA
+    assert (config.model, config.diffusion.model) == ("inclusionAI/Ling-mini-2.0", "inclusionAI/LLaDA2.0-mini")
+    assert config.trust_remote_code and config.vllm.args["trust_remote_code"]
+    assert config.diffusion.train.verl == config.train.verl  # precision and checkpointing of the scale
+    # Both see the whole answer: 2,048 tokens of 16K are left to the prompt. The selector's context is 32K.
+    assert config.evaluate.max_tokens == config.diffusion.train.max_length - 2048
+    assert config.vllm.max_model_len <= 32_768
+
+
+@pytest.mark.parametrize("recipe", TINY)
+def test_tiny_recipes_run_in_the_miniature_world(recipe, composed):
+    config = composed(recipe, "seed=3")
+    assert (config.scale, config.device, config.seed) == ("cpu_tiny", "cpu", 3)
+    assert config.model == f"{config.world}/base"
+    if isinstance(config, T3SConfig):
+        assert config.teacher == f"{config.world}/large"
+        assert (config.diffusion is not None) == ("diffusion" in recipe)
+
+
+# ---------------------------------------------------------------------- the inputs
+
+
+def test_inputs_and_overrides_reach_the_configuration_whatever_their_characters(composed, tmp_path):
+    inputs = {"MODEL": "Qwen/Qwen3-1.7B", "DATA_DIR": "a b=c,d", "TRAIN": "mine", "OUT": "runs/x y", "OPD_GPUS": "4"}
+    for recipe in GPU:
+        config = composed(recipe, "seed=7", EVAL="other", **inputs)
+        folder = tmp_path / "a b=c,d"
+        assert config.prompts.file == str(folder / "mine.parquet")
+        assert config.evaluate.file == str(folder / "other.parquet")
+        assert config.run_dir == str(tmp_path / "runs/x y")
+        assert (config.model, config.seed, config.train.ranks, config.vllm.replicas) == ("Qwen/Qwen3-1.7B", 7, 4, 4)
+
+
+def test_a_teacher_samples_the_traces_and_thinking_is_opened_for_it(composed):
+    config = composed("t3s/qwen3_8b.sh", TEACHER="Qwen/QwQ-32B")
+    assert (config.teacher, config.traces_column, config.trace_prefix) == ("Qwen/QwQ-32B", None, "<think>\n")
+
+
+@pytest.mark.parametrize("recipe", TINY)
+def test_tiny_recipes_first_build_the_models_that_the_world_lacks(recipe, recorded, tmp_path):
+    def asked_for() -> list[list[str]]:
+        return [call[:-1] for call in recorded(recipe, OPD_HOME=str(tmp_path / "home"))]
+
+    models = TINY[recipe]
+    for model in models:
+        build, run_it = asked_for()
+        assert build == ["data", "tinymath", "--models", ",".join(models)]
+        (tmp_path / "home/tinymath" / model).mkdir(parents=True)
+        (tmp_path / "home/tinymath" / model / "config.json").touch()
+    assert asked_for() == [run_it] and run_it[0] == recipe.split("/")[0]
+
+
+def test_missing_inputs_are_refused_in_one_sentence(tmp_path):
+    def refusal(recipe: str, **variables: str) -> str:
+        answer = run([str(RECIPES / recipe)], tmp_path, DATA_DIR=str(tmp_path), **variables)
+        assert answer.returncode == 2 and answer.stdout == "" and len(answer.stderr.splitlines()) == 1
+        return answer.stderr
+
+    assert "PRESET=mine is not published" in refusal("ssd/qwen3_4b_instruct.sh", PRESET="mine")
+    assert "MODEL=nothing is neither a folder" in refusal("ssd/qwen3_4b_instruct.sh", MODEL="nothing")
+    assert "TEACHER=nothing is neither a folder" in refusal("t3s/qwen3_8b.sh", TEACHER="nothing")
+    assert "DIFFUSION=nothing is neither a folder" in refusal("t3s/llada2_mini.sh", DIFFUSION="nothing")
+    assert "rstar_coder_passed.parquet is missing; make it as the recipe's" in refusal("ssd/qwen3_4b_instruct.sh")
+    assert "boba200.parquet is missing" in refusal("t3s/qwen3_8b.sh")
+    assert "opd is not installed" in refusal("t3s/qwen3_8b.sh", PATH="/usr/bin:/bin", OPD_VENV=str(tmp_path))
+
+
+@pytest.mark.parametrize("recipe", [*TINY, *GPU])
+@pytest.mark.parametrize("option", ["--cfg", "--dry-run", "--help"])
+def test_a_recipe_that_only_shows_needs_no_inputs(option, recipe, recorded, tmp_path):
+    ((name, *arguments, _),) = recorded(recipe, option, OPD_HOME=str(tmp_path / "none"))
+    assert name == recipe.split("/")[0] and arguments[-1] == option
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", [*TINY, *GPU])
+def test_the_command_takes_what_a_recipe_passes_on(recipe, recorded):
+    """In this process, since importing torch takes longer than composing a configuration."""
+    ((*arguments, _),) = recorded(recipe, "--cfg", "seed=3", "--until", "traces")
+    answer = CliRunner().invoke(app, arguments)
+    assert answer.exit_code == 0, answer.output
+    assert OmegaConf.create(answer.stdout).seed == 3
+
+
+def test_the_grader_of_programs_is_found_beside_the_recipe(recorded, monkeypatch):
+    ((*arguments, path),) = recorded("ssd/qwen3_4b_instruct.sh", "--cfg")
+    monkeypatch.syspath_prepend(path)
+    (grader,) = [value for value in arguments if value.startswith("reward.path=")]
+    assert callable(problems.load_grader(RewardConfig(grader.removeprefix("reward.path="))))
