@@ -77,8 +77,7 @@ settings=(
     "evaluate.select_file='$DATA_DIR/$SELECT.parquet'"
     evaluate.n=10
     evaluate.max_tokens=65536
-    "evaluate.temperatures=[0.6,0.7,0.8,0.9,1.0,1.1,1.2]"
-    reward.path=pkg://code_tests # beside this script: passes if every test does
+    reward.path=pkg://opd_ext.rewards.code # right if every test passes
 
     # The machine: a vLLM engine per GPU, then FSDP2 over all of them. Four GPUs share a sequence (Ulysses), so that the
     # logits of one of 65,536 tokens fit. None of it enters the maths. Published: Megatron-LM on eight B200.
@@ -88,5 +87,4 @@ settings=(
     train.verl.data.max_token_len_per_gpu=16384
 )
 
-export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} # where code_tests is
 exec opd ssd "${settings[@]}" "$@"

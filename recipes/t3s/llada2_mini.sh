@@ -44,9 +44,9 @@ settings=(
     scale=node_8xh200
     preset=diffusion # tau, mask ratios, mask token, blocks and decoding: opd_ext/config/offline/preset
     "model='$MODEL'" "diffusion.model='$DIFFUSION'" "run_dir='$OUT'"
-    trust_remote_code=true vllm.args.trust_remote_code=true
+    trust_remote_code=true
     "prompts.file='$DATA_DIR/$TRAIN.parquet'"
-    "traces_column='$TRACES'" traces.max_tokens=32767 # nothing is sampled, but the limit must fit below
+    "traces_column='$TRACES'"
 
     # The selector's pilot. Published of pilots: batch, learning rate and some 16 epochs, here of 1,000 rows; the rest
     # is inferred. Only the selection is wanted of it, so it has no arms of its own.
@@ -76,7 +76,7 @@ settings=(
 
     # The machine: a vLLM engine per GPU, or a denoising process, then FSDP2 over all of them.
     vllm.replicas="$GPUS" vllm.max_model_len=32768 # all that the selector knows positions for
-    train.ranks="$GPUS"
+    train.ranks="$GPUS" diffusion.train.ranks="$GPUS"
 )
 
 exec opd t3s "${settings[@]}" "$@"

@@ -92,11 +92,10 @@ def livecodebench(folder: Path) -> None:
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_evaluation_problems_are_made_as_the_guide_says_and_graded_by_all_their_tests(tmp_path, python, monkeypatch):
+def test_evaluation_problems_are_made_as_the_guide_says_and_graded_by_all_their_tests(tmp_path, python):
     livecodebench(tmp_path)
     assert python(snippet("ssd", "lcb_v5"), tmp_path, "test.jsonl") == "lcb_v5 1\nlcb_v6 1\n"
-    monkeypatch.syspath_prepend(str(RECIPES / "ssd"))
-    grade = problems.load_grader(RewardConfig("pkg://code_tests"))
+    grade = problems.load_grader(RewardConfig("pkg://opd_ext.rewards.code"))
     right = {
         "lcb_v5": "a, b = map(int, input().split())\nprint(a + b)",
         "lcb_v6": "class Solution:\n    def add(self, a, b):\n        return a + b",
@@ -106,7 +105,7 @@ def test_evaluation_problems_are_made_as_the_guide_says_and_graded_by_all_their_
         truth = row["reward_model"]["ground_truth"]
 
         def score(text: str, truth: str = truth) -> float:
-            return grade("livecodebench", text, truth)
+            return grade("livecodebench", text, truth)["acc"]
 
         assert score(f"```python\nwrong\n```\nRather:\n```python\n{program}\n```") == 1.0
         # Right on the first test only: verl's grader would give it one half.

@@ -148,7 +148,7 @@ def test_ssd_settings_are_the_published_ones(preset, composed):
     published = SSD | steps | {"arms.ssd": Decoding(*sampled), "evaluate.top_k": cut[0], "evaluate.top_p": cut[1]}
     assert selected(config, published) == published
     assert config.model == model and Path(config.run_dir).name == f"ssd-{preset}"
-    assert t_eval in config.evaluate.temperatures  # it is chosen among these, on other problems than the reported ones
+    assert t_eval == config.evaluate.temperatures[0]  # the best is chosen on other problems than the reported ones
     assert config.evaluate.select_file.endswith("lcb_v5.parquet") and config.evaluate.file.endswith("lcb_v6.parquet")
     assert config.max_tokens < config.vllm.max_model_len and config.train.ranks == config.vllm.replicas == 8
 
@@ -173,7 +173,7 @@ def test_llada_settings_are_the_published_ones(composed):
     config = composed("t3s/llada2_mini.sh")
     assert selected(config, LLADA) == LLADA
     assert (config.model, config.diffusion.model) == ("inclusionAI/Ling-mini-2.0", "inclusionAI/LLaDA2.0-mini")
-    assert config.trust_remote_code and config.vllm.args["trust_remote_code"]
+    assert config.trust_remote_code
     assert config.diffusion.train.verl == config.train.verl  # precision and checkpointing of the scale
     # Both see the whole answer: 2,048 tokens of 16K are left to the prompt. The selector's context is 32K.
     assert config.evaluate.max_tokens == config.diffusion.train.max_length - 2048
