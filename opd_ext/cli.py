@@ -2,7 +2,6 @@
 """The ``opd`` command. A subcommand imports what it needs when it runs, so that ``opd --help`` is instant."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -172,56 +171,35 @@ def discover(
         raise _refused("discover", error) from None
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="OVERRIDES")]
-Until = Annotated[str | None, typer.Option(help="stop after this stage")]
-Only = Annotated[str | None, typer.Option(help="run this stage alone")]
-Force = Annotated[str | None, typer.Option(help="throw away what this stage made and make it again")]
-Plan = Annotated[bool, typer.Option("--dry-run", help="print the stages and what is done, and stop")]
-Print = Annotated[bool, typer.Option("--cfg", help="print the composed configuration and stop")]
-_HYDRA = {"ignore_unknown_options": True}
+def _add_pipeline(name: str, text: str) -> None:
+    """`opd ssd` and `opd t3s` take the same options."""
+
+    def command(
+        overrides: Annotated[list[str] | None, typer.Argument(metavar="OVERRIDES")] = None,
+        until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+        only: Annotated[str | None, typer.Option(help="run this stage alone")] = None,
+        force: Annotated[str | None, typer.Option(help="throw away what this stage made, make it again")] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="print the stages and what is done, and stop")] = False,
+        cfg: Annotated[bool, typer.Option("--cfg", help="print the composed configuration and stop")] = False,
+    ) -> None:
+        from opd_ext.config.schema import ConfigError
+        from opd_ext.offline.command import run
+        from opd_ext.offline.launch import LaunchError
+        from opd_ext.offline.merge import MergeError
+        from opd_ext.offline.stages import StageError
+        from opd_ext.offline.tables import TableError
+
+        try:
+            run(name, overrides or [], until, only, force, dry_run, cfg)
+        except (ConfigError, LaunchError, MergeError, StageError, TableError) as error:
+            raise _refused(name, error) from None
+
+    again = "The same command again goes on where it stopped."
+    app.command(name, help=f"{text} {again}", context_settings={"ignore_unknown_options": True})(command)
 
 
-@app.command(context_settings=_HYDRA)
-def ssd(
-    overrides: Overrides = None,
-    until: Until = None,
-    only: Only = None,
-    force: Force = None,
-    dry_run: Plan = False,
-    cfg: Print = False,
-) -> None:
-    """Simple self-distillation: sample, fine-tune, evaluate. The same command again goes on where it stopped."""
-    from opd_ext.offline.command import run_ssd
-
-    _pipeline("ssd", run_ssd, overrides, until, only, force, dry_run, cfg)
-
-
-@app.command(context_settings=_HYDRA)
-def t3s(
-    overrides: Overrides = None,
-    until: Until = None,
-    only: Only = None,
-    force: Force = None,
-    dry_run: Plan = False,
-    cfg: Print = False,
-) -> None:
-    """Trajectory-aware token selection: pilot, bottleneck, mask, retrain. Goes on where it stopped, like `opd ssd`."""
-    from opd_ext.offline.command import run_t3s
-
-    _pipeline("t3s", run_t3s, overrides, until, only, force, dry_run, cfg)
-
-
-def _pipeline(name: str, command: Callable, overrides: list[str] | None, *options: str | bool | None) -> None:
-    from opd_ext.config.schema import ConfigError
-    from opd_ext.offline.launch import LaunchError
-    from opd_ext.offline.merge import MergeError
-    from opd_ext.offline.stages import StageError
-    from opd_ext.offline.tables import TableError
-
-    try:
-        command(overrides or [], *options)
-    except (ConfigError, LaunchError, MergeError, StageError, TableError) as error:
-        raise _refused(name, error) from None
+_add_pipeline("ssd", "Simple self-distillation: sample, fine-tune, evaluate.")
+_add_pipeline("t3s", "Trajectory-aware token selection: pilot, bottleneck, mask, second run.")
 
 
 if __name__ == "__main__":

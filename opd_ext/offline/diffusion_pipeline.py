@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from transformers import AutoConfig
@@ -26,16 +26,14 @@ from opd_ext.offline.sampling import Engines, Job, sample
 from opd_ext.offline.settings import Decoding, T3SConfig, TrainConfig, plain
 from opd_ext.offline.stages import Stage
 from opd_ext.offline.steps import SCORES, write_frame
+from opd_ext.offline.t3s_steps import T3S
 from opd_ext.offline.tables import SAMPLES, read_table
-
-if TYPE_CHECKING:
-    from opd_ext.offline.t3s_pipeline import T3S
 
 MASKS = {"plain": None, "t3s": "restore", "random": "restore-random"}
 BASE = "base"
 
 
-def stages(steps: "T3S", config: T3SConfig, traces: str) -> list[Stage]:
+def stages(steps: T3S, config: T3SConfig, traces: str) -> list[Stage]:
     """Fine-tunings and evaluations of the diffusion model, base included.
 
     Raises:
@@ -67,7 +65,7 @@ def stages(steps: "T3S", config: T3SConfig, traces: str) -> list[Stage]:
     return found
 
 
-def _reading(steps: "T3S", config: T3SConfig) -> Reading:
+def _reading(steps: T3S, config: T3SConfig) -> Reading:
     d = config.diffusion
     try:
         loaded = AutoConfig.from_pretrained(d.model, trust_remote_code=config.trust_remote_code)
@@ -84,7 +82,7 @@ def _reading(steps: "T3S", config: T3SConfig) -> Reading:
     return reading
 
 
-def _task(steps: "T3S", config: T3SConfig, reading: Reading, arm: str, traces: str) -> FineTuning:
+def _task(steps: T3S, config: T3SConfig, reading: Reading, arm: str, traces: str) -> FineTuning:
     d = config.diffusion
     train: TrainConfig = copy.deepcopy(d.train)
     overrides = train.verl.setdefault("model", {}).setdefault("override_config", {})
@@ -102,7 +100,7 @@ def _task(steps: "T3S", config: T3SConfig, reading: Reading, arm: str, traces: s
 
 
 def _evaluate(
-    steps: "T3S", config: T3SConfig, reading: Reading, name: str, models: dict[str, tuple[str, str | None]]
+    steps: T3S, config: T3SConfig, reading: Reading, name: str, models: dict[str, tuple[str, str | None]]
 ) -> dict[str, Any]:
     """Greedy answers to the reported problems, graded; the first model that has none answers for all."""
     jobs = {other: _job(steps, config, reading, other, *of) for other, of in models.items()}
@@ -124,7 +122,7 @@ def _evaluate(
     return {}
 
 
-def _job(steps: "T3S", config: T3SConfig, reading: Reading, name: str, model: str, made_by: str | None) -> Job:
+def _job(steps: T3S, config: T3SConfig, reading: Reading, name: str, model: str, made_by: str | None) -> Job:
     out = f"evaluate/samples/diffusion-{name}.parquet"
     job = steps.job(model, made_by, "report", out, Decoding(0.0), 1, _max_tokens(config))
     return dataclasses.replace(job, engine=json.dumps({**plain(reading), "threshold": config.diffusion.threshold}))
@@ -134,6 +132,6 @@ def _max_tokens(config: T3SConfig) -> int:
     return config.diffusion.max_tokens or config.evaluate.max_tokens
 
 
-def scores(steps: "T3S") -> dict[str, pd.DataFrame]:
+def scores(steps: T3S) -> dict[str, pd.DataFrame]:
     """Grades of the base and of every arm."""
     return {name: steps.scores(f"diffusion-{name}") for name in (BASE, *MASKS)}

@@ -10,12 +10,15 @@ comes from fitting one fixed sample per prompt, and not from the method.
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from opd_ext.offline import lockfork, problems
 from opd_ext.offline.settings import Decoding, SSDConfig
 from opd_ext.offline.ssd import is_stub
 from opd_ext.offline.stages import Pipeline, Stage
 from opd_ext.offline.steps import REFUSALS, Steps, digest_of_record
 from opd_ext.offline.tables import SAMPLES, read_table, write_table
+from opd_ext.report import ssd_report
 
 BASE = "base"
 
@@ -86,3 +89,16 @@ def _diagnosis(steps: Steps, config: SSDConfig, models: dict[str, str]) -> Stage
 
     after = ["sample-control", *(f"train-{arm}" for arm in models if arm != BASE)]
     return Stage("diagnose", run, {"prompts": config.diagnose}, ["diagnosis.parquet"], after)
+
+
+def write_report(config: SSDConfig, pipeline: Pipeline, steps: Steps) -> None:
+    """Print the report of a finished run and write it into ``report/``."""
+    arms = all_arms(config)
+    ssd_report.write_report(
+        steps.folder / "report",
+        arms,
+        {arm: pipeline.record(f"sample-{arm}")["notes"] for arm in arms},
+        {model: steps.scores(model) for model in (BASE, *arms)},
+        steps.difficulties,
+        pd.read_parquet(steps.folder / "diagnosis.parquet") if config.diagnose else None,
+    )

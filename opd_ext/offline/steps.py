@@ -219,6 +219,13 @@ class Steps:
         """Grades of one model, with the columns ``SCORES``."""
         return pd.read_parquet(self.folder / "evaluate" / f"{name}.parquet")
 
+    @property
+    def difficulties(self) -> pd.Series:
+        """`extra_info.difficulty` of the reported problems, by uid; missing where a data set has none."""
+        rows = problems.read_problems(self.splits["report"])
+        extra = rows["extra_info"] if "extra_info" in rows else [None] * len(rows)
+        return pd.Series([(info or {}).get("difficulty") for info in extra], index=rows["uid"])
+
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write a parquet file that is there as a whole or not at all."""

@@ -107,11 +107,13 @@ def _without_interpolations(value: Any) -> Any:
 
 
 def print_methods(config_dirs: Sequence[Path] = ()) -> None:
-    """Print the table; ``opd train method=NAME`` runs a row of it."""
+    """Print the table, a row of which ``opd train method=NAME`` runs, and name the methods that have no step loss."""
     table = Table(title="Methods: opd train method=NAME", title_justify="left", show_lines=True)
     found = read_methods(config_dirs)
     for column in ("method", *next(iter(found.values()))):
         table.add_column(column, overflow="fold")
     for name, places in found.items():
         table.add_row(name, *places.values())
-    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(table)
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console.print(table)
+    console.print("Pipelines around fine-tuning instead of a step loss: opd ssd, opd t3s", highlight=False)
