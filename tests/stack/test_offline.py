@@ -140,7 +140,18 @@ def test_a_finished_pipeline_has_nothing_to_do_and_refuses_other_settings(world,
     assert results(ssd_run, "samples/*.parquet", "train/**/*.safetensors") == before
 
 
-def test_the_decoding_reaches_vllm(world, tmp_path):
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    """Launched processes are Ray tasks in this test, as they are on a cluster."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    yield
+    assert ray.is_initialized()  # else nothing was launched through it
+    ray.shutdown()
+
+
+def test_the_decoding_reaches_vllm(world, tmp_path, ray_cluster):
     """top-k 1 leaves one choice at any temperature, and the same request gives the same sample beside any others."""
     config = compose_pipeline("t3s", T3SConfig, [f"world={world}/tinymath", *T3S[1:]])
     rows = read_table_of_prompts(world)
