@@ -148,10 +148,7 @@ class FineTuner(SFTTrainer):
             corruption=task.corruption,
         )
         self.val_dataset = None
-        batches = len(self.train_dataset) // task.train["batch_size"]
-        if not batches:
-            rows, size = len(self.train_dataset), task.train["batch_size"]
-            raise ValueError(f"{task.samples} has {rows} rows, less than one batch of {size}; lower train.batch_size.")
+        batches = len(self.train_dataset) // task.train["batch_size"]  # at least one, see Steps.train
         # The epoch in which the last step falls is not needed whole, but must be begun.
         self.config.trainer.total_epochs = math.ceil(task.train["steps"] / batches) + 1
 
@@ -190,12 +187,8 @@ class FineTuner(SFTTrainer):
         )
 
     def fit(self) -> None:
-        """Train what is left, if anything."""
-        if self.resume_global_step >= self.total_training_steps:
-            return
+        """Train what is left; a finished run is never started again."""
         os.environ["VERL_FILE_LOGGER_PATH"] = str(self._task.metrics_file(self.resume_global_step))
-        if self.rank == 0 and self.train_dataset.cut:
-            print(f"{self.train_dataset.cut} of {len(self.train_dataset)} samples lose their end to train.max_length")
         super().fit()
 
 

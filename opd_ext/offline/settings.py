@@ -44,7 +44,7 @@ class SamplingConfig(Decoding):
 
 @dataclass
 class VLLMConfig:
-    """The engines that sample. Only ``max_model_len`` and what ``args`` changes about numbers can change samples."""
+    """The engines that sample. Only ``dtype``, ``shard`` and what ``args`` changes about numbers can change samples."""
 
     replicas: int = 1
     tensor_parallel_size: int = 1

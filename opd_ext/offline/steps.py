@@ -17,6 +17,7 @@ from opd_ext.offline.sampling import Engines, Job, sample
 from opd_ext.offline.settings import Decoding, PipelineConfig, PromptsConfig, TrainConfig, plain
 from opd_ext.offline.stages import Stage
 from opd_ext.offline.tables import PROMPTS, SAMPLES, TRAINING, TableError, read_table, write_table
+from opd_ext.report.run_report import write_whole
 
 # What moves work between machines and processes, or makes it fit, but decides no result.
 _PLACEMENT = ("replicas", "tensor_parallel_size", "ranks", "tokens_per_gpu", "max_model_len", "gpu_memory_utilization")
@@ -98,9 +99,9 @@ class Steps:
     @property
     def engine_settings(self) -> dict[str, Any]:
         """Of vLLM, as far as they decide numbers."""
-        vllm = plain(self.config.vllm)
-        kept = {**vllm, **vllm.pop("args")}
-        return {key: value for key, value in kept.items() if key not in (*_PLACEMENT, "args", "shard")}
+        vllm = self.config.vllm
+        settings = {"dtype": vllm.dtype, **plain(vllm.args)}
+        return {key: value for key, value in settings.items() if key not in _PLACEMENT}
 
     def sampling_settings(self, model: str, decoding: Decoding, n: int, max_tokens: int) -> dict[str, Any]:
         """Of a stage that samples; ``model`` where no stage made it."""
@@ -131,7 +132,6 @@ class Steps:
 
     def train(self, name: str, task: FineTuning, after: Sequence[str], keep: Sequence[int] = ()) -> Stage:
         """Fine-tune; ``keep`` names the steps whose models count as outputs besides the last."""
-
         task = replace(task, keep=sorted({*keep, task.train["steps"]}))
 
         def run() -> dict[str, Any]:
@@ -230,9 +230,7 @@ class Steps:
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write a parquet file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    frame.to_parquet(temporary, index=False)
-    temporary.replace(path)
+    write_whole(path, frame.to_parquet(index=False))
 
 
 def digest_of_record(record: dict[str, Any]) -> str:
