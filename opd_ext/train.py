@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.bridge.warm_python import PATH_VARIABLE, WarmPython
 from opd_ext.config import checks, schema
 
 CONFIG_DIR = Path(__file__).parent / "config"
@@ -78,6 +79,25 @@ def prepare_environment(config: DictConfig) -> None:
     with open_dict(config):
         runtime_env.env_vars = variables
     os.environ.update(variables)
+
+
+def warm_python(config: DictConfig) -> AbstractContextManager:
+    """Ray's workers forked from one process that imports the stack while this one goes on; see ``opd.warm_python``.
+
+    The Python that ``$OPD_WARM_PYTHON`` names is used as it is. A cluster has its own machines, so nothing is started
+    for one.
+    """
+    runtime_env = config.ray_kwargs.ray_init.runtime_env
+    path = os.environ.get(PATH_VARIABLE)
+    started = nullcontext()
+    if not path and config.opd.warm_python and not os.environ.get("RAY_ADDRESS"):
+        started = WarmPython(dict(os.environ))
+        path = started.path
+    if path:
+        with open_dict(config):
+            runtime_env.py_executable = path
+            runtime_env.env_vars[PATH_VARIABLE] = path
+    return started
 
 
 def validate(config: DictConfig) -> schema.OPDConfig:
@@ -167,17 +187,20 @@ def main(argv: list[str] | None = None) -> int:
             print(OmegaConf.to_yaml(config))
             return 0
         prepare_environment(config)
-        opd = validate(config)
-        if args.dry_run:
-            from opd_ext.report.plan import print_plan
+        with ExitStack() as stack:
+            if not args.dry_run:
+                stack.enter_context(warm_python(config))
+            opd = validate(config)
+            if args.dry_run:
+                from opd_ext.report.plan import print_plan
 
-            print_plan(config, opd)
-            return 0
-        checks.check_inputs(config)
+                print_plan(config, opd)
+                return 0
+            checks.check_inputs(config)
+            run(config, opd)
     except schema.ConfigError as error:
         print(f"opd train: {error}", file=sys.stderr)
         return 2
-    run(config, opd)
     return 0
 
 

@@ -154,6 +154,7 @@ class OPDConfig:
     seed: int = 1
     external_lib: Any = None
     console: str = "table"
+    warm_python: bool = False
     reduction: str = "token-mean"
     denominator: str = "trained"
     max_pair_length: int | None = None

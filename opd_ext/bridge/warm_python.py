@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Python that starts warm: processes forked from one that has imported torch, transformers, vLLM and verl.
+
+A run on one machine starts some ten Python processes, one waiting for the other, and nearly all of their start is the
+same imports again. This module imports them once and answers under a path that is used like an interpreter: Ray runs
+its workers with it (``runtime_env.py_executable``), multiprocessing its spawned children (``set_executable``).
+
+Three roles, one file:
+
+* The *server* (:class:`WarmPython` starts it) imports what knows nothing of Ray, listens, and forks a *template* for
+  every Ray job. Ray reads the job's identity from the environment when its library is loaded, never again; so a
+  template imports Ray and verl for one job, and every process of that job is forked from it.
+* A *stand-in* is what the path starts. It sends its command line, environment, folder and open files to the template,
+  forwards signals to the process that was forked, and ends as that ends. What the server cannot do exactly (other
+  flags, other libraries, no answer) the stand-in does itself, as a plain Python.
+* The *forked process* becomes what was asked for: script or code, environment, folder, files, priority.
+
+Nothing outlives its owner: a stand-in that is killed takes its process along, and so does the server's owner.
+"""
+
+# Standard library only, and little of it: every stand-in executes this file.
+import array
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+
+PATH_VARIABLE = "OPD_WARM_PYTHON"
+"""Environment variable with the path of a warm Python that runs on this machine use."""
+
+# Everything that takes long to import and does not import Ray.
+PRELOADED = (
+    "torch.distributed.fsdp",
+    "tensordict",
+    "pandas",
+    "datasets",
+    "transformers.modeling_utils",
+    "transformers.models.qwen3.modeling_qwen3",
+    "peft",
+    "torch.utils.tensorboard",
+    "math_verify",
+    "fastapi",
+    "vllm.config",
+    "vllm.engine.arg_utils",
+)
+
+PRELOADED_FOR_A_JOB = (
+    "ray",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen3",
+    "vllm.entrypoints.cli.serve",
+    "opd_ext.bridge.runner",
+    "opd_ext.bridge.trainer",
+    "opd_ext.bridge.worker",
+    "opd_ext.bridge.agent_loop",
+    "opd_ext.bridge.vllm_cpu",
+    "verl.experimental.reward_loop",
+    "verl.workers.rollout.vllm_rollout.vllm_async_server",
+)
+
+# Ray reads these when it is loaded: they tell its jobs apart.
+JOB = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_AUTH_MODE")
+
+# Libraries read variables with these beginnings when they are imported, so a process that wants other values of them
+# cannot be forked.
+READ_AT_IMPORT = ("VERL_PLATFORM", "VERL_USE_", "TQ_", "TORCHDYNAMO", "HF_", "PYTHONHASHSEED")
+
+_FLAGS = {"-u", "-s", "-E", "-B", "-I"}  # without effect on what is forked here
+_GRACE_S = 10.0
+_IDLE_S = 5.0  # after which a template whose processes have all ended ends too
+
+
+# ---------------------------------------------------------------------- messages: a length, JSON, open files
+
+
+def _send(connection: socket.socket, message: object, files: list[int] = ()) -> None:
+    body = json.dumps(message).encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
+    connection.sendmsg([len(body).to_bytes(4, "big")], rights)
+    connection.sendall(body)
+
+
+def _receive(connection: socket.socket) -> tuple[object, list[int]]:
+    """The next message and its files.
+
+    Raises:
+        EOFError: the other side is gone.
+    """
+    files = array.array("i")
+    head, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(256 * files.itemsize))
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            files.frombytes(content[: len(content) - len(content) % files.itemsize])
+    length, body = int.from_bytes(head, "big"), b""
+    while len(head) == 4 and len(body) < length:
+        part = connection.recv(length - len(body))
+        if not part:
+            break
+        body += part
+    if len(head) < 4 or len(body) < length:
+        raise EOFError("the other side closed the connection")
+    return json.loads(body), list(files)
+
+
+# ---------------------------------------------------------------------- the stand-in
+
+
+def _program(arguments: list[str]) -> list[str] | None:
+    """``arguments`` from the script or ``-c`` on; None if there is neither, or flags that matter."""
+    for i, argument in enumerate(arguments):
+        if argument == "-c" or not argument.startswith("-"):
+            return arguments[i:]
+        if argument not in _FLAGS:
+            return None
+    return None
+
+
+def stand_in(address: str, arguments: list[str]) -> None:
+    """Have ``python ARGUMENTS`` forked by the server at ``address`` and end as it ends; never returns."""
+    files = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the folder's own descriptor is closed by now
+            os.fstat(int(name))
+            files.append(int(name))
+    program = _program(arguments)
+    connection, pid = _ask(address, program, files) if program is not None else (None, None)
+    if pid is None:
+        os.execv(sys.executable, [sys.executable, *arguments])
+    for forwarded in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(forwarded, lambda number, _: _kill(pid, number))
+    for descriptor in files:
+        if descriptor > 2:  # a pipe whose closing means something must be held by the process alone
+            os.close(descriptor)
+    try:
+        status = _receive(connection)[0]
+    except (OSError, EOFError):  # the template is gone, and took its processes along
+        status = -signal.SIGKILL
+    if status < 0:
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def _ask(address: str, program: list[str], files: list[int]) -> tuple[socket.socket | None, int | None]:
+    """The connection to the template that forked, and the forked process; None where it cannot be forked."""
+    request = {
+        "program": program,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "files": files,
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+        "group": os.getpgrp(),
+    }
+    try:
+        while address is not None:  # the server answers with the address of a template, the template with a process
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(address)
+            _send(connection, request, files)
+            answer = _receive(connection)[0]
+            if isinstance(answer, int):
+                return connection, answer
+            connection.close()
+            address = answer
+    except (OSError, EOFError):
+        pass
+    return None, None
+
+
+def _kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+# ---------------------------------------------------------------------- server and templates
+
+
+class _Forking:
+    """Listens at ``address`` and forks until standard input ends.
+
+    Args:
+        address: of the socket.
+        job: whose processes are forked here; None: of the server, which forks templates.
+    """
+
+    def __init__(self, address: str, job: list[str] | None):
+        self.address, self.job = address, job
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(address)
+        self.listener.listen(64)  # stand-ins may come while the imports go on
+        self.connections: dict[socket.socket, int] = {}  # of stand-ins, with the process of each
+        self.templates: dict[str, int] = {}  # address: process
+
+    def serve(self) -> tuple[dict, list[int]]:
+        """Import, then fork for every request.
+
+        Returns:
+            In a forked process only: its request and its open files.
+        """
+        _preload(PRELOADED if self.job is None else PRELOADED_FOR_A_JOB)
+        self.environment = _read_at_import(os.environ)
+        self.woken, self.waker = socket.socketpair()
+        for end in (self.woken, self.waker):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        used = False
+        while True:
+            watched = [0, self.listener, self.woken, *self.connections]
+            idle = used and self.job is not None and not self.connections
+            ready, _, _ = select.select(watched, [], [], _IDLE_S if idle else None)
+            if idle and not ready:
+                os._exit(0)
+            if self.woken in ready:
+                with contextlib.suppress(BlockingIOError):
+                    while self.woken.recv(4096):
+                        pass
+                self.reap()
+            for connection in [each for each in self.connections if each in ready]:
+                _kill(self.connections.pop(connection), signal.SIGKILL)  # its stand-in was killed
+                connection.close()
+            if 0 in ready and not os.read(0, 1):
+                self.end()
+            if self.listener in ready:
+                forked = self.answer(*self.listener.accept())
+                if forked is not None:
+                    return forked
+                used = True
+
+    def answer(self, connection: socket.socket, _: object) -> tuple[dict, list[int]] | None:
+        """Answer one stand-in; in a forked process, its request and files."""
+        try:
+            request, files = _receive(connection)
+        except (EOFError, OSError, ValueError):
+            connection.close()
+            return None
+        job = [request["environment"].get(name, "") for name in JOB]
+        wanted = _read_at_import(request["environment"])
+        if wanted != self.environment:
+            print("started cold, for it wants", wanted.items() ^ self.environment.items(), flush=True)
+            answer: object = None
+        elif self.job is None:
+            answer, template = self.template(job)
+            if template is not None:
+                for descriptor in (*files, connection.fileno()):
+                    os.close(descriptor)
+                return template.serve()
+        else:
+            answer = os.fork()
+            if not answer:
+                self.leave()
+                connection.close()
+                return request, files
+            self.connections[connection] = answer
+        with contextlib.suppress(OSError):
+            _send(connection, answer)
+        for descriptor in files:
+            os.close(descriptor)
+        if connection not in self.connections:
+            connection.close()
+        return None
+
+    def template(self, job: list[str]) -> tuple[str, "_Forking | None"]:
+        """The address of a job's template, forked if it is not there; in the forked process, the template."""
+        address = f"{self.address}-{'-'.join(job)}"
+        if address not in self.templates:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address)
+            new = _Forking(address, job)
+            pid = os.fork()
+            if not pid:
+                self.leave()
+                os.environ.update(zip(JOB, job, strict=True))
+                return address, new
+            new.listener.close()
+            self.templates[address] = pid
+        return address, None
+
+    def leave(self) -> None:
+        """In a forked process: close what belongs to the process that it was forked from."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for end in (self.listener, self.waker, self.woken, *self.connections):
+            end.close()
+
+    def reap(self) -> None:
+        """Tell the stand-ins of ended processes how they ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            self.templates = {address: each for address, each in self.templates.items() if each != pid}
+            for connection in [each for each, process in self.connections.items() if process == pid]:
+                with contextlib.suppress(OSError):
+                    _send(connection, os.waitstatus_to_exitcode(status))
+                connection.close()
+                del self.connections[connection]
+
+    def end(self) -> None:
+        """The owner is gone: give what was forked some seconds to notice, then kill it. Never returns."""
+        import shutil
+        import time
+
+        self.listener.close()
+        until = time.monotonic() + _GRACE_S
+        while (self.connections or self.templates) and time.monotonic() < until:
+            self.reap()
+            time.sleep(0.02)
+        for pid in (*self.connections.values(), *self.templates.values()):
+            _kill(pid, signal.SIGKILL)
+        if self.job is None:
+            shutil.rmtree(os.path.dirname(self.address), ignore_errors=True)
+        os._exit(0)
+
+
+def _preload(modules: tuple[str, ...]) -> None:
+    """Import ``modules``; none of them may start a thread that a fork would lose."""
+    import gc
+    import importlib
+
+    for module in modules:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # the collector would otherwise touch, and so copy, every page that forked processes share
+
+
+def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+
+
+# ---------------------------------------------------------------------- the forked process
+
+
+def _become(request: dict, received: list[int]) -> None:
+    """Turn this forked process into what was asked for and run it to its end."""
+    import multiprocessing
+    import random
+    import runpy
+    import types
+
+    import numpy
+    import torch
+    from ray._raylet import Config
+
+    with contextlib.suppress(OSError):
+        os.setpgid(0, request["group"])
+    _take_files(received, request["files"])
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.setpriority(os.PRIO_PROCESS, 0, max(request["niceness"], os.getpriority(os.PRIO_PROCESS, 0)))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
+    # What every interpreter draws or reads anew at its start.
+    random.seed()
+    numpy.random.seed()
+    Config.initialize("")  # Ray's RAY_* settings
+    if threads := os.environ.get("OMP_NUM_THREADS", "").split(",")[0]:
+        torch.set_num_threads(int(threads))
+    if path := os.environ.get(PATH_VARIABLE):
+        multiprocessing.set_executable(path)
+    for entry in filter(None, reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep))):
+        if entry not in sys.path:
+            sys.path.insert(0, entry)
+    program: list[str] = request["program"]
+    if program[0] != "-c":
+        sys.argv = program
+        sys.path.insert(0, os.path.dirname(os.path.abspath(program[0])))
+        runpy.run_path(program[0], run_name="__main__")
+        return
+    sys.argv = ["-c", *program[2:]]
+    sys.path.insert(0, "")
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    exec(compile(program[1], "<string>", "exec"), main.__dict__)
+
+
+def _take_files(received: list[int], wanted: list[int]) -> None:
+    """Give the received open files the numbers that the stand-in had for them."""
+    import fcntl
+
+    above = max((*wanted, *received, 2)) + 1  # the two sets of numbers may overlap
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, above) for descriptor in received]
+    for descriptor in received:
+        os.close(descriptor)
+    for source, target in zip(moved, wanted, strict=True):
+        os.dup2(source, target, inheritable=target <= 2)
+        os.close(source)
+
+
+# ---------------------------------------------------------------------- the owner
+
+
+class WarmPython:
+    """Starts the server; ``path`` is used like an interpreter until :meth:`close`, or the end of this process.
+
+    Args:
+        environment: the server's; forked processes have their own, but see ``READ_AT_IMPORT``.
+    """
+
+    def __init__(self, environment: Mapping[str, str]):
+        import shlex
+        import subprocess
+        import tempfile
+
+        self._folder = tempfile.TemporaryDirectory(prefix="opd-warm-", ignore_cleanup_errors=True)
+        address = os.path.join(self._folder.name, "socket")
+        self.path = os.path.join(self._folder.name, "python")
+        words = [sys.executable, "-I", "-S", os.path.abspath(__file__), "stand-in", address]
+        with open(self.path, "w") as file:
+            file.write(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        os.chmod(self.path, 0o755)
+        with open(os.path.join(self._folder.name, "server.log"), "w") as log:
+            self._server = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), "serve", address],
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """End the server and what is left of its children."""
+        self._server.stdin.close()
+        self._server.wait(2 * _GRACE_S)
+        self._folder.cleanup()
+
+    def __enter__(self) -> "WarmPython":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "stand-in":
+        stand_in(sys.argv[2], sys.argv[3:])
+    else:
+        sys.path.pop(0)  # this file's folder, which no module must be imported from
+        _become(*_Forking(sys.argv[2], None).serve())
