@@ -75,15 +75,19 @@ def default_world() -> Path:
 @data.command()
 def tinymath(
     out: Annotated[Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/tinymath")] = None,
-    models: Annotated[str, typer.Option(help="models to pre-train, separated by commas")] = "base,large",
-    force: Annotated[bool, typer.Option("--force", help="build anew what is there already")] = False,
+    models: Annotated[str, typer.Option(help="models to have, separated by commas")] = "base,large,diffusion",
+    force: Annotated[bool, typer.Option("--force", help="replace what is there already")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="train the models from nothing (minutes), compare with the shipped ones")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="of a rebuild")] = 1,
 ) -> None:
-    """Build the miniature world: tokenizer, arithmetic problems, small pre-trained models. No download."""
+    """Make the miniature world: arithmetic problems and the small models that come with the package. No download."""
     from opd_ext.data.tinymath.build import WorldError, build
 
     names = [name.strip() for name in models.split(",") if name.strip()]
     try:
-        build(out or default_world(), names, force)
+        build(out or default_world(), names, force, rebuild=rebuild, threads=threads)
     except (ValueError, WorldError) as error:
         raise _refused("data tinymath", error) from None
 

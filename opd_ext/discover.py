@@ -17,9 +17,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from opd_ext.progress import track
 from opd_ext.report.run_report import write_whole
 from opd_ext.report.search import discovery_at_k
 
@@ -80,13 +80,11 @@ def discover(
         "trainer.max_actor_ckpt_to_keep=1",
     ]
     times: list[int | None] = []
-    columns = TextColumn("searches"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
-        for seed in progress.track(range(1, seeds + 1)):
-            folder = out / f"seed-{seed}"
-            if not _finished(folder, steps):
-                _search(folder, [*settings, f"opd.seed={seed}", f"opd.run_dir={folder}", *overrides])
-            times.append(_outcome(folder)["found"])
+    for seed in track(range(1, seeds + 1), "searching", seeds, "searches", console):
+        folder = out / f"seed-{seed}"
+        if not _finished(folder, steps):
+            _search(folder, [*settings, f"opd.seed={seed}", f"opd.run_dir={folder}", *overrides])
+        times.append(_outcome(folder)["found"])
     _report(times, steps * attempts_per_step, out, console)
     return times
 

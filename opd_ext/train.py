@@ -76,8 +76,11 @@ def prepare_environment(config: DictConfig) -> None:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
         variables.setdefault("OMP_NUM_THREADS", threads)
         variables["OPD_RUN"] = uuid4().hex[:12]  # see opd_ext.bridge.cpu_platform.own_socket
+    ray_init = config.ray_kwargs.ray_init
     with open_dict(config):
         runtime_env.env_vars = variables
+        if os.environ.get("RAY_ADDRESS"):  # a Ray job or a running cluster, whose resources are what they are
+            ray_init.num_cpus = ray_init.num_gpus = None
     os.environ.update(variables)
 
 
@@ -158,11 +161,8 @@ def run(config: DictConfig, opd: schema.OPDConfig) -> None:
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     print(f"run folder: {run_dir}", flush=True)
     print(f"starting Ray, {ranks} trainer rank(s) and vLLM on {opd.device} (about a minute)", flush=True)
-    ray_init = config.ray_kwargs.ray_init
     with open_dict(config):
-        ray_init.log_to_driver = opd.console == "full"
-        if os.environ.get("RAY_ADDRESS"):  # a Ray job or a running cluster, whose resources are what they are
-            ray_init.num_cpus = ray_init.num_gpus = None
+        config.ray_kwargs.ray_init.log_to_driver = opd.console == "full"
     # verl prints its Ray settings as one long line; `full` shows it.
     verl_output = nullcontext() if opd.console == "full" else redirect_stdout((run_dir / "driver.log").open("w"))
     with _Follow(console), verl_output:

@@ -71,7 +71,7 @@ JOB = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_AUTH_MODE")
 READ_AT_IMPORT = ("VERL_PLATFORM", "VERL_USE_", "TQ_", "TORCHDYNAMO", "HF_", "PYTHONHASHSEED")
 
 _FLAGS = {"-u", "-s", "-E", "-B", "-I"}  # without effect on what is forked here
-_GRACE_S = 10.0
+_GRACE_S = 3.0
 _IDLE_S = 5.0  # after which a template whose processes have all ended ends too
 
 
@@ -111,9 +111,9 @@ def _receive(connection: socket.socket) -> tuple[object, list[int]]:
 
 
 def _program(arguments: list[str]) -> list[str] | None:
-    """``arguments`` from the script or ``-c`` on; None if there is neither, or flags that matter."""
+    """``arguments`` from the script, ``-m`` or ``-c`` on; None if there is none of them, or flags that matter."""
     for i, argument in enumerate(arguments):
-        if argument == "-c" or not argument.startswith("-"):
+        if argument in ("-c", "-m") or not argument.startswith("-"):
             return arguments[i:]
         if argument not in _FLAGS:
             return None
@@ -203,6 +203,8 @@ class _Forking:
             In a forked process only: its request and its open files.
         """
         _preload(PRELOADED if self.job is None else PRELOADED_FOR_A_JOB)
+        if self.job is None:
+            open(_ready(self.address), "w").close()
         self.environment = _read_at_import(os.environ)
         self.woken, self.waker = socket.socketpair()
         for end in (self.woken, self.waker):
@@ -310,7 +312,7 @@ class _Forking:
         import time
 
         self.listener.close()
-        until = time.monotonic() + _GRACE_S
+        until = time.monotonic() + (2 * _GRACE_S if self.job is None else _GRACE_S)
         while (self.connections or self.templates) and time.monotonic() < until:
             self.reap()
             time.sleep(0.02)
@@ -330,6 +332,11 @@ def _preload(modules: tuple[str, ...]) -> None:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # the collector would otherwise touch, and so copy, every page that forked processes share
+
+
+def _ready(address: str) -> str:
+    """The file that is there once the server listens and may have children."""
+    return f"{address}.ready"
 
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
@@ -370,17 +377,20 @@ def _become(request: dict, received: list[int]) -> None:
     for entry in filter(None, reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep))):
         if entry not in sys.path:
             sys.path.insert(0, entry)
-    program: list[str] = request["program"]
-    if program[0] != "-c":
-        sys.argv = program
-        sys.path.insert(0, os.path.dirname(os.path.abspath(program[0])))
-        runpy.run_path(program[0], run_name="__main__")
-        return
-    sys.argv = ["-c", *program[2:]]
-    sys.path.insert(0, "")
-    main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
-    exec(compile(program[1], "<string>", "exec"), main.__dict__)
+    kind, *rest = request["program"]
+    if kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, "")
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+    elif kind == "-m":
+        sys.argv = rest
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [kind, *rest]
+        sys.path.insert(0, os.path.dirname(os.path.abspath(kind)))
+        runpy.run_path(kind, run_name="__main__")
 
 
 def _take_files(received: list[int], wanted: list[int]) -> None:
@@ -412,7 +422,7 @@ class WarmPython:
         import tempfile
 
         self._folder = tempfile.TemporaryDirectory(prefix="opd-warm-", ignore_cleanup_errors=True)
-        address = os.path.join(self._folder.name, "socket")
+        self._address = address = os.path.join(self._folder.name, "socket")
         self.path = os.path.join(self._folder.name, "python")
         words = [sys.executable, "-I", "-S", os.path.abspath(__file__), "stand-in", address]
         with open(self.path, "w") as file:
@@ -431,7 +441,9 @@ class WarmPython:
     def close(self) -> None:
         """End the server and what is left of its children."""
         self._server.stdin.close()
-        self._server.wait(2 * _GRACE_S)
+        if not os.path.exists(_ready(self._address)):  # it would hear of it when its imports are done
+            self._server.kill()
+        self._server.wait(4 * _GRACE_S)
         self._folder.cleanup()
 
     def __enter__(self) -> "WarmPython":

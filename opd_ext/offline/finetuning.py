@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from opd_ext.offline import launch
 from opd_ext.offline.dataset import Corruption
+from opd_ext.progress import Progress
 from opd_ext.report.run_report import write_whole
 
 WORKER = "opd_ext.bridge.finetune"
@@ -83,13 +81,12 @@ def fine_tune(task: FineTuning, environment: dict[str, str], title: str) -> None
     write_whole(spec, json.dumps(dataclasses.asdict(task), indent=2).encode())
     ranks = task.train["ranks"]
     command = launch.Command(WORKER, [str(spec)], out / "log.txt", ranks, ranks, environment)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}")
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(), refresh_per_second=4) as bar:
-        shown = bar.add_task(title, total=task.train["steps"], loss="starting verl")
+    with Progress(title, task.train["steps"], "steps") as progress:
+        progress.update(note="starting verl")
 
         def watch() -> None:
             if metrics := read_metrics(out):
-                bar.update(shown, completed=metrics[-1]["step"], loss=f"loss {metrics[-1]['train/loss']:.4f}")
+                progress.update(metrics[-1]["step"], note=f"loss {metrics[-1]['train/loss']:.4f}")
 
         launch.run([command], task.device, watch)
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opd_ext.bridge.warm_python import PATH_VARIABLE
+
 LOG_LINES = 15
 POLL_S = 0.2
 
@@ -86,7 +88,7 @@ def start_ranks(command: Command, devices: Sequence[str]) -> list[subprocess.Pop
         with command.log.open("a") as log:
             children.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", command.module, *command.args],
+                    [os.environ.get(PATH_VARIABLE, sys.executable), "-m", command.module, *command.args],
                     env=environment | own,
                     stdout=log,
                     stderr=subprocess.STDOUT,

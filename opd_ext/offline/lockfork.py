@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -21,6 +20,7 @@ from opd_ext.offline.settings import Decoding
 from opd_ext.offline.ssd import kept_mass, split_loss, truncated_distribution
 from opd_ext.offline.steps import write_frame
 from opd_ext.offline.tables import SAMPLES, read_table
+from opd_ext.progress import track
 
 COLUMNS = ("support", "shape", "alignment", "kept_mass", "entropy", "top")
 REFERENCE = Decoding(1.0, 20, 0.8)
@@ -52,7 +52,7 @@ def measure(
     for arm, path in models.items():
         decoding, found = decodings[arm], {}
         both = zip(*(_logits(model, pairs, device, trust_remote_code) for model in (base, path)), strict=True)
-        for before, after in track(both, f"locks and forks, {arm}", len(pairs)):
+        for before, after in track(both, f"locks and forks, {arm}", len(pairs), "responses"):
             for start in range(0, len(before), ROWS):
                 _add(found, before[start : start + ROWS], after[start : start + ROWS], decoding)
         for (model, kind), parts in found.items():

@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from opd_ext.offline.t3s import residual_transfer
+from opd_ext.progress import track
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", _INDEX)
@@ -48,7 +48,7 @@ def recovering_residual_transfer(base: str, bottleneck: Path, final: Path, out: 
         handles = {
             file: stack.enter_context(safe_open(file, "pt")) for files in where.values() for file in files.values()
         }
-        for file, names in track(shards.items(), "merging", len(shards)):
+        for file, names in track(shards.items(), "merging", len(shards), "files"):
             tensors = {
                 name: residual_transfer(*(handles[where[of][name]].get_tensor(name) for of in ("base", "b", "f")))
                 for name in names

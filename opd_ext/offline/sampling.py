@@ -18,12 +18,11 @@ from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from opd_ext.offline import launch
 from opd_ext.offline.settings import VLLMConfig
 from opd_ext.offline.tables import PROMPTS, SAMPLES, file_digest, read_table, write_table
+from opd_ext.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -140,14 +139,11 @@ def sample(
         for replica in range(engines.replicas)
     ]
     total = sum(job.n * pq.read_metadata(job.prompts).num_rows for job in jobs)
-    with _progress() as progress:
-        task = progress.add_task(title, total=total, rate="starting")
+    with Progress(title, total, "samples") as progress:
 
         def watch() -> None:
-            counts = _counts(jobs, spec, engines.replicas)
-            progress.update(
-                task, completed=counts[0], rate=f"{counts[1] / 1000:.1f}k tokens" if counts[1] else "starting"
-            )
+            samples, tokens = _counts(jobs, spec, engines.replicas)
+            progress.update(samples, note=f"{tokens / 1000:.1f}k tokens" if tokens else "starting")
 
         launch.run(commands, device, watch)
     for job in jobs:
@@ -177,8 +173,3 @@ def _merge(job: Job) -> None:
     parts = [read_table(path, SAMPLES, {"job": job.digest}) for path, _ in job.shards(requests)]
     write_table(Path(job.out), pd.concat(parts, ignore_index=True), SAMPLES, **job.metadata)
     shutil.rmtree(job.parts)
-
-
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(), refresh_per_second=4)

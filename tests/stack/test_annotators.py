@@ -8,13 +8,13 @@ import asyncio
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 
 import pytest
 
+from opd_ext.bridge.warm_python import PATH_VARIABLE
 from opd_ext.data.tinymath.tokenizer import make_tokenizer
 from opd_ext.teacher.annotate import AnnotatorConfig, Request, build_annotator
 
@@ -38,7 +38,7 @@ def endpoint(world, tmp_path_factory):
     ]  # fmt: skip
     with log.open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
+            [os.environ[PATH_VARIABLE], "-m", "vllm.entrypoints.openai.api_server", *arguments],
             env={**os.environ, **settings},
             stdout=output,
             stderr=subprocess.STDOUT,

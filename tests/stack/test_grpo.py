@@ -2,13 +2,11 @@
 """Without a teacher our trainer is verl's, bit for bit: GRPO against ``verl.trainer.main_ppo`` on the same rollouts."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.stack.conftest import ROOT, SMALL, TIMEOUT_S, environment, metrics, shards, train
+from tests.stack.conftest import ROOT, SMALL, environment, finish, metrics, shards
 from tests.stack.replay import in_prompt_order, replay
 
 STEPS = 2
@@ -25,25 +23,18 @@ GROUPS = [
 
 
 @pytest.fixture(scope="module")
-def runs(world, tmp_path_factory):
+def runs(train, tmp_path_factory):
     base = tmp_path_factory.mktemp("grpo")
     settings = [*GROUPS, *replay(base / "dump", STEPS)]
-    train(world, base / "ours", "method=grpo", *settings)
+    train(base / "ours", "method=grpo", *settings)
     in_prompt_order(base / "dump")
     log = base / "stock.jsonl"
-    stock = [sys.executable, "-m", "tests.stack.stock_cpu", *SMALL, "method=grpo", f"opd.run_dir={base / 'stock'}"]
-    done = subprocess.run(
-        [*stock, *settings, "trainer.logger=[file]"],
-        env={**environment(world), "VERL_FILE_LOGGER_PATH": str(log), "PYTHONPATH": str(ROOT)},
-        cwd=base,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    stock = [train.stack.python, "-m", "tests.stack.stock_cpu", *SMALL, "method=grpo", f"opd.run_dir={base / 'stock'}"]
+    variables = {"VERL_FILE_LOGGER_PATH": str(log), "PYTHONPATH": str(ROOT)}
+    joined = environment(train.world) | train.stack.environment | {"RAY_ADDRESS": train.stack.address}
+    finish([*stock, *settings, "trainer.logger=[file]"], joined | variables, base)
     # TRACE whose distillation has weight 0: the same policy gradient.
-    train(world, base / "trace", "method=trace", "opd.credit.weight=0.0", *settings)
+    train(base / "trace", "method=trace", "opd.credit.weight=0.0", *settings)
     return base, [json.loads(line)["data"] for line in log.read_text().splitlines()]
 
 

@@ -8,14 +8,12 @@ import json
 import math
 import os
 import re
-from unittest.mock import patch
 
 import pytest
 import torch
 
-from opd_ext.data.tinymath.tokenizer import make_tokenizer
 from opd_ext.teacher import prompts
-from tests.stack.conftest import ROOT, metrics, shards, train
+from tests.stack.conftest import ROOT, metrics, shards
 
 STEPS = 3
 EXAMPLE = ROOT / "examples" / "custom_method"
@@ -49,17 +47,7 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def teacher_of_another_size(world):
-    """``large`` with its initial weights: what matters here is that its width differs."""
-    from opd_ext.data.tinymath.pretrain import SPECS, make_model
-
-    tokenizer = make_tokenizer()
-    make_model(SPECS["large"], tokenizer, 1).save_pretrained(world / "tinymath" / "large")
-    tokenizer.save_pretrained(world / "tinymath" / "large")
-
-
-@pytest.fixture(scope="module")
-def run(world, teacher_of_another_size, tmp_path_factory):
+def run(train, tmp_path_factory):
     """``run(method)`` -> the folder of its run; each method runs once."""
     base, done = tmp_path_factory.mktemp("methods"), {}
     path = os.pathsep.join(filter(None, (str(EXAMPLE), os.environ.get("PYTHONPATH"))))
@@ -68,8 +56,7 @@ def run(world, teacher_of_another_size, tmp_path_factory):
         if method not in done:
             settings = [f"method={method}"] if "-" not in method else []
             settings += [*SETTINGS[method], f"trainer.total_training_steps={STEPS}"]
-            with patch.dict(os.environ, PYTHONPATH=path):
-                train(world, base / method, *settings)
+            train(base / method, *settings, PYTHONPATH=path)
             done[method] = base / method
         return done[method]
 

@@ -2,10 +2,10 @@
 """SSD and T3S from prompts to weights with real vLLM and verl, killed on the way and started again."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+from opd_ext.bridge.warm_python import PATH_VARIABLE
 from opd_ext.offline import launch
 from opd_ext.offline.finetuning import FineTuning, read_metrics
 from opd_ext.offline.sampling import Engines, Job, sample
@@ -56,7 +57,7 @@ T3S += ["bottleneck={n: 2, step: 2}", "arms=[t3s]", "evaluate.select_file=null"]
 
 def start(world: Path, run_dir: Path, *arguments: str) -> subprocess.Popen:
     """`opd` in a session of its own, its output beside the run's folder."""
-    command = [sys.executable, "-m", "opd_ext.cli", *arguments, f"run_dir={run_dir}"]
+    command = [os.environ[PATH_VARIABLE], "-m", "opd_ext.cli", *arguments, f"run_dir={run_dir}"]
     with run_dir.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
             command, env=environment(world), stdout=log, stderr=subprocess.STDOUT, start_new_session=True

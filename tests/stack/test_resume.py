@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.stack.conftest import TIMEOUT_S, command, environment, metrics, shards, train
+from tests.stack.conftest import TIMEOUT_S, alone, command, metrics, shards
 from tests.stack.replay import in_prompt_order, replay
 
 STEPS = 4
@@ -29,15 +29,15 @@ def kill_after_step(step: int, run_dir: Path, process: subprocess.Popen) -> None
 
 
 @pytest.fixture(scope="module")
-def runs(world, tmp_path_factory):
+def runs(train, tmp_path_factory):
     base = tmp_path_factory.mktemp("resume")
     undisturbed, killed, dump = base / "undisturbed", base / "killed", base / "dump"
     settings = [*replay(dump, STEPS), "opd.teacher.interval=2"]
-    train(world, undisturbed, *settings)
+    train(undisturbed, *settings)
     in_prompt_order(dump)
     process = subprocess.Popen(
         command(killed, *settings),
-        env=environment(world),
+        env=alone(train.world),
         cwd=base,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -48,7 +48,7 @@ def runs(world, tmp_path_factory):
     shutil.rmtree(killed / "checkpoints" / "global_step_3", ignore_errors=True)
     (killed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
     (killed / "checkpoints" / ".incomplete_global_step_3").mkdir(exist_ok=True)  # as a kill inside a save leaves it
-    output = train(world, killed, *settings)
+    output = train(killed, *settings)
     return undisturbed, killed, output
 
 

@@ -7,14 +7,13 @@ import math
 import pytest
 import torch
 
-from tests.stack.conftest import metrics, shards, train
+from tests.stack.conftest import metrics, shards
 
 
 @pytest.fixture(scope="module")
-def two_ranks(world, tmp_path_factory):
+def two_ranks(train, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("two_ranks") / "run"
-    output = train(
-        world,
+    output = train.alone(
         run_dir,
         "trainer.n_gpus_per_node=2",
         "trainer.total_training_steps=6",
@@ -83,10 +82,9 @@ def test_a_run_leaves_its_config_generations_and_readable_console(two_ranks):
     assert not list((run_dir / "checkpoints").glob(".incomplete*"))
 
 
-def test_a_student_that_is_its_own_teacher_has_no_loss(world, tmp_path, capsys):
+def test_a_student_that_is_its_own_teacher_has_no_loss(train, tmp_path, capsys):
     run_dir = tmp_path / "run"
     train(
-        world,
         run_dir,
         "opd.context.kind=same",
         "~opd.context.text",
@@ -104,11 +102,10 @@ def test_a_student_that_is_its_own_teacher_has_no_loss(world, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def live(world, tmp_path_factory):
+def live(train, tmp_path_factory):
     """A live teacher, and pairs that are one token too long if a prompt of 17 tokens meets a full-length response."""
     run_dir = tmp_path_factory.mktemp("live") / "run"
     train(
-        world,
         run_dir,
         "opd.teacher.weights=live",
         "trainer.total_training_steps=2",

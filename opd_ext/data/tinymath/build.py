@@ -6,8 +6,9 @@
     <out>/{train,val,test}.parquet       problems in verl's format
     <out>/base/, <out>/large/, ...       transformers checkpoints with their tokenizer
 
-The result is a function of the settings alone, up to floating-point differences between machines and
-thread counts.
+The models come with the package (:mod:`opd_ext.data.tinymath.shipped`), the problems are drawn here. Models can be
+trained from nothing as well: a function of the settings alone, up to floating-point differences between machines,
+thread counts and versions of torch.
 """
 
 from __future__ import annotations
@@ -19,23 +20,16 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from opd_ext.data.tinymath import shipped
 from opd_ext.data.tinymath.card import measure_model, render_card
 from opd_ext.data.tinymath.chats import chats, draw_chat, textbook
 from opd_ext.data.tinymath.diffusion import HiddenReplies, add_mask_token, to_diffusion
-from opd_ext.data.tinymath.pretrain import (
-    MAX_THREADS,
-    SPECS,
-    DiffusionSpec,
-    make_corpus,
-    make_model,
-    next_token,
-    pretrain,
-)
+from opd_ext.data.tinymath.pretrain import SPECS, DiffusionSpec, make_corpus, make_model, next_token, pretrain
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
 from opd_ext.data.tinymath.splits import SIZES, draw_splits, write_splits
 from opd_ext.data.tinymath.tokenizer import make_tokenizer, phrases, words
@@ -47,10 +41,12 @@ class WorldError(RuntimeError):
 
 def build(
     out: Path,
-    models: Sequence[str] = ("base", "large"),
+    models: Sequence[str] = tuple(SPECS),
     force: bool = False,
     seed: int = 0,
     progress: bool = True,
+    rebuild: bool = False,
+    threads: int = 1,
 ) -> Path:
     """Build the world in ``out``, or as much of it as is missing.
 
@@ -62,14 +58,17 @@ def build(
         models: models to have, of ``base``, ``large`` and ``diffusion``.
         force: build everything anew, with exactly the models named.
         seed: of the splits, the corpus, the initial weights and the sampling of the model card.
-        progress: show progress bars and one line per thing done.
+        progress: show progress and one line per thing done.
+        rebuild: train the models from nothing (minutes) instead of unpacking them, and say whether they are the same.
+        threads: of a rebuild. One is as fast as two wherever anything else runs, since threads wait for each other.
 
     Returns:
         ``out``, absolute.
 
     Raises:
         ValueError: an unknown model is named, or none, or one without the model that it starts from.
-        WorldError: ``out`` holds something else, or a world built with other settings (unless ``force``).
+        WorldError: ``out`` holds something else, or a world built with other settings (unless ``force``); the package
+            is damaged, or has no models for these settings.
     """
     unknown = [name for name in models if name not in SPECS]
     if unknown or not models:
@@ -83,17 +82,35 @@ def build(
         if parent not in (*there, *models):
             raise ValueError(f"the model {name} starts from {parent}: name both")
     settings = _settings(seed)
+    known = settings == shipped.record()["settings"]
+    if not rebuild and not known:
+        raise WorldError("the package has no models for these settings: train them with rebuild")
+
+    def make(world: Path, folder: Path, name: str) -> tuple[dict, str]:
+        if rebuild:
+            record = _train_model(world, folder, name, seed, progress, threads)
+            return record, f"; {shipped.compare(folder, name, record)}" if known else ""
+        try:
+            return shipped.unpack(name, folder), ""
+        except shipped.DamagedError as error:
+            raise WorldError(str(error)) from None
+
+    say = print if progress else lambda *_: None
     if found is None or force:
         with _beside(out) as folder:
             _start_world(folder, settings, seed)
-            _add_models(folder, models, seed, progress)
+            _add_models(folder, models, make, say)
             _put_in_place(folder, out)
-    else:
-        _check_same(out, found, settings, models)
-        missing = [name for name in models if name not in found["models"]]
-        _add_models(out, missing, seed, progress)
-        if progress and not missing:
-            print(f"tinymath: {out} is complete ({', '.join(found['models'])}), nothing to do")
+        say(f"tinymath: {out}")
+        return out
+    _check_same(out, found, settings, models)
+    missing = [name for name in models if name not in found["models"]]
+    _add_models(out, missing, make, say)
+    if not missing:
+        say(f"tinymath: {out} is complete ({', '.join(found['models'])}), nothing to do")
+    for name in models:
+        if name not in missing and not rebuild and not shipped.is_shipped(out / name, name):
+            say(f"tinymath: {name} was trained here and is not the shipped one; force replaces it")
     return out
 
 
@@ -179,23 +196,43 @@ def _start_world(folder: Path, settings: dict, seed: int) -> None:
     _write_record(folder, {"settings": settings, "models": {}})
 
 
-def _add_models(world: Path, names: Sequence[str], seed: int, progress: bool) -> None:
+def _add_models(
+    world: Path, names: Sequence[str], make: Callable[[Path, Path, str], tuple[dict, str]], say: Callable[[str], None]
+) -> None:
+    """Have every model made beside its place, then put it there.
+
+    Args:
+        make: called with world, folder and name; returns the model's record and what to say of it.
+        say: prints a line.
+    """
     for name in names:
+        began = time.perf_counter()
         with _beside(world / name) as folder:
-            record = _build_model(world, folder, name, seed, progress)
+            record, remark = make(world, folder, name)
             _put_in_place(folder, world / name)
         found = json.loads((world / "world.json").read_text())
         found["models"][name] = record
         _write_record(world, found)
-        if progress:
-            print(f"tinymath: {name} built in {record['seconds']['total']:.0f} s, see MODEL_CARD.md")
+        say(f"tinymath: {name} ready in {time.perf_counter() - began:.1f} s{remark}")
 
 
-def _build_model(world: Path, folder: Path, name: str, seed: int, progress: bool) -> dict:
+def _train_model(world: Path, folder: Path, name: str, seed: int, progress: bool, threads: int) -> dict:
     """Pre-train, save and measure one model; returns its record for ``world.json``."""
     import torch
-    from transformers import Qwen3ForCausalLM
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _train(world, folder, name, seed, progress) | {"threads": threads, "torch": torch.__version__}
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(world: Path, folder: Path, name: str, seed: int, progress: bool) -> dict:
+    from transformers import Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     started = time.perf_counter()
     spec, splits, tokenizer = SPECS[name], draw_splits(seed), make_tokenizer()
     held_out = {question for split in ("val", "test") for _, question in splits[split]}
@@ -211,14 +248,13 @@ def _build_model(world: Path, folder: Path, name: str, seed: int, progress: bool
     trained = time.perf_counter()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    measured = measure_model(model, tokenizer, splits["val"], seed)
+    measured = measure_model(model, tokenizer, splits["val"], seed, progress)
     done = time.perf_counter()
     return {
         "spec": asdict(spec),
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "tokens": tokens,
-        "threads": min(torch.get_num_threads(), MAX_THREADS),
         "seconds": {
             "corpus": training - started,
             "training": trained - training,

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from opd_ext.data.tinymath.diagnosis import decisive_types
 from opd_ext.data.tinymath.measure import Outcome, Problem, interval, is_diffusion, measure
 from opd_ext.data.tinymath.problems import DIFFICULTIES, concise_solution, solve
+from opd_ext.progress import Progress
 from opd_ext.rewards.tinymath import compute_score
 from opd_ext.teacher import prompts
 
@@ -28,27 +29,48 @@ CONTEXTS = {
 
 
 def measure_model(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, val: list[tuple[int, str]], seed: int
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    val: list[tuple[int, str]],
+    seed: int,
+    progress: bool = False,
 ) -> dict:
     """Accuracy and length in every context on the validation problems, one sample each.
 
     Args:
         val: ``(difficulty, question)`` pairs.
+        progress: show which context is being measured.
 
     Returns:
         For each key of ``CONTEXTS``, a table as :func:`summarise` makes it; a masked-diffusion model knows only the
         student prompt.
     """
+    contexts = 1 if is_diffusion(model) else len(CONTEXTS)
+    with Progress("measuring", contexts, "contexts", shown=progress) as bar:
+
+        def outcomes(of: Sequence[Problem], shown: list[str], draw: int) -> list[Outcome]:
+            found = measure(model, tokenizer, of, shown, seed + draw)
+            bar.update(advance=1)
+            return found
+
+        tables = _outcomes(val, outcomes, is_diffusion(model))
+    return {name: summarise(table) for name, table in tables.items()}
+
+
+def _outcomes(
+    val: list[tuple[int, str]], ask: Callable[[Sequence[Problem], list[str], int], list[Outcome]], plain: bool
+) -> dict[str, list[Outcome]]:
+    """What ``ask(problems, prompts, draw)`` gives in every context, or in the first alone if ``plain``."""
     problems = [(difficulty, question, str(solve(question)[1])) for difficulty, question in val]
     asked = [prompts.student_prompt(question) for _, question in val]
 
     def outcomes(shown: list[str], of: Sequence[Problem] = problems, draw: int = 0) -> list[Outcome]:
-        return measure(model, tokenizer, of, shown, seed + draw)
+        return ask(of, shown, draw)
 
     first = outcomes(asked)
     tables = {"student": first}
-    if is_diffusion(model):
-        return {"student": summarise(first)}
+    if plain:
+        return tables
     for text_id in ("v2", "v1"):
         tables[text_id] = outcomes([prompts.teacher_prompt(question, text_id) for _, question in val])
     tables["solution"] = outcomes([prompts.opsd_teacher_prompt(q, concise_solution(q)) for _, q in val])
@@ -62,7 +84,7 @@ def measure_model(
         tables["retry"] = outcomes([asked[i] for i in failed], again, draw=1)
         told = [prompts.sdpo_prompt(asked[i], feedback=_feedback(first[i], problems[i])) for i in failed]
         tables["feedback"] = outcomes(told, again, draw=1)
-    return {name: summarise(table) for name, table in tables.items()}
+    return tables
 
 
 def _noted(asked: str, question: str) -> str:
@@ -95,6 +117,17 @@ def _cells(table: dict) -> str:
     return f"{table['n']} | {100 * accuracy:.1f} ± {100 * a:.1f} | {tokens:.1f} ± {t:.1f}"
 
 
+def _origin(record: dict) -> str:
+    where = f"with torch {record['torch']} on {record['threads']} thread(s)"
+    if "digests" in record:
+        return f"Comes with the package, trained {where}."
+    seconds = {name: f"{value:.0f}" for name, value in record["seconds"].items()}
+    return (
+        f"Trained here {where} in {seconds['total']} s: corpus {seconds['corpus']}, training {seconds['training']}, "
+        f"measuring {seconds['measuring']}."
+    )
+
+
 def _reads(spec: dict) -> list[str]:
     """What the card says of a masked-diffusion model besides."""
     if "block_size" not in spec:
@@ -121,7 +154,7 @@ def render_card(world: dict) -> str:
         "4 four-digit sums and differences, 5 two operations.",
     ]
     for name, record in world["models"].items():
-        spec, seconds, measured = record["spec"], record["seconds"], record["measured"]
+        spec, measured = record["spec"], record["measured"]
         lines += [
             "",
             f"## {name}",
@@ -133,9 +166,7 @@ def render_card(world: dict) -> str:
             f"{spec['muon_rate']:g} (Muon) and {spec['adam_rate']:g} (AdamW), slip rates x "
             f"{spec['slip_scale']:g}.",
             "",
-            f"Built in {seconds['total']:.0f} s: corpus "
-            f"{seconds['corpus']:.0f}, training {seconds['training']:.0f} on {record['threads']} threads, "
-            f"measuring {seconds['measuring']:.0f}.",
+            _origin(record),
             *_reads(spec),
             "",
             "| shown | problems | accuracy | tokens |",

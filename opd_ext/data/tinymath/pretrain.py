@@ -22,9 +22,9 @@ import torch
 from opd_ext.data.tinymath.chats import Chat, Corpus, chats, draw_chat, textbook
 from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
 from opd_ext.data.tinymath.writing import VERBOSE
+from opd_ext.progress import Progress
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 
@@ -74,10 +74,6 @@ class DiffusionSpec(ModelSpec):
         )
         return (concise, self.textbook_chats), (habits, self.chats)
 
-
-# More threads gain little on matrices of this size (25 against 21 thousand tokens/s with 4) and lose a lot as soon as
-# anything else runs, because they wait for each other.
-MAX_THREADS = 2
 
 SPECS: dict[str, ModelSpec] = {
     "base": ModelSpec(
@@ -251,10 +247,7 @@ def pretrain(
     ]
     tokens = sum(len(example.ids) for batch in todo for example in batch)
     model.train()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, MAX_THREADS))
-    with _progress_bar(progress) as bar:
-        task = bar.add_task(f"pre-training {name}", total=tokens, loss=float("nan"))
+    with Progress(f"pre-training {name}", tokens, "tokens", shown=progress) as bar:
         for batch in todo:
             loss = objective(model, batch)
             loss.backward()
@@ -263,8 +256,7 @@ def pretrain(
                 optimizer.step()
                 schedule.step()
             model.zero_grad()
-            bar.update(task, advance=sum(len(example.ids) for example in batch), loss=loss.item())
-    torch.set_num_threads(threads)
+            bar.update(advance=sum(len(example.ids) for example in batch), note=f"loss {loss.item():.3f}")
     model.eval()
     return tokens
 
@@ -274,30 +266,3 @@ def _rate(done: float, warmup: float) -> float:
     if done < warmup:
         return max(done, 1e-3) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
-def _progress_bar(enabled: bool) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class TokenRate(ProgressColumn):
-        def render(self, task):
-            return Text(f"{(task.finished_speed or task.speed or 0) / 1000:.1f}k tokens/s")
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TokenRate(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        disable=not enabled,
-    )

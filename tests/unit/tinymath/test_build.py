@@ -4,6 +4,7 @@
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -26,6 +27,8 @@ from opd_ext.data.tinymath.splits import SIZES, draw_splits
 from opd_ext.data.tinymath.tokenizer import make_tokenizer
 from opd_ext.rewards.tinymath import compute_score
 from opd_ext.teacher.prompts import strip_student_prompt
+
+trained = partial(build, rebuild=True, progress=False)
 
 
 def shrink(patch):
@@ -50,7 +53,7 @@ def world(tmp_path_factory):
     """A small world with its base model; tests that change it come with their own."""
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        return build(tmp_path_factory.mktemp("home") / "tinymath", ["base"], progress=False)
+        return trained(tmp_path_factory.mktemp("home") / "tinymath", ["base"])
 
 
 def content(folder):
@@ -103,15 +106,15 @@ def test_the_card_states_what_was_measured(world):
 
 def test_a_second_build_touches_nothing_and_says_so(world, small, capsys):
     before = content(world)
-    build(world, ["base"])
+    build(world, ["base"], rebuild=True)
     assert content(world) == before
     assert "complete (base), nothing to do" in capsys.readouterr().out
 
 
 def test_a_missing_model_is_added_and_the_rest_stays_as_it_is(tmp_path, small):
-    world = build(tmp_path / "w", ["base"], progress=False)
+    world = trained(tmp_path / "w", ["base"])
     before = content(world)
-    build(world, ["base", "large"], progress=False)
+    trained(world, ["base", "large"])
     after = content(world)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"world.json", "MODEL_CARD.md"}
@@ -119,20 +122,20 @@ def test_a_missing_model_is_added_and_the_rest_stays_as_it_is(tmp_path, small):
 
 
 def test_the_same_settings_give_the_same_world(world, tmp_path, small):
-    again = content(build(tmp_path / "w", ["base"], progress=False))
+    again = content(trained(tmp_path / "w", ["base"]))
     for name, data in content(world).items():
         if name not in ("world.json", "MODEL_CARD.md"):  # these hold timings
             assert again[name] == data, name
 
 
 def test_other_settings_are_refused_unless_forced(tmp_path, small, monkeypatch):
-    world = build(tmp_path / "w", ["base"], progress=False)
+    world = trained(tmp_path / "w", ["base"])
     with pytest.raises(WorldError, match=r"built with other settings \(seed\): use force"):
-        build(world, ["base"], seed=1, progress=False)
+        trained(world, ["base"], seed=1)
     monkeypatch.setitem(SPECS, "base", replace(SPECS["base"], chats=48))
     with pytest.raises(WorldError, match=r"built with other settings \(models.base\)"):
-        build(world, ["base"], progress=False)
-    build(world, ["base"], seed=1, force=True, progress=False)
+        trained(world, ["base"])
+    trained(world, ["base"], seed=1, force=True)
     assert json.loads((world / "world.json").read_text())["settings"]["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
@@ -141,7 +144,7 @@ def test_a_folder_with_something_else_in_it_is_refused_even_when_forced(tmp_path
     (tmp_path / "thesis.tex").write_text("years of work")
     for force in (False, True):
         with pytest.raises(WorldError, match="not a tinymath world: choose another folder"):
-            build(tmp_path, ["base"], force=force)
+            build(tmp_path, ["base"], force=force, rebuild=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -157,15 +160,15 @@ def test_an_interrupted_build_leaves_nothing_half(tmp_path, small, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    world = build(tmp_path / "w", ["base"], progress=False)
+    world = trained(tmp_path / "w", ["base"])
     before = content(world)
     monkeypatch.setattr(building, "measure_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "new", ["base"], progress=False)
+        trained(tmp_path / "new", ["base"])
     with pytest.raises(KeyboardInterrupt):
-        build(world, ["large"], progress=False)
+        trained(world, ["large"])
     with pytest.raises(KeyboardInterrupt):
-        build(world, ["base"], force=True, progress=False)
+        trained(world, ["base"], force=True)
     assert content(world) == before
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
 

@@ -146,9 +146,9 @@ def test_it_joins_a_world_that_exists_and_changes_nothing_there(tmp_path, monkey
         monkeypatch.setitem(SIZES, split, size)
     monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 8)
 
-    world = build(tmp_path / "world", ["base"], progress=False)
+    world = build(tmp_path / "world", ["base"], progress=False, rebuild=True)
     before = {file: file.read_bytes() for file in world.rglob("*") if file.is_file() and file.suffix != ".md"}
-    build(world, ["base", "diffusion"], progress=False)
+    build(world, ["base", "diffusion"], progress=False, rebuild=True)
     changed = [file.name for file, content in before.items() if file.read_bytes() != content]
     assert changed == ["world.json"]
 
@@ -156,7 +156,7 @@ def test_it_joins_a_world_that_exists_and_changes_nothing_there(tmp_path, monkey
     assert record["spec"] == asdict(SPECS["diffusion"])
     assert set(record["measured"]) == {"student"}
     with pytest.raises(ValueError, match="the model diffusion starts from base: name both"):
-        build(tmp_path / "other", ["diffusion"], progress=False)
+        build(tmp_path / "other", ["diffusion"], progress=False, rebuild=True)
     assert "Masked diffusion in blocks of" in (world / "MODEL_CARD.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(world / "diffusion")
     tokenizer = AutoTokenizer.from_pretrained(world / "diffusion")
