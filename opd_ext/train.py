@@ -76,6 +76,8 @@ def prepare_environment(config: DictConfig) -> None:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
         variables.setdefault("OMP_NUM_THREADS", threads)
         variables["OPD_RUN"] = uuid4().hex[:12]  # see opd_ext.bridge.cpu_platform.own_socket
+    if path := os.environ.get("PYTHONPATH"):  # modules of the user's; a cluster's workers would not look there
+        variables.setdefault("PYTHONPATH", path)
     ray_init = config.ray_kwargs.ray_init
     with open_dict(config):
         runtime_env.env_vars = variables

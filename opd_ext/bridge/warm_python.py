@@ -11,8 +11,8 @@ Three roles, one file:
   every Ray job. Ray reads the job's identity from the environment when its library is loaded, never again; so a
   template imports Ray and verl for one job, and every process of that job is forked from it.
 * A *stand-in* is what the path starts. It sends its command line, environment, folder and open files to the template,
-  forwards signals to the process that was forked, and ends as that ends. What the server cannot do exactly (other
-  flags, other libraries, no answer) the stand-in does itself, as a plain Python.
+  forwards signals to the process that was forked, and ends as that ends. What cannot be forked exactly (other flags,
+  other settings of libraries, other modules of a name, no answer) the stand-in does itself, as a plain Python.
 * The *forked process* becomes what was asked for: script or code, environment, folder, files, priority.
 
 Nothing outlives its owner: a stand-in that is killed takes its process along, and so does the server's owner.
@@ -48,19 +48,21 @@ PRELOADED = (
     "vllm.engine.arg_utils",
 )
 
+# The rest; of this package only what verl loads by itself, so that a run of stock verl is stock verl.
 PRELOADED_FOR_A_JOB = (
     "ray",
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.qwen3",
     "vllm.entrypoints.cli.serve",
-    "opd_ext.bridge.runner",
-    "opd_ext.bridge.trainer",
-    "opd_ext.bridge.worker",
-    "opd_ext.bridge.agent_loop",
-    "opd_ext.bridge.vllm_cpu",
-    "verl.experimental.reward_loop",
+    "verl.trainer.main_ppo",
+    "verl.trainer.ppo.v1.trainer_sync",
+    "verl.trainer.ppo.v1.agent_loop_tq",
+    "verl.workers.engine_workers",
+    "verl.workers.engine.fsdp.transformer_impl",
     "verl.workers.rollout.vllm_rollout.vllm_async_server",
+    "verl.workers.rollout.vllm_rollout.utils",
+    "verl.experimental.reward_loop",
 )
 
 # Ray reads these when it is loaded: they tell its jobs apart.
@@ -155,7 +157,6 @@ def _ask(address: str, program: list[str], files: list[int]) -> tuple[socket.soc
         "folder": os.getcwd(),
         "files": files,
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
-        "group": os.getpgrp(),
     }
     try:
         while address is not None:  # the server answers with the address of a template, the template with a process
@@ -181,18 +182,16 @@ def _kill(pid: int, number: int) -> None:
 
 
 class _Forking:
-    """Listens at ``address`` and forks until standard input ends.
+    """Forks for whoever asks at a socket, until standard input ends.
 
     Args:
-        address: of the socket.
+        listener: the socket; stand-ins may come while the imports still go on.
         job: whose processes are forked here; None: of the server, which forks templates.
     """
 
-    def __init__(self, address: str, job: list[str] | None):
-        self.address, self.job = address, job
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(address)
-        self.listener.listen(64)  # stand-ins may come while the imports go on
+    def __init__(self, listener: socket.socket, job: list[str] | None):
+        self.listener, self.job = listener, job
+        self.address: str = listener.getsockname()
         self.connections: dict[socket.socket, int] = {}  # of stand-ins, with the process of each
         self.templates: dict[str, int] = {}  # address: process
 
@@ -249,9 +248,13 @@ class _Forking:
         elif self.job is None:
             answer, template = self.template(job)
             if template is not None:
-                for descriptor in (*files, connection.fileno()):
+                connection.close()
+                for descriptor in files:
                     os.close(descriptor)
                 return template.serve()
+        elif shadowed := _shadowed(_first_on_path(request)):
+            print("started cold, for it has its own", *shadowed, flush=True)
+            answer = None
         else:
             answer = os.fork()
             if not answer:
@@ -273,7 +276,7 @@ class _Forking:
         if address not in self.templates:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(address)
-            new = _Forking(address, job)
+            new = _Forking(_listen(address), job)
             pid = os.fork()
             if not pid:
                 self.leave()
@@ -323,6 +326,13 @@ class _Forking:
         os._exit(0)
 
 
+def _listen(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    return listener
+
+
 def _preload(modules: tuple[str, ...]) -> None:
     """Import ``modules``; none of them may start a thread that a fork would lose."""
     import gc
@@ -343,6 +353,27 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
 
 
+def _first_on_path(request: dict) -> list[str]:
+    """The folders where a Python looks for modules before all others."""
+    program, path = request["program"][0], request["environment"].get("PYTHONPATH", "")
+    own = request["folder"] if program in ("-c", "-m") else os.path.dirname(os.path.join(request["folder"], program))
+    return [own, *filter(None, path.split(os.pathsep))]
+
+
+def _shadowed(folders: list[str]) -> list[str]:
+    """Modules that are imported here and would be others, found in ``folders``: a copy of this package, say."""
+    names = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(folder):
+                name, ending = os.path.splitext(entry)
+                path = os.path.join(folder, entry, "" if ending else "__init__.py").rstrip("/")
+                known = getattr(sys.modules.get(name), "__file__", None)
+                if known and ending in ("", ".py") and os.path.isfile(path) and not os.path.samefile(known, path):
+                    names.append(name)
+    return names
+
+
 # ---------------------------------------------------------------------- the forked process
 
 
@@ -357,8 +388,8 @@ def _become(request: dict, received: list[int]) -> None:
     import torch
     from ray._raylet import Config
 
-    with contextlib.suppress(OSError):
-        os.setpgid(0, request["group"])
+    # A group of its own: Ray kills the group of a worker that has ended, and this one would be in the server's.
+    os.setpgid(0, 0)
     _take_files(received, request["files"])
     os.chdir(request["folder"])
     os.environ.clear()
@@ -374,22 +405,17 @@ def _become(request: dict, received: list[int]) -> None:
         torch.set_num_threads(int(threads))
     if path := os.environ.get(PATH_VARIABLE):
         multiprocessing.set_executable(path)
-    for entry in filter(None, reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep))):
-        if entry not in sys.path:
-            sys.path.insert(0, entry)
     kind, *rest = request["program"]
+    sys.path[:0] = _first_on_path(request)
     if kind == "-c":
         sys.argv = ["-c", *rest[1:]]
-        sys.path.insert(0, "")
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         exec(compile(rest[0], "<string>", "exec"), main.__dict__)
     elif kind == "-m":
         sys.argv = rest
-        sys.path.insert(0, os.getcwd())
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = [kind, *rest]
-        sys.path.insert(0, os.path.dirname(os.path.abspath(kind)))
         runpy.run_path(kind, run_name="__main__")
 
 
@@ -428,9 +454,11 @@ class WarmPython:
         with open(self.path, "w") as file:
             file.write(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         os.chmod(self.path, 0o755)
-        with open(os.path.join(self._folder.name, "server.log"), "w") as log:
+        # The socket is there before anybody can ask; the server inherits it.
+        with _listen(address) as listener, open(os.path.join(self._folder.name, "server.log"), "w") as log:
             self._server = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), "serve", address],
+                [sys.executable, os.path.abspath(__file__), "serve", str(listener.fileno())],
+                pass_fds=[listener.fileno()],
                 env=dict(environment),
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -458,4 +486,4 @@ if __name__ == "__main__":
         stand_in(sys.argv[2], sys.argv[3:])
     else:
         sys.path.pop(0)  # this file's folder, which no module must be imported from
-        _become(*_Forking(sys.argv[2], None).serve())
+        _become(*_Forking(socket.socket(fileno=int(sys.argv[2])), None).serve())

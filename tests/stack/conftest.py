@@ -159,9 +159,14 @@ class Train:
     world: Path
     stack: Stack
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a run that joins the session's stack."""
+        return {**environment(self.world), **self.stack.environment, "RAY_ADDRESS": self.stack.address}
+
     def __call__(self, run_dir: Path, *overrides: str, **variables: str) -> str:
-        env = {**environment(self.world), **self.stack.environment, "RAY_ADDRESS": self.stack.address, **variables}
-        return finish(command(run_dir, *overrides, python=self.stack.python), env, run_dir.parent)
+        arguments = command(run_dir, *overrides, python=self.stack.python)
+        return finish(arguments, self.environment | variables, run_dir.parent)
 
     def alone(self, run_dir: Path, *overrides: str) -> str:
         """The same as a user types it: a Python and a Ray of its own."""

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.stack.conftest import ROOT, SMALL, environment, finish, metrics, shards
+from tests.stack.conftest import ROOT, SMALL, finish, metrics, shards
 from tests.stack.replay import in_prompt_order, replay
 
 STEPS = 2
@@ -30,9 +30,8 @@ def runs(train, tmp_path_factory):
     in_prompt_order(base / "dump")
     log = base / "stock.jsonl"
     stock = [train.stack.python, "-m", "tests.stack.stock_cpu", *SMALL, "method=grpo", f"opd.run_dir={base / 'stock'}"]
-    variables = {"VERL_FILE_LOGGER_PATH": str(log), "PYTHONPATH": str(ROOT)}
-    joined = environment(train.world) | train.stack.environment | {"RAY_ADDRESS": train.stack.address}
-    finish([*stock, *settings, "trainer.logger=[file]"], joined | variables, base)
+    stock += ["trainer.logger=[file]", f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={log}"]
+    finish([*stock, *settings], train.environment | {"PYTHONPATH": str(ROOT)}, base)
     # TRACE whose distillation has weight 0: the same policy gradient.
     train(base / "trace", "method=trace", "opd.credit.weight=0.0", *settings)
     return base, [json.loads(line)["data"] for line in log.read_text().splitlines()]

@@ -24,8 +24,6 @@ from opd_ext.offline.stages import MANIFEST
 from opd_ext.offline.tables import CONFIDENCE, PROMPTS, SAMPLES, file_digest, read_table, write_table
 from tests.stack.conftest import environment
 
-pytestmark = pytest.mark.stack
-
 DEADLINE_S = 600
 POLL_S = 0.02
 SMALL = [

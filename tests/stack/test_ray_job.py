@@ -4,6 +4,8 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.stack.conftest import ROOT, SMALL, TIMEOUT_S, environment, metrics
 
 SUBMIT = ROOT / "recipes" / "ray" / "submit.sh"
@@ -20,6 +22,7 @@ def submit(stack, world: Path, runs: Path, recipe: Path, *overrides: str) -> sub
     )
 
 
+@pytest.mark.slow  # the job has its own copy of this package, so its processes start cold
 def test_a_submitted_recipe_trains_and_reports(stack, world, tmp_path):
     overrides = [*SMALL, "trainer.total_training_steps=1", "trainer.experiment_name=job", "trainer.save_freq=-1"]
     done = submit(stack, world, tmp_path, ROOT / "recipes" / "crisp" / "tiny_cpu.sh", *overrides)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A warm Python is used like any other: command line, environment, files, signals, exit status, and nothing left over."""
+"""A warm Python is used like any other: command line, environment, files, signals, exit status; and nothing is left."""
 
 import json
 import multiprocessing
@@ -24,11 +24,20 @@ def start(stack, *arguments, **options):
     return subprocess.Popen([stack.python, *arguments], stdout=subprocess.PIPE, text=True, **options)
 
 
+def alive(pid: int) -> bool:
+    """Not ended; a zombie is, whoever has still to take notice of it."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def gone(pid: int) -> bool:
-    deadline = time.monotonic() + 20
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not os.path.exists(f"/proc/{pid}")
+    return not alive(pid)
 
 
 @pytest.mark.parametrize("kind", ["-c", "-m", "script"])
@@ -55,6 +64,14 @@ def test_a_signal_reaches_the_process_and_nothing_stays(stack, number):
     assert process.wait(20) == -number and gone(pid)
 
 
+def test_killing_the_group_of_a_process_leaves_the_server_alone(stack):
+    """Ray does that to what a worker leaves behind."""
+    process = start(stack, "-c", SLEEP)
+    os.killpg(os.getpgid(int(process.stdout.readline())), signal.SIGKILL)
+    assert process.wait(20) == -signal.SIGKILL
+    assert subprocess.run([stack.python, "-c", "import sys; sys.exit('vllm' not in sys.modules)"]).returncode == 0
+
+
 def test_a_process_that_dies_of_a_signal_looks_like_it(stack):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert subprocess.run([stack.python, "-c", code]).returncode == -signal.SIGKILL
@@ -78,6 +95,13 @@ def test_other_platforms_and_flags_start_cold_and_say_the_same(stack):
     ):
         process = start(stack, *arguments, env=dict(env))
         assert process.communicate(timeout=60)[0].strip() == "False"
+
+
+def test_modules_beside_the_program_come_first(stack, tmp_path):
+    """As in any Python, even where the server has imported others of that name."""
+    (tmp_path / "peft.py").write_text("WHOSE = 'mine'")
+    process = start(stack, "-c", "import peft; print(peft.WHOSE)", cwd=tmp_path)
+    assert process.communicate(timeout=60)[0].strip() == "mine"
 
 
 def test_two_processes_do_not_draw_the_same_numbers(stack):
@@ -116,7 +140,7 @@ def test_nothing_outlives_the_owner():
     env = {**os.environ, **PLATFORM}
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
     path, *pids = owner.stdout.readline().split()
-    assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert all(alive(int(pid)) for pid in pids)
     owner.kill()
     owner.wait()
     assert all(gone(int(pid)) for pid in pids)
