@@ -9,7 +9,7 @@ usage: bash setup.sh [--cpu | --gpu] [--dev]
 
   --cpu   the CPU stack (default when `nvidia-smi -L` lists no GPU)
   --gpu   the GPU stack: CUDA 13, vLLM, flash-attn
-  --dev   also pytest and ruff
+  --dev   also what the tests need
 
 environment
   OPD_VENV             where to put the virtual environment (default: .venv)
@@ -84,10 +84,14 @@ step() {
     shift
     printf '\n$ %s\n' "$*" >>"$log"
     "$@" >>"$log" 2>&1 </dev/null &
-    local job=$! began=$SECONDS
+    local job=$! began=$SECONDS said=$SECONDS
     trap 'kill $job 2>/dev/null; exit 130' INT TERM
     while kill -0 "$job" 2>/dev/null; do
-        if [[ -t 1 ]]; then printf '\r\e[K        %3d s  %.90s' $((SECONDS - began)) "$(tail -n 1 "$log" | tr -d '\r')"; fi
+        if [[ -t 1 ]]; then printf '\r\e[K        %3d s  %.90s' $((SECONDS - began)) "$(tail -n 1 "$log" | tr -d '\r')"
+        elif ((SECONDS - said >= 10)); then
+            said=$SECONDS
+            say "  $((SECONDS - began)) s: $(tail -n 1 "$log" | tr -d '\r' | cut -c 1-100)"
+        fi
         sleep 0.5
     done
     if [[ -t 1 ]]; then printf '\r\e[K'; fi

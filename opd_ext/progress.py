@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progress of long work: a bar on a terminal; in a file or a pipe a plain line at least every fifteen seconds."""
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,16 @@ from rich.text import Text
 EVERY_S = 10.0
 """Between two plain lines; also while nothing moves, so that a log tells slow work from a dead process."""
 
+STARTED = "OPD_STARTED"
+"""Environment variable of a run's processes: when the run was started, seconds since the epoch."""
+
 Item = TypeVar("Item")
+
+
+def since_start(what: str) -> str:
+    """``what`` behind the seconds that the run of this process has taken so far."""
+    now = time.time()
+    return f"[{now - float(os.environ.get(STARTED, now)):3.0f} s] {what}"
 
 
 class Progress(AbstractContextManager):

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd_ext.bridge.warm_python import PATH_VARIABLE, WarmPython
 from opd_ext.config import checks, schema
+from opd_ext.progress import STARTED
 
 CONFIG_DIR = Path(__file__).parent / "config"
 
@@ -69,6 +70,7 @@ def prepare_environment(config: DictConfig) -> None:
     """
     runtime_env = config.ray_kwargs.ray_init.runtime_env
     variables = {name: str(value) for name, value in (runtime_env.get("env_vars") or {}).items()}
+    variables[STARTED] = str(time.time())
     if config.opd.device == "cpu":
         ranks = config.trainer.n_gpus_per_node
         devices = config.ray_kwargs.ray_init.get("num_gpus") or ranks  # a served teacher has devices of its own
@@ -82,7 +84,7 @@ def prepare_environment(config: DictConfig) -> None:
     with open_dict(config):
         runtime_env.env_vars = variables
         if os.environ.get("RAY_ADDRESS"):  # a Ray job or a running cluster, whose resources are what they are
-            ray_init.num_cpus = ray_init.num_gpus = None
+            ray_init.num_cpus = ray_init.num_gpus = ray_init.include_dashboard = None
     os.environ.update(variables)
 
 
@@ -162,7 +164,7 @@ def run(config: DictConfig, opd: schema.OPDConfig) -> None:
     console.touch()
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     print(f"run folder: {run_dir}", flush=True)
-    print(f"starting Ray, {ranks} trainer rank(s) and vLLM on {opd.device} (about a minute)", flush=True)
+    print(f"starting Ray, {ranks} trainer rank(s) and vLLM on {opd.device}", flush=True)
     with open_dict(config):
         config.ray_kwargs.ray_init.log_to_driver = opd.console == "full"
     # verl prints its Ray settings as one long line; `full` shows it.

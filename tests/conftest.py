@@ -23,13 +23,14 @@ def pytest_xdist_auto_num_workers(config):
     return 2 if [Path(argument).resolve() for argument in config.args] == [TESTS] else 0
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if TESTS / "stack" in item.path.parents:
             item.add_marker(pytest.mark.xdist_group("stack"))
     if (turn := config.getoption("--slow-turn")) is not None:
-        items[:] = rotated(items, turn)
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if item not in slow] + rotated(slow, turn)
 
 
 def rotated(items: list, turn: int) -> list:

@@ -33,6 +33,7 @@ from opd_ext.bridge.worker import OPDWorker, TeacherSettings
 from opd_ext.config import schema
 from opd_ext.objective.loss import means
 from opd_ext.objective.policy import prompt_mean_scale, span_gate
+from opd_ext.progress import since_start
 from opd_ext.report.console import StepPrinter
 from opd_ext.teacher.context import build_context
 from opd_ext.teacher.vocabulary import check_same_ids
@@ -76,6 +77,12 @@ class OPDTrainer(PPOTrainerSync):
         # Line buffered and appended to: `opd train` follows this file, and a resumed run continues it.
         self.console = Console(file=(self.run_dir / "console.log").open("a", buffering=1), width=120)
         self.printer = StepPrinter(self.total_training_steps, self.console)
+        prompts = f"{len(self.train_dataset):,} prompts to train on, {len(self.val_dataset):,} to validate"
+        self._say(f"{prompts}; loading the models and starting vLLM")
+
+    def _say(self, what: str) -> None:
+        """A line about the start of the run."""
+        self.console.print(since_start(what), markup=False, highlight=False, soft_wrap=True)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -406,6 +413,10 @@ class OPDTrainer(PPOTrainerSync):
         )
 
     # ------------------------------------------------------------------ validation and metrics
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        self._say("the stack is up")
+        super().fit(agent_loop_manager)
 
     def _validate(self) -> dict[str, float]:
         rows: list[dict[str, Any]] = []

@@ -373,6 +373,8 @@ def _check_lengths(opd: OPDConfig, config: DictConfig) -> None:
 
 
 def _check_engine(opd: OPDConfig, config: DictConfig) -> None:
+    if opd.warm_python and (opd.device != "cpu" or config.trainer.nnodes > 1):
+        raise ConfigError("opd.warm_python=true is for a run on the CPU of one machine; set it to false.")
     actor, ref, rollout = (config.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
     if actor.strategy != "fsdp2" or ref.strategy != "fsdp2":
         raise ConfigError("actor_rollout_ref.actor.strategy and .ref.strategy must both be fsdp2.")
@@ -436,7 +438,7 @@ def check_inputs(config: DictConfig) -> None:
     Raises:
         ConfigError: naming the missing path and how to get it.
     """
-    hint = " Build it with `opd data tinymath`." if config.opd.get("world") else ""
+    hint = " Make it with `opd data tinymath`." if config.opd.get("world") else ""
     paths = [("actor_rollout_ref.model.path", config.actor_rollout_ref.model.path)]
     if config.opd.teacher is not None and config.opd.teacher.get("path"):
         paths.append(("opd.teacher.path", config.opd.teacher.path))

@@ -292,7 +292,7 @@ def check_inputs(config: PipelineConfig) -> None:
     files |= {"evaluate.select_file": config.evaluate.select_file or config.evaluate.file}
     for key, value in files.items():
         if not value or not Path(value).is_file():
-            hint = " (opd data tinymath builds the miniature world)" if config.world else ""
+            hint = " (opd data tinymath makes the miniature world)" if config.world else ""
             raise ConfigError(f"{key}={value} is not a file{hint}.")
     models = {"model": config.model}
     if isinstance(config, T3SConfig):
@@ -303,7 +303,7 @@ def check_inputs(config: PipelineConfig) -> None:
     for key, value in models.items():
         hub_id = _HUB_ID.fullmatch(value) and not Path(value).exists()
         if not hub_id and not (Path(value) / "config.json").is_file():
-            hint = "; opd data tinymath builds the miniature world" if config.world else ""
+            hint = "; opd data tinymath makes the miniature world" if config.world else ""
             raise ConfigError(f"{key}={value} is neither a hub id nor a folder with a config.json{hint}.")
 
 

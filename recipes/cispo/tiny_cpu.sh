@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# CISPO on a laptop: the real Ray, vLLM and FSDP on four CPU cores, no GPU, no download.
+# CISPO on a laptop: the real Ray, vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/cispo/tiny_cpu.sh                           all of it, in minutes
 #   recipes/cispo/tiny_cpu.sh --dry-run                 the plan
 #   recipes/cispo/tiny_cpu.sh actor_rollout_ref.actor.clip_ratio_high=0.2     any setting can be overridden (cap 1.2)
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Trains the base model with four updates per batch of rollouts, and validates before, during and after.
 # 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/cispo-cpu_tiny.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# CRISP on a laptop: the real Ray, vLLM and FSDP on four CPU cores, no GPU, no download.
+# CRISP on a laptop: the real Ray, vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/crisp/tiny_cpu.sh                              all of it, in minutes
 #   recipes/crisp/tiny_cpu.sh --dry-run                    the plan
 #   recipes/crisp/tiny_cpu.sh opd.teacher.interval=0       any setting can be overridden (here: a frozen teacher)
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Trains the base model against its own copy that is told to be concise, and validates before, during and after.
 # 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/crisp-cpu_tiny.

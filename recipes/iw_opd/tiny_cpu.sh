@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# IW-OPD on a laptop: the real Ray, vLLM and FSDP on four CPU cores, no GPU, no download.
+# IW-OPD on a laptop: the real Ray, vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/iw_opd/tiny_cpu.sh                          all of it, in minutes
 #   recipes/iw_opd/tiny_cpu.sh --dry-run                the plan
 #   recipes/iw_opd/tiny_cpu.sh opd.credit.gamma=1.0      any setting can be overridden (here: a steeper weight)
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words, a larger and better one that will be its teacher) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Trains the base model against the larger one, early tokens first, and validates before, during and after.
 # 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/iw_opd-cpu_tiny.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# On-policy distillation on a laptop: the real Ray, vLLM and FSDP on four CPU cores, no GPU, no download.
+# On-policy distillation on a laptop: the real Ray, vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/opd/tiny_cpu.sh                             all of it, in minutes
 #   recipes/opd/tiny_cpu.sh --dry-run                   the plan
 #   recipes/opd/tiny_cpu.sh opd.divergence.support=full      any setting can be overridden (here: the exact divergence)
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words, a larger and better one that will be its teacher) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Trains the base model against the larger one on what the base model writes, and validates meanwhile.
 # 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/opd-cpu_tiny.

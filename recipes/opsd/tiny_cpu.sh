@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# OPSD on a laptop: the real Ray, vLLM and FSDP on four CPU cores, no GPU, no download.
+# OPSD on a laptop: the real Ray, vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/opsd/tiny_cpu.sh                            all of it, in minutes
 #   recipes/opsd/tiny_cpu.sh --dry-run                  the plan
 #   recipes/opsd/tiny_cpu.sh opd.divergence.clip=null      any setting can be overridden (here: no clip)
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Trains the base model against its own copy that has read the solution, and validates meanwhile.
 # 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/opsd-cpu_tiny.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# SDPO on a laptop: the real Ray, vLLM and FSDP on four CPU cores, no GPU, no download.
+# SDPO on a laptop: the real Ray, vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/sdpo/tiny_cpu.sh                            all of it, in minutes
 #   recipes/sdpo/tiny_cpu.sh --dry-run                  the plan
 #   recipes/sdpo/tiny_cpu.sh opd.context.include_feedback=false     any setting can be overridden (siblings only)
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Trains the base model against its slow copy that has read a sibling's answer or the grader's feedback.
 # 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/sdpo-cpu_tiny.

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# SSD on a laptop: the real vLLM and FSDP on four CPU cores, no GPU, no download.
+# SSD on a laptop: the real vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/ssd/tiny_cpu.sh                            all of it, in minutes
 #   recipes/ssd/tiny_cpu.sh --until train-control      stop there; the same command without it goes on
 #   recipes/ssd/tiny_cpu.sh --dry-run                  the stages, and which of them are done
 #   recipes/ssd/tiny_cpu.sh sweep=[]                   any setting can be overridden (here: only the named arms)
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Samples one answer per problem in several ways, the mandatory control among them, and fine-tunes a model on each.
 # 3. Evaluates all of them over several temperatures, prints the tables and writes them, with figures, into report/ of

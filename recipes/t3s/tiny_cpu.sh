@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# T3S on a laptop: the real vLLM and FSDP on four CPU cores, no GPU, no download.
+# T3S on a laptop: the real vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/t3s/tiny_cpu.sh                            all of it, in minutes
 #   recipes/t3s/tiny_cpu.sh --until bottleneck         stop there; the same command without it goes on
 #   recipes/t3s/tiny_cpu.sh --dry-run                  the stages, and which of them are done
 #   recipes/t3s/tiny_cpu.sh always_keep_eos=true       any setting can be overridden (here: the end is always trained)
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words, a larger and better one that will be its teacher) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Samples the teacher, fine-tunes a pilot on its right answers, finds the checkpoint that is worst on the training
 #    prompts, and fine-tunes the base again on the tokens whose confidence has not risen by then; controls beside it.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# TRACE on a laptop: the real Ray, vLLM and FSDP on four CPU cores, no GPU, no download.
+# TRACE on a laptop: the real Ray, vLLM and FSDP on two CPU cores, no GPU, no download.
 #
 #   recipes/trace/tiny_cpu.sh                           all of it, in minutes
 #   recipes/trace/tiny_cpu.sh --dry-run                 the plan
 #   recipes/trace/tiny_cpu.sh opd.credit.annotator.kind=random25 opd.credit.annotator.base=rule     any setting
 #
-# 1. The first time: builds the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
+# 1. The first time: unpacks the miniature world (tokenizer, arithmetic problems, a base model that solves them with too
 #    many words) in ${OPD_HOME:-~/.cache/opd_ext}/tinymath.
 # 2. Trains the base model with GRPO, and on marked spans against its copy that knows their type.
 # 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/trace-cpu_tiny.

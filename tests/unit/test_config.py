@@ -126,6 +126,8 @@ def test_the_node_carries_the_published_settings_of_crisp():
             ["ulysses_sequence_parallel_size=2", "set it to 1"],
         ),
         (["actor_rollout_ref.actor.strategy=fsdp"], ["fsdp2"]),
+        (["scale=node_8xh200", "opd.warm_python=true"], ["opd.warm_python=true", "one machine"]),
+        (["trainer.nnodes=2"], ["opd.warm_python=true", "one machine"]),
         (["actor_rollout_ref.model.use_remove_padding=false"], ["use_remove_padding", "true"]),
         (["actor_rollout_ref.model.use_fused_kernels=true"], ["use_fused_kernels", "false"]),
         (["actor_rollout_ref.model.lora_rank=8"], ["LoRA", "lora.merge=true"]),

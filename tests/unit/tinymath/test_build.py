@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Building the world, at a size that takes seconds: complete or absent, never rebuilt without need."""
 
+import copy
 import itertools
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from functools import partial
 
 import pandas as pd
@@ -12,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_ext.data.tinymath import build as building
-from opd_ext.data.tinymath import measure
+from opd_ext.data.tinymath import measure, shipped
 from opd_ext.data.tinymath.build import WorldError, build
 from opd_ext.data.tinymath.pretrain import (
     SPECS,
@@ -201,3 +203,73 @@ def test_pre_training_lowers_the_loss():
     pretrain(model, [corpus[0][64:]], spec, 0, progress=False, name="base")
     after = reply_loss(model, *held_back).item()
     assert after < 0.6 * before, "twenty steps take it from log 356 to well under 3.5 nats per token"
+
+
+# ---------------------------------------------------------------------- the models that come with the package
+
+
+def test_what_ships_was_made_with_the_settings_and_sizes_of_this_code():
+    record = shipped.record()
+    assert record["settings"] == building._settings(0)
+    assert {name: model["spec"] for name, model in record["models"].items()} == {
+        name: asdict(spec) for name, spec in SPECS.items()
+    }
+
+
+def test_the_world_is_unpacked_bit_for_bit_and_loads(tmp_path, capsys):
+    world = build(tmp_path / "w")
+    assert all(shipped.is_shipped(world / name, name) for name in SPECS)
+    for name, model in json.loads((world / "world.json").read_text())["models"].items():
+        loaded = AutoModelForCausalLM.from_pretrained(world / name)
+        assert sum(p.numel() for p in loaded.parameters()) == model["parameters"]
+        assert AutoTokenizer.from_pretrained(world / name).get_vocab().items() >= make_tokenizer().get_vocab().items()
+    assert "Comes with the package" in (world / "MODEL_CARD.md").read_text()
+    assert "base ready in" in capsys.readouterr().out
+    assert (world / "train.parquet").exists()
+
+
+def test_a_damaged_package_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    package = shutil.copytree(shipped.FOLDER, tmp_path / "package")
+    monkeypatch.setattr(shipped, "FOLDER", package)
+    weights = package / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    for _ in ("changed", "missing"):
+        with pytest.raises(WorldError, match=r"base/model.safetensors is damaged or missing: install opd-ext again"):
+            build(tmp_path / "w", ["large", "base"], progress=False)
+        weights.unlink(missing_ok=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+
+
+def test_settings_that_do_not_ship_must_be_trained(tmp_path):
+    with pytest.raises(WorldError, match="no models for these settings: train them with rebuild"):
+        build(tmp_path / "w", seed=1)
+
+
+def test_a_world_with_models_trained_here_says_so(tmp_path, capsys):
+    world = build(tmp_path / "w", ["base"], progress=False)
+    weights = world / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    build(world, ["base"])
+    assert "base was trained here and is not the shipped one; force replaces it" in capsys.readouterr().out
+
+
+def test_a_rebuilt_model_is_compared_bit_for_bit_then_within_noise():
+    built = copy.deepcopy(shipped.record()["models"]["base"])
+    assert shipped.compare(shipped.FOLDER / "base", "base", built) == "base: bit for bit the shipped model"
+    elsewhere = shipped.FOLDER / "large"
+    assert "equal to it within noise" in shipped.compare(elsewhere, "base", built)
+    accuracy, half_width = built["measured"]["student"]["all"]["accuracy"]
+    # Three standard errors of a difference are 3 / 1.96 * sqrt(2) = 2.16 half widths.
+    built["measured"]["student"]["all"]["accuracy"] = [accuracy - 2.1 * half_width, half_width]
+    assert "equal to it within noise" in shipped.compare(elsewhere, "base", built)
+    built["measured"]["student"]["all"]["accuracy"] = [accuracy - 2.2 * half_width, half_width]
+    assert "NOT the shipped model" in shipped.compare(elsewhere, "base", built)
+
+
+@pytest.mark.slow
+def test_rebuilding_the_base_model_gives_the_shipped_one(tmp_path, capsys):
+    """On one thread, from nothing. Another processor may round otherwise; then the model must still do as well."""
+    build(tmp_path / "w", ["base"], rebuild=True)
+    said = capsys.readouterr().out
+    assert "bit for bit the shipped model" in said or "equal to it within noise" in said
+    assert "pre-training base: " in said and " tokens/s, loss " in said
