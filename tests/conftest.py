@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the suite is spread over processes, and which slow tests a run of continuous integration has time for."""
+"""How the suite is spread over processes, and in which order slow tests take their turns."""
 
-import math
+import hashlib
 import time
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow-turn", type=int, help="where to begin among the slow tests: any number, another each time")
+    parser.addoption("--slow-turn", help="slow tests run in an order of their own for every value of this")
     parser.addoption("--slow-minutes", type=float, help="begin no further slow test after this many minutes")
 
 
@@ -23,23 +23,26 @@ def pytest_xdist_auto_num_workers(config):
     return 2 if [Path(argument).resolve() for argument in config.args] == [TESTS] else 0
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class StackApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "stack" if nodeid.startswith("tests/stack/") else nodeid
+
+    return StackApart(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if TESTS / "stack" in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("stack"))
     if (turn := config.getoption("--slow-turn")) is not None:
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        items[:] = [item for item in items if item not in slow] + rotated(slow, turn)
+        slow = {item.nodeid: item for item in items if item.get_closest_marker("slow")}
+        others = [item for item in items if item.nodeid not in slow]
+        items[:] = others + [slow[name] for name in shuffled(list(slow), turn)]
 
 
-def rotated(items: list, turn: int) -> list:
-    """``items`` from another place on for every ``turn``.
-
-    Steps of the golden ratio come near every place soon, whatever the distance between the turns of two landings is.
-    """
-    first = int(len(items) * math.modf(turn * (math.sqrt(5) - 1) / 2)[0])
-    return items[first:] + items[:first]
+def shuffled(names: list[str], turn: str) -> list[str]:
+    """``names`` in the order that belongs to ``turn``: none is last for ever, however far the turns lie apart."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{turn}/{name}".encode()).digest())
 
 
 def pytest_sessionstart(session):
@@ -49,4 +52,4 @@ def pytest_sessionstart(session):
 def pytest_runtest_setup(item):
     minutes = item.config.getoption("--slow-minutes")
     if minutes is not None and time.monotonic() - item.config.began > 60 * minutes:
-        pytest.skip(f"the {minutes:g} minutes for slow tests are over; another turn begins elsewhere")
+        pytest.skip(f"the {minutes:g} minutes for slow tests are over; in another turn it comes earlier")
