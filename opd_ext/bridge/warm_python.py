@@ -27,7 +27,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 PATH_VARIABLE = "OPD_WARM_PYTHON"
 """Environment variable with the path of a warm Python that runs on this machine use."""
@@ -479,6 +479,27 @@ class WarmPython:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def warm_python(wanted: bool, settings: Mapping[str, str]) -> Iterator[None]:
+    """``PATH_VARIABLE`` names a warm Python while the block runs.
+
+    One that it names already is used as it is. Nothing is started for a cluster, which has machines of its own.
+
+    Args:
+        wanted: False starts none.
+        settings: environment variables of the processes to come, besides those of this one.
+    """
+    if not wanted or os.environ.get(PATH_VARIABLE) or os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    with WarmPython({**os.environ, **settings}) as python:
+        os.environ[PATH_VARIABLE] = python.path
+        try:
+            yield
+        finally:
+            del os.environ[PATH_VARIABLE]
 
 
 if __name__ == "__main__":

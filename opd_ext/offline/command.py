@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``opd ssd`` and ``opd t3s``: settings, stages, report."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from opd_ext.bridge.warm_python import PATH_VARIABLE, WarmPython
+from opd_ext.bridge.warm_python import warm_python
 from opd_ext.offline import problems, ssd_pipeline, t3s_pipeline
 from opd_ext.offline.settings import PipelineConfig, SSDConfig, T3SConfig, check_inputs, compose_pipeline
 from opd_ext.offline.stages import Pipeline
@@ -51,7 +49,9 @@ def run(
     if dry_run:
         console.print(_overview(pipeline))
         return
-    with _warm_python(config, pipeline):
+    # On the CPU a pipeline's processes, one after the other, are forked from one that has imported the stack.
+    busy = any(state != "done" for _, state, _ in pipeline.overview())
+    with warm_python(config.device == "cpu" and busy, {name: str(value) for name, value in config.environment.items()}):
         pipeline.run(until, only, force)
     content = OmegaConf.to_yaml(OmegaConf.structured(config))
     write_whole(Path(config.run_dir) / "config.yaml", content.encode())  # of what was accepted and ran
@@ -66,22 +66,6 @@ def _check(config: PipelineConfig) -> None:
     problems.check_columns(config.prompts.file, graded=isinstance(config, T3SConfig))
     for file in filter(None, (config.evaluate.file, config.evaluate.select_file)):
         problems.check_columns(file, graded=True)
-
-
-@contextmanager
-def _warm_python(config: PipelineConfig, pipeline: Pipeline) -> Iterator[None]:
-    """On the CPU a pipeline's processes, one after the other, are forked from one that has imported the stack."""
-    busy = any(state != "done" for _, state, _ in pipeline.overview())
-    if config.device != "cpu" or not busy or PATH_VARIABLE in os.environ or os.environ.get("RAY_ADDRESS"):
-        yield
-        return
-    settings = {name: str(value) for name, value in config.environment.items()}
-    with WarmPython({**os.environ, **settings}) as python:
-        os.environ[PATH_VARIABLE] = python.path
-        try:
-            yield
-        finally:
-            del os.environ[PATH_VARIABLE]
 
 
 def _overview(pipeline: Pipeline) -> Table:

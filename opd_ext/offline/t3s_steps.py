@@ -20,6 +20,7 @@ from opd_ext.offline.settings import Decoding, T3SConfig, plain
 from opd_ext.offline.stages import Stage, StageError
 from opd_ext.offline.steps import Steps, write_frame
 from opd_ext.offline.tables import CONFIDENCE, FLAGS, PROMPTS, SAMPLES, TableError, aligned, read_table, write_table
+from opd_ext.progress import Progress
 from opd_ext.report.run_report import write_whole
 from opd_ext.report.t3s_report import trajectory_lines
 
@@ -185,20 +186,14 @@ class T3S(Steps):
             models = {str(self.confidence_file(step)): model for step, model in self.checkpoints.items()}
             spec = self.folder / "logs" / "confidence.json"
             write_whole(spec, json.dumps(task | {"models": models}).encode())
-            ranks = self.config.train.ranks
-            launch.run(
-                [
-                    launch.Command(
-                        "opd_ext.bridge.confidence",
-                        [str(spec)],
-                        spec.with_suffix(".log"),
-                        ranks,
-                        ranks,
-                        self.environment,
-                    )
-                ],
-                self.config.device,
-            )
+            ranks, log = self.config.train.ranks, spec.with_suffix(".log")
+            command = launch.Command("opd_ext.bridge.confidence", [str(spec)], log, ranks, ranks, self.environment)
+            with Progress("confidence", len(models), "checkpoints") as progress:
+                launch.run(
+                    [command],
+                    self.config.device,
+                    lambda: progress.update(sum(Path(file).exists() for file in models)),
+                )
             return {}
 
         outputs = [str(self.confidence_file(step).relative_to(self.folder)) for step in self.checkpoints]

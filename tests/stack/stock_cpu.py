@@ -29,7 +29,7 @@ def main() -> None:
 
     config = train.compose_config(sys.argv[1:])
     train.prepare_environment(config)
-    train.warm_python(config)
+    train.fork_workers(config)
     with open_dict(config):
         del config.ray_kwargs.ray_init.runtime_env.env_vars["OPD_RUN"]  # verl's worker keeps verl's name of the socket
     del os.environ["OPD_RUN"]

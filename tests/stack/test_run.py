@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.stack.conftest import metrics, shards
+from tests.stack.replay import in_prompt_order, replay
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,22 @@ def test_a_run_leaves_its_config_generations_and_readable_console(two_ranks):
     assert len((run_dir / "generations" / "train_1.jsonl").read_text().splitlines()) == 16
     assert list((run_dir / "tensorboard").rglob("events*"))
     assert "6/6" in output and "entropy" in output
+    assert "20,000 prompts to train on, 16 to validate; loading the models" in output
+    assert output.index("the stack is up") < output.index("1/6")
     assert not list((run_dir / "checkpoints").glob(".incomplete*"))
+
+
+@pytest.mark.slow  # a minute of imports
+def test_a_run_without_the_warm_python_computes_the_same_bits(train, tmp_path):
+    settings = [*replay(tmp_path / "dump", 2), "opd.teacher.interval=1"]
+    train(tmp_path / "warm", *settings)
+    in_prompt_order(tmp_path / "dump")
+    train.alone(tmp_path / "cold", *settings, "opd.warm_python=false")
+    for part in ("actor", "teacher"):
+        assert equal(shards(tmp_path / "warm", 2, part), shards(tmp_path / "cold", 2, part))
+    names = ("opd/loss", "opd/grad_norm", "opd/divergence", "rollout/tokens_mean")
+    for warm, cold in zip(metrics(tmp_path / "warm"), metrics(tmp_path / "cold"), strict=True):
+        assert [warm[name] for name in names] == [cold[name] for name in names]
 
 
 def test_a_student_that_is_its_own_teacher_has_no_loss(train, tmp_path, capsys):
