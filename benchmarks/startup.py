@@ -107,6 +107,7 @@ def measure(overrides: list[str]) -> dict:
                 time.sleep(EVERY_S)
             run.wait()
             marks["run ended"] = time.monotonic() - began
+            marks = {name: round(at, 1) for name, at in marks.items()}
     rows = [
         {"process": p.name, "born_s": round(p.born, 1), "ready_s": round(p.ready(), 1), "cpu_s": round(p.cpu(), 1)}
         for p in sorted(known.values(), key=lambda p: p.born)
