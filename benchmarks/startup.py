@@ -76,8 +76,6 @@ def title(pid: int) -> str:
         return words[0].partition(".")[0]
     scripts = [word for word in words[:6] if word.endswith((".py", "/opd")) or word in ("opd_ext.train",)]
     name = Path(scripts[0] if scripts else words[0]).name
-    if name == "warm_python.py":
-        name += f" {words[words.index(next(w for w in words if w.endswith('warm_python.py'))) + 1]}"
     return name[:60]
 
 

@@ -5,29 +5,31 @@ A run on one machine starts some ten Python processes, one waiting for the other
 same imports again. This module imports them once and answers under a path that is used like an interpreter: Ray runs
 its workers with it (``runtime_env.py_executable``), multiprocessing its spawned children (``set_executable``).
 
-Three roles, one file:
+Three roles:
 
 * The *server* (:class:`WarmPython` starts it) imports what knows nothing of Ray, listens, and forks a *template* for
   every Ray job. Ray reads the job's identity from the environment when its library is loaded, never again; so a
   template imports Ray and verl for one job, and every process of that job is forked from it.
-* A *stand-in* is what the path starts. It sends its command line, environment, folder and open files to the template,
-  forwards signals to the process that was forked, and ends as that ends. What cannot be forked exactly (other flags,
-  other settings of libraries, other modules of a name, no answer) the stand-in does itself, as a plain Python.
+* A *stand-in* (:mod:`opd_ext.bridge.stand_in`) is what the path starts. It sends its command line, environment, folder
+  and open files to the template, forwards signals to the process that was forked, and ends as that ends. What cannot
+  be forked exactly (other flags, other settings of libraries, other modules of a name, no answer) it does itself, as a
+  plain Python.
 * The *forked process* becomes what was asked for: script or code, environment, folder, files, priority.
 
 Nothing outlives its owner: a stand-in that is killed takes its process along, and so does the server's owner.
 """
 
-# Standard library only, and little of it: every stand-in executes this file.
-import array
+# Standard library only: whoever starts a run imports this file first, and what is slow is imported behind a request.
 import contextlib
-import json
 import os
 import select
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
+
+from opd_ext.bridge import stand_in
+from opd_ext.bridge.stand_in import kill, receive, send
 
 PATH_VARIABLE = "OPD_WARM_PYTHON"
 """Environment variable with the path of a warm Python that runs on this machine use."""
@@ -72,110 +74,8 @@ JOB = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_AUTH_MODE")
 # cannot be forked.
 READ_AT_IMPORT = ("VERL_PLATFORM", "VERL_USE_", "TQ_", "TORCHDYNAMO", "HF_", "PYTHONHASHSEED")
 
-_FLAGS = {"-u", "-s", "-E", "-B", "-I"}  # without effect on what is forked here
 _GRACE_S = 3.0
 _IDLE_S = 5.0  # after which a template whose processes have all ended ends too
-
-
-# ---------------------------------------------------------------------- messages: a length, JSON, open files
-
-
-def _send(connection: socket.socket, message: object, files: list[int] = ()) -> None:
-    body = json.dumps(message).encode()
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
-    connection.sendmsg([len(body).to_bytes(4, "big")], rights)
-    connection.sendall(body)
-
-
-def _receive(connection: socket.socket) -> tuple[object, list[int]]:
-    """The next message and its files.
-
-    Raises:
-        EOFError: the other side is gone.
-    """
-    files = array.array("i")
-    head, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(256 * files.itemsize))
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            files.frombytes(content[: len(content) - len(content) % files.itemsize])
-    length, body = int.from_bytes(head, "big"), b""
-    while len(head) == 4 and len(body) < length:
-        part = connection.recv(length - len(body))
-        if not part:
-            break
-        body += part
-    if len(head) < 4 or len(body) < length:
-        raise EOFError("the other side closed the connection")
-    return json.loads(body), list(files)
-
-
-# ---------------------------------------------------------------------- the stand-in
-
-
-def _program(arguments: list[str]) -> list[str] | None:
-    """``arguments`` from the script, ``-m`` or ``-c`` on; None if there is none of them, or flags that matter."""
-    for i, argument in enumerate(arguments):
-        if argument in ("-c", "-m") or not argument.startswith("-"):
-            return arguments[i:]
-        if argument not in _FLAGS:
-            return None
-    return None
-
-
-def stand_in(address: str, arguments: list[str]) -> None:
-    """Have ``python ARGUMENTS`` forked by the server at ``address`` and end as it ends; never returns."""
-    files = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the folder's own descriptor is closed by now
-            os.fstat(int(name))
-            files.append(int(name))
-    program = _program(arguments)
-    connection, pid = _ask(address, program, files) if program is not None else (None, None)
-    if pid is None:
-        os.execv(sys.executable, [sys.executable, *arguments])
-    for forwarded in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(forwarded, lambda number, _: _kill(pid, number))
-    for descriptor in files:
-        if descriptor > 2:  # a pipe whose closing means something must be held by the process alone
-            os.close(descriptor)
-    try:
-        status = _receive(connection)[0]
-    except (OSError, EOFError):  # the template is gone, and took its processes along
-        status = -signal.SIGKILL
-    if status < 0:
-        if -status != signal.SIGKILL:
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    os._exit(status)
-
-
-def _ask(address: str, program: list[str], files: list[int]) -> tuple[socket.socket | None, int | None]:
-    """The connection to the template that forked, and the forked process; None where it cannot be forked."""
-    request = {
-        "program": program,
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-        "files": files,
-        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
-    }
-    try:
-        while address is not None:  # the server answers with the address of a template, the template with a process
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(address)
-            _send(connection, request, files)
-            answer = _receive(connection)[0]
-            if isinstance(answer, int):
-                return connection, answer
-            connection.close()
-            address = answer
-    except (OSError, EOFError):
-        pass
-    return None, None
-
-
-def _kill(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 # ---------------------------------------------------------------------- server and templates
@@ -223,7 +123,7 @@ class _Forking:
                         pass
                 self.reap()
             for connection in [each for each in self.connections if each in ready]:
-                _kill(self.connections.pop(connection), signal.SIGKILL)  # its stand-in was killed
+                kill(self.connections.pop(connection), signal.SIGKILL)  # its stand-in was killed
                 connection.close()
             if 0 in ready and not os.read(0, 1):
                 self.end()
@@ -236,7 +136,7 @@ class _Forking:
     def answer(self, connection: socket.socket, _: object) -> tuple[dict, list[int]] | None:
         """Answer one stand-in; in a forked process, its request and files."""
         try:
-            request, files = _receive(connection)
+            request, files = receive(connection)
         except (EOFError, OSError, ValueError):
             connection.close()
             return None
@@ -263,7 +163,7 @@ class _Forking:
                 return request, files
             self.connections[connection] = answer
         with contextlib.suppress(OSError):
-            _send(connection, answer)
+            send(connection, answer)
         for descriptor in files:
             os.close(descriptor)
         if connection not in self.connections:
@@ -305,7 +205,7 @@ class _Forking:
             self.templates = {address: each for address, each in self.templates.items() if each != pid}
             for connection in [each for each, process in self.connections.items() if process == pid]:
                 with contextlib.suppress(OSError):
-                    _send(connection, os.waitstatus_to_exitcode(status))
+                    send(connection, os.waitstatus_to_exitcode(status))
                 connection.close()
                 del self.connections[connection]
 
@@ -320,7 +220,7 @@ class _Forking:
             self.reap()
             time.sleep(0.02)
         for pid in (*self.connections.values(), *self.templates.values()):
-            _kill(pid, signal.SIGKILL)
+            kill(pid, signal.SIGKILL)
         if self.job is None:
             shutil.rmtree(os.path.dirname(self.address), ignore_errors=True)
         os._exit(0)
@@ -450,14 +350,14 @@ class WarmPython:
         self._folder = tempfile.TemporaryDirectory(prefix="opd-warm-", ignore_cleanup_errors=True)
         self._address = address = os.path.join(self._folder.name, "socket")
         self.path = os.path.join(self._folder.name, "python")
-        words = [sys.executable, "-I", "-S", os.path.abspath(__file__), "stand-in", address]
+        words = [sys.executable, "-I", "-S", stand_in.__file__, address]
         with open(self.path, "w") as file:
             file.write(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         os.chmod(self.path, 0o755)
         # The socket is there before anybody can ask; the server inherits it.
         with _listen(address) as listener, open(os.path.join(self._folder.name, "server.log"), "w") as log:
             self._server = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), "serve", str(listener.fileno())],
+                [sys.executable, os.path.abspath(__file__), str(listener.fileno())],
                 pass_fds=[listener.fileno()],
                 env=dict(environment),
                 stdin=subprocess.PIPE,
@@ -503,8 +403,5 @@ def warm_python(wanted: bool, settings: Mapping[str, str]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "stand-in":
-        stand_in(sys.argv[2], sys.argv[3:])
-    else:
-        sys.path.pop(0)  # this file's folder, which no module must be imported from
-        _become(*_Forking(socket.socket(fileno=int(sys.argv[2])), None).serve())
+    sys.path.pop(0)  # this file's folder, which no module must be imported from
+    _become(*_Forking(socket.socket(fileno=int(sys.argv[1])), None).serve())
