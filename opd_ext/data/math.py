@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from opd_ext.progress import Progress
 from opd_ext.rewards.math_dual import last_box
 from opd_ext.teacher import prompts
 
@@ -154,14 +155,17 @@ def prepare(
         if set(files) <= {TRAINING}:
             raise ValueError("--teacher-prompt renders evaluation sets: name at least one besides --dapo.")
     data_sets: dict[str, DataSet] = {}
-    for name, path in files.items():
-        frame = read_frame(Path(path))
-        _warn_of_other_file(name, Path(path), console)
-        if name == TRAINING:
-            data_sets |= training_sets(frame, path, val_fraction)
-        else:
-            data_sets |= evaluation_sets(name, frame, path, eval_suffix, teacher_prompt)
-    status = write_tables({Path(out) / f"{name}.parquet": _table(data) for name, data in data_sets.items()}, force)
+    with Progress("preparing", len(files), "files", console) as progress:
+        for name, path in files.items():
+            progress.update(note=str(path))
+            frame = read_frame(Path(path))
+            _warn_of_other_file(name, Path(path), console)
+            if name == TRAINING:
+                data_sets |= training_sets(frame, path, val_fraction)
+            else:
+                data_sets |= evaluation_sets(name, frame, path, eval_suffix, teacher_prompt)
+            progress.update(advance=1)
+        status = write_tables({Path(out) / f"{name}.parquet": _table(data) for name, data in data_sets.items()}, force)
     console.print(_summary(data_sets, status))
     return list(status)
 
