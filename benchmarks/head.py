@@ -28,7 +28,7 @@ from measure import RESULTS, in_fresh_process, provenance, resident, timed, writ
 from rich.console import Console
 from rich.table import Table
 
-from opd_ext.objective.divergence import reverse_kl
+from opd_ext.divergence.divergences import reverse_kl
 from opd_ext.objective.head import chunked_divergence
 
 ARMS = ("dense", "head")

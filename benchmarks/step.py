@@ -116,7 +116,7 @@ class Arms:
         from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
         from opd_ext.bridge.engine import OPDEngine
-        from opd_ext.objective.loss import Objective
+        from opd_ext.objective.objective import Objective
 
         self.setting, self.folder = setting, folder
         if {"grpo", "log_probs"} & set(arms):

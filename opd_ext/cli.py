@@ -83,7 +83,7 @@ def tinymath(
     threads: Annotated[int, typer.Option(min=1, help="of a rebuild")] = 1,
 ) -> None:
     """Make the miniature world: arithmetic problems and the small models that come with the package. No download."""
-    from opd_ext.data.tinymath.build import WorldError, build
+    from opd_ext.tinymath.build import WorldError, build
 
     names = [name.strip() for name in models.split(",") if name.strip()]
     try:
@@ -166,8 +166,8 @@ def discover(
     attempts: Annotated[int, typer.Option(help="attempts between two updates")] = 16,
 ) -> None:
     """Search for a right answer to one question, learning from failures (test-time self-distillation)."""
-    from opd_ext.discover import SearchError
-    from opd_ext.discover import discover as search
+    from opd_ext.pipelines.discover import SearchError
+    from opd_ext.pipelines.discover import discover as search
 
     try:
         search(data_file, row, out, seeds, budget, attempts, overrides=overrides or [])
@@ -186,12 +186,12 @@ def _add_pipeline(name: str, text: str) -> None:
         dry_run: Annotated[bool, typer.Option("--dry-run", help="print the stages and what is done, and stop")] = False,
         cfg: Annotated[bool, typer.Option("--cfg", help="print the composed configuration and stop")] = False,
     ) -> None:
-        from opd_ext.config.schema import ConfigError
-        from opd_ext.offline.command import run
-        from opd_ext.offline.launch import LaunchError
-        from opd_ext.offline.merge import MergeError
-        from opd_ext.offline.stages import StageError
-        from opd_ext.offline.tables import TableError
+        from opd_ext.errors import ConfigError
+        from opd_ext.launch import LaunchError
+        from opd_ext.pipelines.command import run
+        from opd_ext.pipelines.stages import StageError
+        from opd_ext.pipelines.t3s.merge import MergeError
+        from opd_ext.tokens.tables import TableError
 
         try:
             run(name, overrides or [], until, only, force, dry_run, cfg)

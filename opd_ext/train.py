@@ -8,58 +8,22 @@ opd train --config-dir DIR method=mine                 a preset of yours: DIR/me
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from uuid import uuid4
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
-from opd_ext.bridge.warm_python import PATH_VARIABLE, warm_python
+from opd_ext.bridge.warm_python import warm_python
 from opd_ext.config import checks, schema
+from opd_ext.config.compose import compose_config
+from opd_ext.launch import PATH_VARIABLE
 from opd_ext.progress import STARTED
-
-CONFIG_DIR = Path(__file__).parent / "config"
-
-
-def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """verl's ``ppo_trainer`` + method + scale + ``overrides``, composed by Hydra and fully resolved.
-
-    Args:
-        overrides: in Hydra's grammar, but keys of `opd` need no `+`.
-        config_dirs: further folders with presets of the same groups (``method/``, ``scale/``, ``tuning/``).
-
-    Raises:
-        ConfigError: for an override that Hydra cannot apply.
-    """
-    # Located without importing it: verl settles its platform at import, and the platform is part of this config.
-    verl = importlib.util.find_spec("verl")
-    if verl is None:
-        raise schema.ConfigError("verl is not installed in this environment; run `bash setup.sh`.")
-    folders = [Path(verl.origin).parent / "trainer" / "config", *(Path(folder).absolute() for folder in config_dirs)]
-    search_path = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            config = compose("opd", overrides=[search_path, *map(_addable, overrides)])
-        config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())  # what follows from it included
-        OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise schema.ConfigError(f"The configuration does not compose: {reason}") from None
-    return config
-
-
-def _addable(override: str) -> str:
-    """Keys of `opd` that a preset leaves at their default can be set like any other; the schema knows which exist."""
-    return f"++{override}" if override.startswith("opd.") else override
 
 
 def prepare_environment(config: DictConfig) -> None:

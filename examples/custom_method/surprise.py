@@ -10,8 +10,8 @@ Squared Hellinger distance, on the tokens at which the teacher is more surprised
 import torch
 from torch import Tensor
 
-from opd_ext.objective.credit import CreditInputs, register_credit
-from opd_ext.objective.divergence import log_probs, register_divergence
+from opd_ext.credit.credits import CreditInputs, register_credit
+from opd_ext.divergence.divergences import log_probs, register_divergence
 
 
 @register_divergence("hellinger")

@@ -13,8 +13,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from opd_ext.bridge.rollouts import ANNOTATION
 from opd_ext.config import schema
-from opd_ext.teacher.annotate import Request, build_annotator
-from opd_ext.teacher.context import render
+from opd_ext.context.sequence import render
+from opd_ext.credit.annotate import Request, build_annotator
 
 
 def request_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:

@@ -4,7 +4,7 @@
 verl's forward-only engine reads the same rows in the same batches for every model, so that two sweeps differ by the
 weights and by nothing else: a token whose probability is near 1 changes sides on a rounding error.
 
-The specification is JSON: fields of :class:`~opd_ext.offline.finetuning.FineTuning` without ``model`` and ``out``, and
+The specification is JSON: fields of :class:`~opd_ext.tokens.finetuning.FineTuning` without ``model`` and ``out``, and
 ``models``: path of the result -> model. Each rank writes its share beside the result; rank 0 joins them.
 """
 
@@ -27,9 +27,9 @@ from verl.workers.engine_workers import TrainingWorker
 
 from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
 from opd_ext.bridge.finetune import join_group, sft_config
-from opd_ext.offline.dataset import TokenDataset
-from opd_ext.offline.finetuning import FineTuning
-from opd_ext.offline.tables import CONFIDENCE, TableError, read_table, write_table
+from opd_ext.tokens.dataset import TokenDataset
+from opd_ext.tokens.finetuning import FineTuning
+from opd_ext.tokens.tables import CONFIDENCE, TableError, read_table, write_table
 
 ROWS = 32  # per call of the engine, and rank
 
@@ -94,7 +94,7 @@ def _sweep(task: FineTuning, dataset: TokenDataset) -> tuple[int, int, pd.DataFr
 
 
 def main(spec: Path) -> None:
-    """Write a table of :data:`~opd_ext.offline.tables.CONFIDENCE` per model; those that exist are left alone."""
+    """Write a table of :data:`~opd_ext.tokens.tables.CONFIDENCE` per model; those that exist are left alone."""
     content = json.loads(spec.read_text())
     models = {out: model for out, model in content.pop("models").items() if not Path(out).exists()}
     task = FineTuning(**content, model="", out="")

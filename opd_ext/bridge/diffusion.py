@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from opd_ext.objective.diffusion import attention_argument, block_diffusion_mask, corrupt, token_weights
+from opd_ext.diffusion.masking import attention_argument, block_diffusion_mask, corrupt, token_weights
 
 MODEL_TYPE = "masked_diffusion"
 
@@ -117,7 +117,7 @@ def diffusion_loss(
         data: jagged ``loss_mask`` [B, j1]; ``batch_num_tokens``, its sum over the global batch; ``dp_size``; for
             ``inverse_ratio`` also ``global_batch_size``.
         weighting: ``mean`` over the hidden tokens of the global batch, or ``inverse_ratio``, see
-            :func:`~opd_ext.objective.diffusion.token_weights`; its ratio is that of the union.
+            :func:`~opd_ext.diffusion.masking.token_weights`; its ratio is that of the union.
 
     Returns:
         The loss, scaled by the number of ranks because FSDP averages gradients over them, and no metrics. 0 where the

@@ -29,7 +29,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 
 from opd_ext.objective.alignment import packed_response_rows
-from opd_ext.objective.loss import MicroBatch, Objective, PolicyTerm, Shape
+from opd_ext.objective.objective import MicroBatch, Objective, PolicyTerm, Shape
 
 # What `lm_head` does to its input: (hidden [1, R, H], weight [V, H]) -> tensor.
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

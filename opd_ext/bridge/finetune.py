@@ -4,7 +4,7 @@
 verl's trainer and engines do the work. What differs: the data are token tables, a checkpoint is there as a whole or
 not at all, a run goes on exactly, and a mask that leaves a global batch nothing to train gives zero, not NaN.
 
-The specification is JSON with the fields of :class:`~opd_ext.offline.finetuning.FineTuning`.
+The specification is JSON with the fields of :class:`~opd_ext.tokens.finetuning.FineTuning`.
 """
 
 import math
@@ -35,8 +35,8 @@ from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine
 from opd_ext.bridge.cpu_platform import init_process_group
 from opd_ext.bridge.diffusion import MODEL_TYPE as MASKED_DIFFUSION
 from opd_ext.bridge.diffusion import diffusion_loss
-from opd_ext.offline.dataset import TokenDataset
-from opd_ext.offline.finetuning import FineTuning
+from opd_ext.tokens.dataset import TokenDataset
+from opd_ext.tokens.finetuning import FineTuning
 
 
 class FineTuningWorker(TrainingWorker):

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
-from opd_ext.report.search import pass_at_k
+from opd_ext.estimators import pass_at_k
 
 ANNOTATION = "opd_annotation"
 """Under which name the agent loop leaves an annotation beside a rollout."""
@@ -100,28 +97,3 @@ def _pass_at_k(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     (n,) = sizes
     ks = sorted({*(2**i for i in range(1, n.bit_length())), n})
     return {f"{prefix}/pass_at_{k}": float(np.mean([pass_at_k(n, sum(s), k) for s in right.values()])) for k in ks}
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``rows`` to ``path`` so that the file is either absent, old or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=float) + "\n" for row in rows)
-    os.replace(temporary, path)
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Remove what a killed run recorded beyond ``step``, a half-written last line included: it will be done again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)

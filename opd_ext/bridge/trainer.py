@@ -28,14 +28,14 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext.bridge import checkpoint, rollouts
-from opd_ext.bridge.lessons import Lesson, plan_lessons, put_lessons
+from opd_ext.bridge.console import StepPrinter
+from opd_ext.bridge.teacher_inputs import Lesson, plan_lessons, put_lessons
 from opd_ext.bridge.worker import OPDWorker, TeacherSettings
 from opd_ext.config import schema
-from opd_ext.objective.loss import means
-from opd_ext.objective.policy import prompt_mean_scale, span_gate
+from opd_ext.context.contexts import build_context
+from opd_ext.objective.metrics import means
+from opd_ext.policy.advantages import prompt_mean_scale, span_gate
 from opd_ext.progress import since_start
-from opd_ext.report.console import StepPrinter
-from opd_ext.teacher.context import build_context
 from opd_ext.teacher.vocabulary import check_same_ids
 
 # What the workers read of a rollout; everything else stays in the queue.

@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-from opd_ext.config.schema import ConfigError
+from opd_ext.errors import ConfigError
 
 # Sections that the run will turn into verl's dataclasses; a key that a dataclass does not know fails here.
 _DATACLASS_SECTIONS = (

@@ -30,9 +30,7 @@ from collections.abc import Iterator, Mapping
 
 from opd_ext.bridge import stand_in
 from opd_ext.bridge.stand_in import kill, receive, send
-
-PATH_VARIABLE = "OPD_WARM_PYTHON"
-"""Environment variable with the path of a warm Python that runs on this machine use."""
+from opd_ext.launch import PATH_VARIABLE
 
 # Everything that takes long to import and does not import Ray.
 PRELOADED = (

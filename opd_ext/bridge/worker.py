@@ -16,7 +16,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
 from opd_ext.bridge.cpu_platform import init_process_group, own_socket
-from opd_ext.objective.loss import Objective
+from opd_ext.objective.objective import Objective
 from opd_ext.teacher.weights import copy_shards, ema_shards
 
 # Of the student's model config, what an external teacher is loaded with too.

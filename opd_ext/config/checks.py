@@ -2,20 +2,19 @@
 """Combinations that are refused before any process is started, each in one sentence that says what to change."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from opd_ext.config.schema import ConfigError, DivergenceTerm, OPDConfig, load
-from opd_ext.objective.credit import CreditInputs, credit_names, get_credit
-from opd_ext.objective.divergence import divergence_names, get_divergence
-from opd_ext.objective.objective import REDUCTIONS
-from opd_ext.teacher.annotate import annotator_names, get_annotator
-from opd_ext.teacher.context import build_context, context_names, get_context
+from opd_ext.config.schema import OPDConfig, load
+from opd_ext.context.contexts import build_context, context_names, get_context
+from opd_ext.credit.annotate import annotator_names, get_annotator
+from opd_ext.credit.credits import CreditInputs, credit_names, get_credit
+from opd_ext.divergence.config import DivergenceTerm
+from opd_ext.divergence.divergences import divergence_names, get_divergence
+from opd_ext.errors import ConfigError, check_options, one_of, parameters, positive
+from opd_ext.objective.reduction import REDUCTIONS
 from opd_ext.teacher.vocabulary import check_same_ids
 
 TEACHER_WEIGHTS = ("live", "base", "frozen", "periodic", "ema", "trust_region", "external")
@@ -49,8 +48,8 @@ def check(config: DictConfig) -> OPDConfig:
         _, *path = key.split(".")
         section = opd if len(path) == 1 else getattr(opd, path[0])
         if section is not None:
-            _one_of(key, getattr(section, path[-1]), allowed)
-    _positive("opd.head.chunk_size", opd.head.chunk_size)
+            one_of(key, getattr(section, path[-1]), allowed)
+    positive("opd.head.chunk_size", opd.head.chunk_size)
     if opd.distils:
         _check_teacher(opd, config)
         _check_context(opd)
@@ -63,32 +62,6 @@ def check(config: DictConfig) -> OPDConfig:
     _check_lengths(opd, config)
     _check_engine(opd, config)
     return opd
-
-
-def _one_of(key: str, value: Any, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}={value} does not exist; choose one of: {', '.join(sorted(allowed))}.")
-
-
-def _positive(key: str, value: float, zero: bool = False) -> None:
-    if value < 0 or (value == 0 and not zero):
-        raise ConfigError(f"{key}={value} must be {'zero or ' if zero else ''}positive.")
-
-
-def _check_options(key: str, kind: str, given: dict[str, Any], allowed: Iterable[str] | None) -> None:
-    allowed = None if allowed is None else sorted(allowed)
-    for name in given:
-        if allowed is not None and name not in allowed:
-            takes = f"it takes: {', '.join(allowed)}" if allowed else "it takes no options"
-            raise ConfigError(f"{key}.{name} does not exist for kind={kind}: take it out (~{key}.{name}); {takes}.")
-
-
-def _parameters(function: Callable[..., Any], skip: int) -> list[str] | None:
-    """Names of the parameters after the first ``skip``; None if it takes any (``**kwargs``)."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return [parameter.name for parameter in parameters][skip:]
 
 
 # ---------------------------------------------------------------------- the five places
@@ -106,7 +79,7 @@ def _check_teacher(opd: OPDConfig, config: DictConfig) -> None:
     teacher = opd.teacher
     if teacher is None or opd.context is None:
         raise ConfigError("opd.divergence needs a teacher: set opd.teacher and opd.context.")
-    _positive("opd.teacher.interval", teacher.interval, zero=True)
+    positive("opd.teacher.interval", teacher.interval, zero=True)
     if teacher.weights in ("ema", "trust_region") and not 0 < teacher.rate <= 1:
         raise ConfigError(f"opd.teacher.rate={teacher.rate} must be in (0, 1]: the share of the student mixed in.")
     if (teacher.weights == "external") != (teacher.path is not None):
@@ -139,9 +112,9 @@ def _check_server(opd: OPDConfig, config: DictConfig) -> None:
 
 
 def _check_context(opd: OPDConfig) -> None:
-    _one_of("opd.context.kind", opd.context.kind, context_names())
+    one_of("opd.context.kind", opd.context.kind, context_names())
     options = {entry.name for entry in dataclasses.fields(get_context(opd.context.kind))} - {"tokenizer"}
-    _check_options("opd.context", opd.context.kind, opd.context.args, options)
+    check_options("opd.context", opd.context.kind, opd.context.args, options)
     try:
         build_context(opd.context)
     except (TypeError, ValueError) as error:
@@ -192,8 +165,8 @@ def _check_extrapolation(opd: OPDConfig, config: DictConfig) -> None:
 
 
 def _check_term(key: str, term: DivergenceTerm) -> None:
-    _one_of(f"{key}.support", term.support, SUPPORTS)
-    _one_of(f"{key}.kind", term.kind, [name for name in divergence_names() if not name.startswith("topk_")])
+    one_of(f"{key}.support", term.support, SUPPORTS)
+    one_of(f"{key}.kind", term.kind, [name for name in divergence_names() if not name.startswith("topk_")])
     if term.support == "sampled":
         if term.kind != "reverse_kl":
             raise ConfigError(f"{key}.kind={term.kind} has no form on the sampled token: set reverse_kl.")
@@ -204,14 +177,14 @@ def _check_term(key: str, term: DivergenceTerm) -> None:
         raise ConfigError(f"{key}.support=topk is not defined for kind={term.kind}: set support=full.")
     if (term.support == "topk") != (term.k is not None):
         raise ConfigError(f"{key}.k belongs to support=topk and to no other: set both or neither.")
-    _one_of(f"{key}.topk_by", term.topk_by, ("student", "teacher"))
-    _one_of(f"{key}.tail", term.tail, ("bucket", "renorm", "none"))
-    _one_of(f"{key}.clip_mode", term.clip_mode, ("vocab_max", "token_scale", "none"))
-    _positive(f"{key}.temperature", term.temperature)
+    one_of(f"{key}.topk_by", term.topk_by, ("student", "teacher"))
+    one_of(f"{key}.tail", term.tail, ("bucket", "renorm", "none"))
+    one_of(f"{key}.clip_mode", term.clip_mode, ("vocab_max", "token_scale", "none"))
+    positive(f"{key}.temperature", term.temperature)
     if term.k is not None:
-        _positive(f"{key}.k", term.k)
+        positive(f"{key}.k", term.k)
     if term.clip is not None:
-        _positive(f"{key}.clip", term.clip)
+        positive(f"{key}.clip", term.clip)
     if (term.kind == "jsd") != (term.beta is not None) and term.kind in ("jsd", "forward_kl", "reverse_kl"):
         raise ConfigError(f"{key}.beta belongs to kind=jsd and to no other: set both or neither.")
     if term.beta is not None and not 0 < term.beta < 1:
@@ -219,20 +192,20 @@ def _check_term(key: str, term: DivergenceTerm) -> None:
             f"{key}.beta={term.beta} must lie strictly between 0 and 1; for an end choose kind=forward_kl or "
             "kind=reverse_kl."
         )
-    allowed = _parameters(get_divergence(term.registered), skip=2)
-    _check_options(key, term.kind, term.branch(None).kind_args, allowed)
+    allowed = parameters(get_divergence(term.registered), skip=2)
+    check_options(key, term.kind, term.branch(None).kind_args, allowed)
 
 
 def _check_credit(opd: OPDConfig, config: DictConfig) -> None:
     credit = opd.credit
-    _one_of("opd.credit.kind", credit.kind, credit_names())
-    _check_options("opd.credit", credit.kind, credit.args, _parameters(get_credit(credit.kind), skip=1))
-    _positive("opd.credit.weight", credit.weight, zero=True)
+    one_of("opd.credit.kind", credit.kind, credit_names())
+    check_options("opd.credit", credit.kind, credit.args, parameters(get_credit(credit.kind), skip=1))
+    positive("opd.credit.weight", credit.weight, zero=True)
     for name in ("importance_cap", "rollout_cap", "decay"):
         if getattr(credit, name) is not None:
-            _positive(f"opd.credit.{name}", getattr(credit, name))
+            positive(f"opd.credit.{name}", getattr(credit, name))
     if credit.hold is not None:
-        _positive("opd.credit.hold", credit.hold, zero=True)
+        positive("opd.credit.hold", credit.hold, zero=True)
         if opd.policy is None:
             raise ConfigError("opd.credit.hold lets the divergence fade: set opd.policy, which is to take over.")
     if credit.rollout_cap is not None and not config.actor_rollout_ref.rollout.calculate_log_probs:
@@ -242,7 +215,7 @@ def _check_credit(opd: OPDConfig, config: DictConfig) -> None:
     if credit.kind == "spans" and not opd.annotates:
         raise ConfigError("opd.credit.kind=spans needs spans: set opd.credit.annotator.kind.")
     if credit.annotator is not None:
-        _one_of("opd.credit.annotator.kind", credit.annotator.kind, annotator_names())
+        one_of("opd.credit.annotator.kind", credit.annotator.kind, annotator_names())
         try:
             get_annotator(credit.annotator.kind).check(credit.annotator)
         except ValueError as error:
@@ -345,7 +318,7 @@ def _check_lengths(opd: OPDConfig, config: DictConfig) -> None:
     data, rollout = config.data, config.actor_rollout_ref.rollout
     for key in ("train_tokens", "val_tokens"):
         tokens = getattr(opd.rollout, key)
-        _positive(f"opd.rollout.{key}", tokens)
+        positive(f"opd.rollout.{key}", tokens)
         if tokens > data.max_response_length:
             raise ConfigError(
                 f"opd.rollout.{key}={tokens} exceeds data.max_response_length={data.max_response_length}; raise the "

@@ -12,117 +12,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd_ext.objective.loss import Branch, Objective, Surrogate
-from opd_ext.objective.schedule import trace_schedule
-from opd_ext.teacher.annotate.config import AnnotatorConfig
-
-SPAN_LABELS = {"key": 1, "error": 2}
-
-
-class ConfigError(ValueError):
-    """One sentence: which key is wrong and what it may be."""
-
-
-@dataclass
-class TeacherConfig:
-    """Whose weights the teacher has, and when they are refreshed."""
-
-    weights: str = "periodic"
-    interval: int = 50  # optimiser steps between refreshes of `periodic`; 0: never
-    rate: float = 0.05  # `ema`: share of the student mixed in per step; `trust_region`: share of the live student
-    path: str | None = None  # `external`: folder or hub id of the teacher
-    backend: str = "engine"  # engine: colocated with the student; server: verl's teacher servers on their own devices
-
-
-@dataclass
-class ContextConfig:
-    """What the teacher sees that the student does not; every other key is an option of that context."""
-
-    kind: str = "same"
-    args: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        shown = self.args.get("text")
-        return f"{self.kind}:{shown}" if shown else self.kind
-
-
-@dataclass
-class DivergenceTerm:
-    """What is compared, and on which part of the vocabulary."""
-
-    kind: str = "reverse_kl"
-    support: str = "full"  # full | topk | sampled
-    k: int | None = None  # topk only: how many tokens
-    topk_by: str = "teacher"  # topk only: whose likeliest tokens
-    tail: str = "bucket"  # topk only: what becomes of the other tokens (bucket | renorm | none)
-    beta: float | None = None  # jsd only, in (0, 1)
-    clip: float | None = None  # nats; what it bounds says clip_mode
-    clip_mode: str = "vocab_max"  # vocab_max: each vocabulary entry | token_scale: the token, direction kept | none
-    temperature: float = 1.0  # divides both logits in the loss, whatever the rollout temperature was
-    args: dict[str, Any] = field(default_factory=dict)  # every other key: options of a registered divergence
-
-    @property
-    def registered(self) -> str:
-        """Its name in the registry of divergences."""
-        return f"topk_{self.kind}" if self.support == "topk" else self.kind
-
-    def branch(self, label: int | None) -> Branch:
-        """The same for the objective."""
-        clipped = self.clip is not None and self.clip_mode != "none"
-        options = {
-            "temperature": self.temperature,
-            "beta": self.beta,
-            "entry_clip": self.clip if clipped else None,
-            "entry_clip_mode": self.clip_mode if clipped else None,
-            **({"k": self.k, "support": self.topk_by, "tail": self.tail} if self.support == "topk" else {}),
-            **self.args,
-        }
-        return Branch(self.registered, {name: value for name, value in options.items() if value is not None}, label)
-
-
-@dataclass
-class DivergenceConfig(DivergenceTerm):
-    """One divergence for all tokens, or one per class of annotated spans (`key`, `error`; null: none)."""
-
-    key: DivergenceTerm | None = None
-    error: DivergenceTerm | None = None
-    gradient: str = "auto"  # direct: of the divergence | policy: advantage of the sampled token | auto: by support
-    ratio_clip: float = 0.2  # sampled only: PPO's clip of current to old policy
-    dual_clip: float = 3.0  # sampled only
-    extrapolation: float = 1.0  # sampled only; ExOPD: beyond 1, past the teacher as seen from the initial model
-
-    @property
-    def by_class(self) -> bool:
-        return self.key is not None or self.error is not None
-
-
-@dataclass
-class CreditConfig:
-    """Which tokens count, and how much; every other key is an option of that credit."""
-
-    kind: str = "uniform"
-    weight: float = 1.0  # of the whole distillation term
-    hold: int | None = None  # steps at full weight before it falls; null: for ever
-    decay: int = 30  # steps in which it then falls to 0
-    importance_cap: float | None = None  # cap of current to old policy (SDPO: 2)
-    rollout_cap: float | None = None  # cap of old policy to rollout engine (IW-OPD: 5)
-    inactive_span: str = "nonspan"  # spans of a class without divergence: nonspan (plain policy term) | literal (gated)
-    annotator: AnnotatorConfig | None = None
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class PolicyConfig:
-    """The RL term that goes along: a loss of verl's registry on verl's advantages."""
-
-    loss: str = "vanilla"
-    weight: float = 1.0
-    gate: str = "none"  # complement: on annotated spans it grows as the divergence fades | untaught: no teacher there
-    prompt_mean: bool = False  # every prompt's group counts the same, not every token
-    shaping: float | None = (
-        None  # RLSD: the teacher multiplies advantages within 1 +- this, and adds no term of its own
-    )
-    anchor: str = "old"  # old: ratio to the policy before the update | sampler: to the rollout engine
+from opd_ext.config.refusals import refusal
+from opd_ext.context.config import ContextConfig
+from opd_ext.credit.config import CreditConfig
+from opd_ext.credit.schedule import trace_schedule
+from opd_ext.divergence.config import DivergenceConfig, DivergenceTerm
+from opd_ext.divergence.sampled import Surrogate
+from opd_ext.errors import ConfigError
+from opd_ext.objective.objective import Objective
+from opd_ext.policy.config import PolicyConfig
+from opd_ext.spans import SPAN_LABELS
+from opd_ext.teacher.config import TeacherConfig
 
 
 @dataclass
@@ -152,6 +52,7 @@ class OPDConfig:
     device: str = "cuda"
     world: str | None = None  # folder of the miniature world, where a scale uses it
     seed: int = 1
+    world_lib: str | None = None
     external_lib: Any = None
     console: str = "table"
     warm_python: bool = False
@@ -170,10 +71,9 @@ class OPDConfig:
 
     @property
     def external_libs(self) -> list[str]:
-        """Module names of `external_lib` as a list."""
-        if self.external_lib is None:
-            return []
-        return [self.external_lib] if isinstance(self.external_lib, str) else list(self.external_lib)
+        """Modules that register themselves: the world's, then the user's."""
+        own = [self.external_lib] if isinstance(self.external_lib, str) else list(self.external_lib or ())
+        return [self.world_lib, *own] if self.world_lib else own
 
     def import_external_libs(self) -> None:
         """Import the user's modules: their decorated functions and classes register themselves.
@@ -222,7 +122,7 @@ class OPDConfig:
 
         Args:
             temperature: of the rollouts.
-            token_classes: see :class:`opd_ext.objective.loss.Objective`.
+            token_classes: see :class:`opd_ext.objective.objective.Objective`.
         """
         branches, surrogate = (), None
         if self.distils and self.divergence.support == "sampled":
@@ -263,8 +163,8 @@ def load(section: DictConfig) -> OPDConfig:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OPDConfig), content))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"opd.{error.full_key}: {reason}; see `opd train --cfg` for the keys that exist.") from None
+        error.full_key = f"opd.{error.full_key}"
+        raise refusal(error, (), "opd train") from None
 
 
 def _collect_options(section: dict[str, Any] | None, kind: type) -> None:

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from opd_ext.context import prompts
 from opd_ext.progress import Progress
 from opd_ext.rewards.math_dual import last_box
-from opd_ext.teacher import prompts
 
 SPLIT_SEED = 42
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opd_ext.objective.divergence import clipped_fraction, entropy, log_probs
+from opd_ext.divergence.divergences import clipped_fraction, entropy, log_probs
 
 # Bytes of one float32 logits buffer. Chunks: few enough on CPU that the buffers stay a few per cent of a
 # dense loss; bounded by chunk_size alone on accelerators, where small products waste the device. Blocks: a

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opd_ext.divergence.divergences import get_divergence
 from opd_ext.objective.chunks import Inputs, Plan, Terms, run_chunks
-from opd_ext.objective.divergence import get_divergence
 
 _DIFFERENTIABLE = ("divergence", "student_log_prob", "student_entropy")
 

@@ -1,128 +1,379 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From per-token terms to the loss and its metrics, independent of how a batch is split.
+"""The loss of one micro-batch, composed from its places, and the sums from which a step's metrics are made.
 
-The loss is ``sum(token_weights * credit * divergence)``. The weights are known before the forward pass,
-because their denominators are counts over the *global* batch: sums over micro-batches and means over
-data-parallel ranks then give the same loss and gradient for every split. Metrics leave here as sums and
-counts for the same reason.
+    loss = policy(log_prob)
+         + sum_t token_weight_t * scale * credit_t * clip_t * D_t        D_t: one divergence, or one per span class
+
+``D`` is a divergence of two distributions, or, on the sampled token, the clipped policy-gradient surrogate whose
+advantage is the teacher's log-ratio. Everything but ``D`` and the policy term is a constant of the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "official"]
-REDUCTIONS: tuple[str, ...] = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "official")
+from opd_ext.credit.credits import CreditInputs, get_credit
+from opd_ext.divergence.config import Branch
+from opd_ext.divergence.sampled import Surrogate, clipped_surrogate, sampled_advantage
+from opd_ext.objective.head import HeadOutput, divergence_head
+from opd_ext.objective.metrics import _COUNT, _SUM, masked_sums, position_buckets, token_class_masks
+from opd_ext.objective.reduction import Reduction, token_weights
+from opd_ext.policy.advantages import self_distilled_advantage
+from opd_ext.ratios import importance_clip
 
-
-class BatchCounts(NamedTuple):
-    """Denominators of the reductions; add them over micro-batches and ranks to get the global ones."""
-
-    tokens: int
-    sequences: int
-    nonempty_sequences: int
-
-
-def batch_counts(mask: Tensor) -> BatchCounts:
-    """Trained tokens, rows, and rows with at least one trained token of a mask [B, T]."""
-    per_sequence = mask.bool().sum(dim=-1)
-    return BatchCounts(int(per_sequence.sum()), mask.shape[0], int((per_sequence > 0).sum()))
+# Credits that do not look at log-probs, so that the head may form its gradient in the forward pass.
+_KNOWN_BEFOREHAND = ("uniform", "spans")
 
 
-def token_weights(
-    mask: Tensor,
-    reduction: Reduction,
-    *,
-    num_tokens: int | None = None,
-    num_sequences: int | None = None,
-    num_micro_batches: int = 1,
-    dp_size: int = 1,
-    sequence_lens: Tensor | None = None,
-) -> Tensor:
-    """Weight of each token's divergence in the loss of this micro-batch.
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """What the loss must know of a micro-batch besides its hidden states.
 
-    Args:
-        mask: trained tokens, 0/1 or bool: [B, T], or [N] for packed response rows with ``sequence_lens``.
-        reduction:
-            ``token-mean``: 1 / ``num_tokens``.
-            ``seq-mean-token-mean``: 1 / (trained tokens of the sequence * ``num_sequences``).
-            ``seq-mean-token-sum``: 1 / ``num_sequences``.
-            ``official``: 1 / (trained tokens of this micro-batch * ``num_micro_batches``), the reduction of
-            CRISP's released code. It depends on which sequences share a micro-batch; for parity runs only.
-        num_tokens: trained tokens of the global batch (``token-mean``).
-        num_sequences: sequences of the global batch; the caller decides whether those without a trained token
-            count (``BatchCounts.sequences`` or ``.nonempty_sequences``).
-        num_micro_batches: micro-batches per rank (``official``).
-        dp_size: data-parallel ranks whose gradients are averaged; undoes that mean, as the denominators are
-            global already (``official`` keeps it).
-        sequence_lens: rows of each sequence [B] in a packed mask.
+    Per-token tensors are packed over the responses: [N], N = sum(lengths); ``sample_mask`` is [B]. The counts are
+    denominators over the global mini-batch.
 
-    Returns:
-        Weights in the shape of ``mask`` and in its dtype if that is floating, else float32; zero, not NaN, if
-        nothing is trained.
-
-    Raises:
-        ValueError: for an unknown reduction or a missing count.
+    Attributes:
+        labels: sampled token ids [N].
+        mask: trained tokens [N].
+        lengths: response lengths [B].
+        sample_mask: samples that have a teacher [B], bool; None: all.
+        span_label: class of each token [N]: 0 none, 1 key, 2 error; None: no annotation.
+        rollout_log_probs, old_log_probs: log-probs of the labels when they were sampled and before the update [N].
+        teacher_log_prob: the teacher's log-probs of the labels [N], where its hidden states are not at hand.
+        reference_log_prob: the reference's log-probs of the labels [N], for a surrogate that extrapolates.
+        scale: weight of the distillation term at this step (annealing).
     """
-    trained = mask.bool().to(mask.dtype if mask.is_floating_point() else torch.float32)
-    if reduction == "official":
-        return trained / (trained.sum().clamp(min=1.0) * num_micro_batches)
-    if reduction == "token-mean":
-        return trained * (dp_size / max(_required(num_tokens, "num_tokens", reduction), 1))
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"Unknown reduction '{reduction}'; allowed: {', '.join(REDUCTIONS)}.")
-    weights = trained * (dp_size / max(_required(num_sequences, "num_sequences", reduction), 1))
-    if reduction == "seq-mean-token-sum":
-        return weights
-    return weights / _tokens_of_own_sequence(trained, sequence_lens).clamp(min=1.0)
+
+    labels: Tensor
+    mask: Tensor
+    lengths: Tensor
+    num_tokens: int
+    num_sequences: int
+    num_micro_batches: int
+    dp_size: int
+    rollout_log_probs: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    sample_mask: Tensor | None = None
+    span_label: Tensor | None = None
+    teacher_log_prob: Tensor | None = None
+    reference_log_prob: Tensor | None = None
+    scale: float = 1.0
+
+    def padded(self, values: Tensor | None) -> Tensor | None:
+        """[N] -> [B, T], zeros behind each response."""
+        return None if values is None else pad_sequence(values.split(self.lengths.tolist()), batch_first=True)
+
+    def packed(self, values: Tensor) -> Tensor:
+        """[B, T] -> [N]."""
+        return torch.cat([row[:length] for row, length in zip(values, self.lengths.tolist(), strict=True)])
+
+    def distilled(self) -> Tensor:
+        """Trained tokens of samples that have a teacher, [N] bool."""
+        mask = self.mask.bool()
+        return mask if self.sample_mask is None else mask & self.sample_mask.bool().repeat_interleave(self.lengths)
 
 
-def _required(count: int | None, name: str, reduction: str) -> int:
-    if count is None:
-        raise ValueError(f"Reduction '{reduction}' needs {name}, counted over the global batch.")
-    return count
+Shape = Callable[[Tensor], Tensor]
+"""Advantages [N] -> advantages [N]."""
+
+PolicyTerm = Callable[[Tensor, Tensor, "Shape | None"], Tensor]
+"""(log_prob [N], entropy [N], shape of the advantages) -> the policy loss of this micro-batch, scaled like ours."""
 
 
-def _tokens_of_own_sequence(trained: Tensor, sequence_lens: Tensor | None) -> Tensor:
-    if trained.ndim == 2:
-        return trained.sum(dim=-1, keepdim=True)
-    if sequence_lens is None:
-        raise ValueError("A packed mask [N] needs sequence_lens [B] to know where sequences end.")
-    lens = sequence_lens.to(trained.device)
-    owner = torch.repeat_interleave(torch.arange(len(lens), device=trained.device), lens)
-    return trained.new_zeros(len(lens)).index_add(0, owner, trained)[owner]
+class Terms(NamedTuple):
+    """The loss (differentiable scalar) and what its metrics are made of, detached [N] tensors.
 
-
-def position_buckets(response_index: Tensor, response_len: Tensor, edge: int = 100) -> dict[str, Tensor]:
-    """Disjoint, exhaustive masks ``first`` / ``middle`` / ``last`` over response tokens.
-
-    Args:
-        response_index: position of each token in its response, from 0: any shape.
-        response_len: length of that response, broadcastable to ``response_index``.
-        edge: length of the outer buckets; in a response shorter than twice that, ``first`` takes precedence.
+    ``divergence``, ``teacher_log_prob``, ``teacher_entropy`` and ``credit`` mean something where ``distilled`` is true.
     """
-    first = response_index < edge
-    last = (response_index >= response_len - edge) & ~first
-    return {"first": first, "middle": ~(first | last), "last": last}
+
+    loss: Tensor
+    student_log_prob: Tensor
+    student_entropy: Tensor
+    distilled: Tensor
+    divergence: Tensor | None = None
+    teacher_log_prob: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    credit: Tensor | None = None
+    clipped: Tensor | None = None
 
 
-def token_class_masks(labels: Tensor, token_ids: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """One mask per class of token ids, say ``{"think": [...], "eos": [...]}``; labels of any shape."""
-    return {name: torch.isin(labels, labels.new_tensor(ids)) for name, ids in token_ids.items()}
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The configured loss; see the module's docstring for its form.
 
-
-def masked_sums(values: Tensor, mask: Tensor, groups: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """``{group: (sum of values, number of tokens)}`` over trained tokens, as detached float64 scalars.
-
-    ``values``, ``mask`` and each group share one shape. Add sums and counts over micro-batches and ranks,
-    then divide.
+    Attributes:
+        branches: divergences; more than one only with different span labels.
+        surrogate: takes the place of the branches in losses on the sampled token.
+        credit, credit_args: a registered credit and its options.
+        importance_cap: cap of ``exp(logp - old_logp)`` on the distillation term (SDPO: 2); None: off.
+        rollout_cap: cap of ``exp(old_logp - rollout_logp)`` (IW-OPD: 5, SDPO: 2); None: off.
+        shaping: RLSD: the teacher's log-ratio on the sampled token multiplies the advantages within 1 +- this bound,
+            instead of adding a term of its own; needs a surrogate, whose teacher it is. None: off.
+        reduction: see :func:`opd_ext.objective.reduction.token_weights`.
+        temperature: of the rollouts; divides the logits of log-probs and entropies.
+        chunk_size: rows of logits held at a time.
+        fp32: vocabulary projection in float32.
+        token_classes: token ids whose divergence is reported apart, by label.
     """
-    wide, sums = values.detach().double(), {}
-    for name, group in groups.items():
-        chosen = mask.bool() & group
-        sums[name] = torch.where(chosen, wide, 0.0).sum(), chosen.sum().double()
-    return sums
+
+    branches: tuple[Branch, ...] = (Branch(),)
+    surrogate: Surrogate | None = None
+    credit: str = "uniform"
+    credit_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    importance_cap: float | None = None
+    rollout_cap: float | None = None
+    shaping: float | None = None
+    reduction: Reduction = "token-mean"
+    temperature: float = 1.0
+    chunk_size: int = 1024
+    fp32: bool = False
+    token_classes: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
+
+    def __call__(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        policy: PolicyTerm | None = None,
+        reference_hidden: Tensor | None = None,
+    ) -> Terms:
+        """Loss and per-token terms of one micro-batch.
+
+        Args:
+            hidden, teacher_hidden: rows that predict the response tokens, [N, H] and [N, Ht]. No teacher: the policy
+                term alone.
+            weight, teacher_weight: vocabulary projections [V, H] and [V, Ht].
+            policy: the policy term, or None.
+            reference_hidden: rows of the reference that a surrogate extrapolates from, [N, H]; its head is ``weight``.
+        """
+        if reference_hidden is not None:
+            with torch.no_grad():
+                reference = self._head(reference_hidden, weight, None, None, labels=batch.labels, mode="recompute")
+            batch = dataclasses.replace(batch, reference_log_prob=reference.student_log_prob)
+        if teacher_hidden is None and batch.teacher_log_prob is None:
+            terms = self._without_teacher(batch, hidden, weight)
+        elif self.surrogate is None and self.branches[0].label is not None:
+            terms = self._on_spans(batch, hidden, weight, teacher_hidden, teacher_weight)
+        else:
+            terms = self._everywhere(batch, hidden, weight, teacher_hidden, teacher_weight, policy is None)
+        if policy is not None:
+            shape = None
+            if self.shaping is not None and terms.teacher_log_prob is not None:
+                shape, terms = self._shape(batch, terms), terms._replace(loss=terms.student_log_prob.sum() * 0.0)
+            policy_loss = policy(terms.student_log_prob, terms.student_entropy, shape)
+            terms = terms._replace(loss=terms.loss + policy_loss)
+        return Terms(terms.loss, *(None if term is None else term.detach() for term in terms[1:]))
+
+    # ------------------------------------------------------------------ the three forms
+
+    def _without_teacher(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Terms:
+        out = self._head(hidden, weight, None, None, labels=batch.labels, mode="recompute")
+        # A loss of 0 that still reaches every parameter: all ranks must run the same backward pass.
+        nothing = torch.zeros_like(batch.mask, dtype=torch.bool)
+        return Terms(out.student_log_prob.sum() * 0.0, out.student_log_prob, out.student_entropy, nothing)
+
+    def _everywhere(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        alone: bool,
+    ) -> Terms:
+        """One divergence, or the surrogate, for all tokens."""
+        distilled, weights = batch.distilled(), self._weights(batch)
+        branch = None if self.surrogate else self.branches[0]
+        caps = self.importance_cap or self.rollout_cap
+        beforehand = alone and branch is not None and self.credit in _KNOWN_BEFOREHAND and not caps
+        if beforehand:
+            weights = weights * self._credit(batch, None)
+        out = self._head(
+            hidden,
+            weight,
+            teacher_hidden,
+            teacher_weight,
+            labels=batch.labels,
+            branch=branch,
+            token_weight=weights if beforehand else None,
+            mode="forward" if beforehand else "recompute",
+        )
+        if batch.teacher_log_prob is not None:
+            out = out._replace(teacher_log_prob=batch.teacher_log_prob)
+        if beforehand:
+            credit, loss, divergence = None, out.loss, out.divergence
+        else:
+            credit = self._credit(batch, out) * self._caps(batch, out.student_log_prob)
+            divergence = out.divergence if branch else out.student_log_prob - out.teacher_log_prob
+            per_token = divergence if branch else self._surrogate(batch, out)
+            # Where nothing is distilled the terms mean nothing and may be infinite; 0 * inf would be NaN.
+            loss = (weights * credit * torch.where(distilled, per_token, 0.0)).sum()
+        return Terms(
+            loss,
+            out.student_log_prob,
+            out.student_entropy,
+            distilled,
+            divergence,
+            out.teacher_log_prob,
+            out.teacher_entropy,
+            credit,
+            out.clipped,
+        )
+
+    def _on_spans(
+        self, batch: MicroBatch, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Terms:
+        """A divergence per class of annotated tokens: only their rows meet the teacher."""
+        terms = self._without_teacher(batch, hidden, weight)
+        weights = self._weights(batch) * self._caps(batch, terms.student_log_prob)
+        values = {name: torch.zeros_like(weights) for name in ("divergence", "teacher_log_prob", "teacher_entropy")}
+        loss, distilled = terms.loss, terms.distilled
+        # Micro-batches report the same quantities whether or not they have a marked row: verl lines up their lists.
+        bounded = any(branch.kind_args.get("entry_clip") is not None for branch in self.branches)
+        clipped = torch.zeros_like(weights) if bounded else None
+        for branch in self.branches:
+            rows = (batch.distilled() & (batch.span_label == branch.label)).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            out = self._head(
+                hidden[rows],
+                weight,
+                teacher_hidden[rows],
+                teacher_weight,
+                labels=batch.labels[rows],
+                branch=branch,
+                token_weight=weights[rows],
+                mode="forward",
+            )
+            loss = loss + out.loss
+            distilled = distilled.index_fill(0, rows, True)
+            for name, value in values.items():
+                value[rows] = getattr(out, name).to(value.dtype)
+            if out.clipped is not None:
+                clipped[rows] = out.clipped.to(clipped.dtype)
+        return terms._replace(loss=loss, distilled=distilled, clipped=clipped, **values)
+
+    # ------------------------------------------------------------------ pieces
+
+    def _head(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        *,
+        labels: Tensor,
+        mode: str,
+        branch: Branch | None = None,
+        token_weight: Tensor | None = None,
+    ) -> HeadOutput:
+        return divergence_head(
+            hidden,
+            weight,
+            teacher_hidden,
+            teacher_weight,
+            labels=labels,
+            token_weight=token_weight,
+            kind=branch.kind if branch else None,
+            kind_args=branch.kind_args if branch else None,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+            mode=mode,
+            matmul_dtype=torch.float32 if self.fp32 else None,
+        )
+
+    def _weights(self, batch: MicroBatch) -> Tensor:
+        """Reduction times annealing, 0 where nothing is distilled: [N]."""
+        weights = token_weights(
+            batch.mask,
+            self.reduction,
+            num_tokens=batch.num_tokens,
+            num_sequences=batch.num_sequences,
+            num_micro_batches=batch.num_micro_batches,
+            dp_size=batch.dp_size,
+            sequence_lens=batch.lengths,
+        )
+        return weights * batch.distilled() * batch.scale
+
+    def _credit(self, batch: MicroBatch, out: HeadOutput | None) -> Tensor:
+        """The registered credit, [N]; it sees whole responses, so their packing does not matter."""
+        found = {} if out is None else out._asdict()
+        if batch.old_log_probs is not None:
+            found["student_log_prob"] = batch.old_log_probs
+        found["span_label"] = batch.span_label
+        names = [name for name in CreditInputs._fields if name != "mask" and found.get(name) is not None]
+        inputs = {name: batch.padded(found[name].detach()) for name in names}
+        credit = get_credit(self.credit)(CreditInputs(batch.padded(batch.mask), **inputs), **self.credit_args)
+        return batch.packed(credit)
+
+    def _caps(self, batch: MicroBatch, log_prob: Tensor) -> Tensor | float:
+        """Truncated importance weights, [N]: current to old policy, old policy to rollout engine."""
+        old = log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
+        factor: Tensor | float = 1.0
+        if self.importance_cap is not None:
+            factor = factor * importance_clip(log_prob, old, self.importance_cap)
+        if self.rollout_cap is not None:
+            if batch.rollout_log_probs is None:
+                raise ValueError("A rollout cap needs rollout log-probs: set rollout.calculate_log_probs=true.")
+            factor = factor * importance_clip(old, batch.rollout_log_probs, self.rollout_cap)
+        return factor
+
+    def _surrogate(self, batch: MicroBatch, out: HeadOutput) -> Tensor:
+        old = out.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
+        clip, dual_clip, scale = dataclasses.astuple(self.surrogate)
+        advantage = sampled_advantage(old, out.teacher_log_prob, batch.reference_log_prob, scale)
+        return clipped_surrogate(out.student_log_prob, old, advantage, clip, clip, dual_clip).loss
+
+    def _shape(self, batch: MicroBatch, terms: Terms) -> Shape:
+        old = terms.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
+
+        def shape(advantages: Tensor) -> Tensor:
+            shaped = self_distilled_advantage(advantages, old, terms.teacher_log_prob, batch.scale, self.shaping)
+            return torch.where(terms.distilled, shaped, advantages)
+
+        return shape
+
+    # ------------------------------------------------------------------ metrics
+
+    def sums(self, batch: MicroBatch, terms: Terms) -> dict[str, float]:
+        """Sums and counts over tokens; add them over micro-batches and ranks, then :func:`means`."""
+        everywhere = {"": torch.ones_like(batch.mask, dtype=torch.bool)}
+        classes = token_class_masks(batch.labels, self.token_classes)
+        if batch.span_label is not None:
+            classes |= {"key": batch.span_label == 1, "error": batch.span_label == 2}
+        groups = everywhere | {f"_{name}": mask for name, mask in (self._buckets(batch) | classes).items()}
+        parts = {
+            "divergence": (terms.divergence, terms.distilled, groups),
+            "student_entropy": (terms.student_entropy, batch.mask, everywhere),
+            "student_log_prob": (terms.student_log_prob, batch.mask, everywhere),
+            "teacher_entropy": (terms.teacher_entropy, terms.distilled, everywhere),
+            "teacher_log_prob": (terms.teacher_log_prob, terms.distilled, everywhere),
+            "distilled_student_entropy": (terms.student_entropy, terms.distilled, everywhere),
+            "credit": (terms.credit, terms.distilled, everywhere),
+            "clipped": (terms.clipped, terms.distilled, everywhere),
+            "distilled_tokens": (terms.distilled.double(), batch.mask, everywhere),
+        }
+        if batch.rollout_log_probs is not None:
+            parts["rollout_gap"] = ((terms.student_log_prob - batch.rollout_log_probs).abs(), batch.mask, everywhere)
+        result = {}
+        for name, (values, mask, where) in parts.items():
+            if values is None:
+                continue
+            for suffix, (total, count) in masked_sums(values, mask, where).items():
+                result[f"{name}{suffix}{_SUM}"] = total.item()
+                result[f"{name}{suffix}{_COUNT}"] = count.item()
+        return result
+
+    @staticmethod
+    def _buckets(batch: MicroBatch) -> dict[str, Tensor]:
+        start = torch.cumsum(batch.lengths, dim=0) - batch.lengths
+        position = torch.arange(len(batch.mask), device=batch.mask.device) - start.repeat_interleave(batch.lengths)
+        return position_buckets(position, batch.lengths.repeat_interleave(batch.lengths))

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from opd_ext.estimators import pass_at_k
 from opd_ext.report.bootstrap import estimate, resampled_means
 from opd_ext.report.pages import Section
-from opd_ext.report.search import pass_at_k
 
 HEAD = ["model", "T_eval", "pass@1 %", "{pass_k} %", "tokens", "truncated %", "pass@1 - {reference}, points"]
 

@@ -22,8 +22,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from opd_ext.files import write_whole
 from opd_ext.report.bootstrap import LEVEL, SEED
-from opd_ext.report.run_report import LOG_WIDTH, Run, load_run, write_whole
+from opd_ext.report.run_report import LOG_WIDTH, Run, load_run
 
 RESAMPLES = 4_000
 _PROBLEM = ["data_source", "index"]

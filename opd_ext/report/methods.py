@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from opd_ext.config.schema import DivergenceTerm, OPDConfig, load
+from opd_ext.config.schema import OPDConfig, load
+from opd_ext.divergence.config import DivergenceTerm
 
 PRESETS = Path(__file__).parents[1] / "config"
 NOTHING = "-"

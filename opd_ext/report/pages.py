@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from opd_ext.report.run_report import LOG_WIDTH, write_whole
+from opd_ext.files import write_whole
+from opd_ext.report.run_report import LOG_WIDTH
 
 
 @dataclass

@@ -4,10 +4,8 @@
 import base64
 import json
 import math
-import os
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +14,9 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 from rich.console import Console
 
+from opd_ext.bridge.console import comparison_table
+from opd_ext.files import write_whole
 from opd_ext.report.bootstrap import LEVEL, RESAMPLES, SEED, estimate, resampled_means
-from opd_ext.report.console import comparison_table
 from opd_ext.report.curves import draw_curves
 
 EXAMPLES = 6
@@ -291,11 +290,3 @@ def _read_jsonl(path: Path, cut_off_end: bool = False) -> list[dict]:
 def _plain(value):
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-        handle.write(content)
-    os.chmod(handle.name, 0o644)
-    os.replace(handle.name, path)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_ext.bridge.warm_python import PATH_VARIABLE, WarmPython
+from opd_ext.bridge.warm_python import WarmPython
+from opd_ext.launch import PATH_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600  # of one run; most take half a minute on two cores
@@ -121,7 +122,7 @@ def warm(stack) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """``$OPD_HOME`` with the miniature world as it ships."""
-    from opd_ext.data.tinymath.build import build
+    from opd_ext.tinymath.build import build
 
     home = tmp_path_factory.mktemp("home")
     build(home / "tinymath", progress=False)

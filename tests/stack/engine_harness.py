@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from opd_ext.objective.loss import Objective, means
+from opd_ext.objective.metrics import means
+from opd_ext.objective.objective import Objective
 from opd_ext.teacher.weights import copy_shards, ema_shards
 
 VOCABULARY = 67  # odd, so that two ranks hold shards of different size

@@ -14,9 +14,9 @@ import urllib.request
 
 import pytest
 
-from opd_ext.bridge.warm_python import PATH_VARIABLE
-from opd_ext.data.tinymath.tokenizer import make_tokenizer
-from opd_ext.teacher.annotate import AnnotatorConfig, Request, build_annotator
+from opd_ext.credit.annotate import AnnotatorConfig, Request, build_annotator
+from opd_ext.launch import PATH_VARIABLE
+from opd_ext.tinymath.tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 RIGHT = "ones: 7+6=13\ntens: 8+5+1=14\nhundreds: 4+3+1=8\nAnswer: 843"

@@ -10,7 +10,10 @@ import math
 import pytest
 import torch
 
-from opd_ext.objective.loss import Branch, Objective, Surrogate, means
+from opd_ext.divergence.config import Branch
+from opd_ext.divergence.sampled import Surrogate
+from opd_ext.objective.metrics import means
+from opd_ext.objective.objective import Objective
 from tests.stack.dense_reference import dense_update
 from tests.stack.engine_harness import LEARNING_RATE, WHOLE, Rank, Sample, Update, make_samples, run_ranks, save_models
 

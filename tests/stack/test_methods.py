@@ -12,7 +12,7 @@ import re
 import pytest
 import torch
 
-from opd_ext.teacher import prompts
+from opd_ext.context import prompts
 from tests.stack.conftest import ROOT, metrics, shards
 
 STEPS = 3

@@ -15,13 +15,14 @@ import pandas as pd
 import pytest
 import torch
 
-from opd_ext.bridge.warm_python import PATH_VARIABLE
-from opd_ext.offline import launch
-from opd_ext.offline.finetuning import FineTuning, read_metrics
-from opd_ext.offline.sampling import Engines, Job, sample
-from opd_ext.offline.settings import T3SConfig, compose_pipeline
-from opd_ext.offline.stages import MANIFEST
-from opd_ext.offline.tables import CONFIDENCE, PROMPTS, SAMPLES, file_digest, read_table, write_table
+from opd_ext import launch
+from opd_ext.launch import PATH_VARIABLE
+from opd_ext.pipelines.settings import compose_pipeline
+from opd_ext.pipelines.stages import MANIFEST
+from opd_ext.pipelines.t3s.config import T3SConfig
+from opd_ext.sampling.jobs import Engines, Job, sample
+from opd_ext.tokens.finetuning import FineTuning, read_metrics
+from opd_ext.tokens.tables import CONFIDENCE, PROMPTS, SAMPLES, file_digest, read_table, write_table
 from tests.stack.conftest import environment
 
 DEADLINE_S = 600
@@ -186,7 +187,7 @@ def read_table_of_prompts(world: Path) -> pd.DataFrame:
 
 
 def tokenizer(world: Path):
-    from opd_ext.offline.problems import load_tokenizer
+    from opd_ext.pipelines.problems import load_tokenizer
 
     return load_tokenizer(str(world / "tinymath" / "base"))
 

@@ -34,7 +34,7 @@ def test_the_divergence_falls_while_the_teacher_stands_still(two_ranks):
 
 
 def test_the_teacher_is_used_in_the_version_that_the_schedule_says(two_ranks):
-    from opd_ext.objective.schedule import teacher_version
+    from opd_ext.teacher.kinds import teacher_version
 
     lines = metrics(two_ranks[0])
     assert [line["teacher/version"] for line in lines] == [teacher_version(step, 4) for step in range(1, 7)]

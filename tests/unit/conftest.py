@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from opd_ext import train
+from opd_ext.config import compose
 
 DEFAULT_VECTORS = Path(__file__).parents[1] / "vectors"
 
@@ -60,7 +61,7 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
 @pytest.fixture
 def presets_composed_once(monkeypatch):
     """`compose_config` as it is, but Hydra composes the same choice of presets only once per session."""
-    monkeypatch.setattr(train, "compose", _compose)
+    monkeypatch.setattr(compose, "compose", _compose)
 
 
 @pytest.fixture

@@ -180,7 +180,7 @@ def test_a_key_added_by_force_is_refused_too():
 
 def test_a_divergence_of_a_users_module_can_be_chosen(tmp_path, monkeypatch):
     (tmp_path / "my_divergence.py").write_text(
-        "from opd_ext.objective.divergence import register_divergence, reverse_kl\n"
+        "from opd_ext.divergence.divergences import register_divergence, reverse_kl\n"
         "register_divergence('mine')(lambda *args, **kwargs: 2 * reverse_kl(*args, **kwargs))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd_ext.objective.diffusion import row_generator
-from opd_ext.offline.denoise import Decoding, denoise
+from opd_ext.diffusion.denoise import Decoding, denoise
+from opd_ext.diffusion.masking import row_generator
 
 VOCABULARY, MASK, EOS = 23, 22, 2
 PROMPTS = [[5, 6, 7], [3], [8, 9, 10, 11, 12, 13, 14, 15, 16], [4, 4, 4, 4]]

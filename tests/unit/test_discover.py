@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from opd_ext.discover import SearchError, discover
+from opd_ext.pipelines.discover import SearchError, discover
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from opd_ext.data.math import SCHEMA
-from opd_ext.offline import problems
-from opd_ext.offline.settings import PromptsConfig, RewardConfig
-from opd_ext.offline.tables import SAMPLES, write_table
+from opd_ext.pipelines import problems
+from opd_ext.pipelines.settings import PromptsConfig, RewardConfig
+from opd_ext.tokens.tables import SAMPLES, write_table
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -11,15 +11,11 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from opd_ext.cli import app
-from opd_ext.offline import problems
-from opd_ext.offline.settings import (
-    Decoding,
-    PipelineConfig,
-    RewardConfig,
-    SSDConfig,
-    T3SConfig,
-    compose_pipeline,
-)
+from opd_ext.pipelines import problems
+from opd_ext.pipelines.settings import PipelineConfig, RewardConfig, compose_pipeline
+from opd_ext.pipelines.ssd.config import SSDConfig
+from opd_ext.pipelines.t3s.config import T3SConfig
+from opd_ext.sampling.config import Decoding
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 KINDS = {"ssd": SSDConfig, "t3s": T3SConfig}

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from opd_ext.config import checks
-from opd_ext.train import compose_config
+from opd_ext.config.compose import compose_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(RECIPES.glob("*/*.sh"))

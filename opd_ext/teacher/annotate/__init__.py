@@ -1,42 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotators: which spans of a rollout decided its outcome, and of what kind they are."""
+"""Moved to opd_ext.credit.annotate; this name goes with release 0.3."""
 
-from opd_ext.teacher.annotate import models, rules  # noqa: F401  (they register themselves)
-from opd_ext.teacher.annotate.align import align
-from opd_ext.teacher.annotate.base import (
-    FAILURES,
-    STATUSES,
-    Annotation,
-    Annotator,
-    Found,
-    Request,
-    Text,
-    annotator_names,
-    build_annotator,
-    get_annotator,
-    register_annotator,
-)
-from opd_ext.teacher.annotate.config import AnnotatorConfig
-from opd_ext.teacher.annotate.metrics import ALARM, annotation_metrics
-from opd_ext.teacher.annotate.parse import parse
-from opd_ext.teacher.annotate.segments import segment
-
-__all__ = [
-    "ALARM",
-    "FAILURES",
-    "STATUSES",
-    "Annotation",
-    "Annotator",
-    "AnnotatorConfig",
-    "Found",
-    "Request",
-    "Text",
-    "align",
-    "annotation_metrics",
-    "annotator_names",
-    "build_annotator",
-    "get_annotator",
-    "parse",
-    "register_annotator",
-    "segment",
-]
+from opd_ext.credit.annotate import *  # noqa: F403

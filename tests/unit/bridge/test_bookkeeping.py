@@ -9,6 +9,7 @@ import pytest
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
 
+from opd_ext import files
 from opd_ext.bridge import checkpoint, rollouts
 from opd_ext.bridge.agent_loop import request_seed
 from opd_ext.bridge.cpu_platform import own_socket
@@ -76,9 +77,9 @@ def test_a_folder_without_state_is_not_taken_for_a_checkpoint(tmp_path):
 def test_metrics_beyond_the_resumed_step_and_half_written_lines_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 1, 2, 3)) + '{"step": 3, "x')
-    rollouts.drop_lines_after(path, 2)
+    files.drop_lines_after(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
-    rollouts.drop_lines_after(tmp_path / "absent.jsonl", 2)
+    files.drop_lines_after(tmp_path / "absent.jsonl", 2)
     assert not (tmp_path / "absent.jsonl").exists()
 
 

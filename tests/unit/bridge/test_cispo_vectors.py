@@ -11,7 +11,7 @@ os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this 
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.config import ActorConfig
 
-from opd_ext.objective.policy import prompt_mean_scale
+from opd_ext.policy.advantages import prompt_mean_scale
 
 # verl computes in float64 here but adds 1e-8 to the lengths that it divides by.
 EXACT = {"rtol": 1e-8, "atol": 1e-9}

@@ -13,8 +13,8 @@ os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this 
 from verl.utils import tensordict_utils as tu
 
 from opd_ext.bridge.finetune import Batches, FineTuningWorker, sft_config
-from opd_ext.offline.finetuning import FineTuning
-from opd_ext.offline.settings import TrainConfig, plain
+from opd_ext.pipelines.settings import TrainConfig, plain
+from opd_ext.tokens.finetuning import FineTuning
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # float32 sums 33 terms of magnitude 1 to 4
 

@@ -7,7 +7,7 @@ import pytest
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
 
-from opd_ext.bridge.lessons import span_labels, usable_runs
+from opd_ext.bridge.teacher_inputs import span_labels, usable_runs
 
 KEY, ERROR = (1, 3, 1), (1, 3, 2)
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from opd_ext.cli import app
+from opd_ext.context.prompts import ANSWER_CLAUSE, INSTRUCTIONS, REMINDER, STUDENT_HEADER, student_prompt
 from opd_ext.data import math as math_data
 from opd_ext.data.math import prepare
-from opd_ext.teacher.prompts import ANSWER_CLAUSE, INSTRUCTIONS, REMINDER, STUDENT_HEADER, student_prompt
 
 
 @pytest.fixture

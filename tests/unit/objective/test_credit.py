@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from opd_ext.objective.credit import CreditInputs, credit_names, get_credit, keep_highest
+from opd_ext.credit.credits import CreditInputs, credit_names, get_credit, keep_highest
 
 
 @pytest.fixture

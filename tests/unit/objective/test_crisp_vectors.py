@@ -5,8 +5,7 @@ schedule."""
 import pytest
 import torch
 
-from opd_ext.objective.alignment import packed_response_rows, response_rows
-from opd_ext.objective.divergence import (
+from opd_ext.divergence.divergences import (
     clipped_fraction,
     entropy,
     forward_kl,
@@ -14,12 +13,13 @@ from opd_ext.objective.divergence import (
     jsd,
     log_probs,
     reverse_kl,
-    sampled_kl,
     topk_divergence,
 )
+from opd_ext.divergence.sampled import sampled_kl
+from opd_ext.objective.alignment import packed_response_rows, response_rows
 from opd_ext.objective.head import chunked_divergence
-from opd_ext.objective.objective import batch_counts, token_weights
-from opd_ext.objective.schedule import teacher_version
+from opd_ext.objective.reduction import batch_counts, token_weights
+from opd_ext.teacher.kinds import teacher_version
 from opd_ext.teacher.weights import ema_shards
 
 DIVERGENCES = {

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from opd_ext.objective.diffusion import (
+from opd_ext.diffusion.masking import (
     attention_argument,
     block_diffusion_mask,
     corrupt,

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from opd_ext.objective.divergence import (
+from opd_ext.divergence.divergences import (
     clipped_fraction,
     divergence_names,
     entropy,
@@ -16,9 +16,9 @@ from opd_ext.objective.divergence import (
     log_probs,
     register_divergence,
     reverse_kl,
-    sampled_kl,
     topk_divergence,
 )
+from opd_ext.divergence.sampled import sampled_kl
 
 FULL = {"reverse_kl": {}, "forward_kl": {}, "jsd": {"beta": 0.3}}
 

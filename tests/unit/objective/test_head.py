@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opd_ext.divergence.divergences import entropy, get_divergence, log_probs, register_divergence
 from opd_ext.objective import chunks
-from opd_ext.objective.divergence import entropy, get_divergence, log_probs, register_divergence
 from opd_ext.objective.head import chunked_divergence, divergence_head
 
 N, V, H, HT = 33, 47, 8, 5

@@ -4,11 +4,12 @@
 import pytest
 import torch
 
-from opd_ext.objective.credit import CreditInputs, get_credit, importance_clip, position_weights
-from opd_ext.objective.divergence import forward_kl, get_divergence, reverse_kl, topk_divergence
-from opd_ext.objective.loss import MicroBatch, Objective, Surrogate
-from opd_ext.objective.objective import token_weights
-from opd_ext.objective.policy import clipped_surrogate, sampled_advantage
+from opd_ext.credit.credits import CreditInputs, get_credit, position_weights
+from opd_ext.divergence.divergences import forward_kl, get_divergence, reverse_kl, topk_divergence
+from opd_ext.divergence.sampled import Surrogate, clipped_surrogate, sampled_advantage
+from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.reduction import token_weights
+from opd_ext.ratios import importance_clip
 
 
 def _garbage_where_untrained(values, mask, precision):

@@ -5,16 +5,13 @@ input."""
 import pytest
 import torch
 
+from opd_ext.credit.credits import CreditInputs, get_credit, position_weights
+from opd_ext.credit.schedule import trace_schedule
 from opd_ext.objective.alignment import packed_response_rows, response_rows
-from opd_ext.objective.credit import CreditInputs, get_credit, importance_clip, position_weights
-from opd_ext.objective.objective import (
-    batch_counts,
-    masked_sums,
-    position_buckets,
-    token_class_masks,
-    token_weights,
-)
-from opd_ext.objective.schedule import teacher_version, trace_schedule
+from opd_ext.objective.metrics import masked_sums, position_buckets, token_class_masks
+from opd_ext.objective.reduction import batch_counts, token_weights
+from opd_ext.ratios import importance_clip
+from opd_ext.teacher.kinds import teacher_version
 
 MASK = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
 VALUES = torch.arange(16, dtype=torch.float64).view(4, 4).square()

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
-from opd_ext.objective.divergence import clipped_fraction, forward_kl, log_probs, reverse_kl, topk_divergence
-from opd_ext.objective.loss import Branch, MicroBatch, Objective
-from opd_ext.objective.objective import token_weights
-from opd_ext.objective.policy import clipped_surrogate, self_distilled_advantage, span_gate
-from opd_ext.objective.schedule import trace_schedule
+from opd_ext.credit.schedule import trace_schedule
+from opd_ext.divergence.config import Branch
+from opd_ext.divergence.divergences import clipped_fraction, forward_kl, log_probs, reverse_kl, topk_divergence
+from opd_ext.divergence.sampled import clipped_surrogate
+from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.reduction import token_weights
+from opd_ext.policy.advantages import self_distilled_advantage, span_gate
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import io
 
 from rich.console import Console
 
-from opd_ext.report.console import StepPrinter
+from opd_ext.bridge.console import StepPrinter
 
 METRICS = {
     "opd/loss": 0.01234,

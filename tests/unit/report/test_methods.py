@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from opd_ext.config.compose import compose_config
 from opd_ext.report.methods import read_methods
-from opd_ext.train import compose_config
 
 ROOT = Path(__file__).parents[3]
 PATHS = ["data.train_files=/data/train.parquet", "data.val_files=/data/val.parquet"]

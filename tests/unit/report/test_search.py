@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from opd_ext.report.search import discovery_at_k, pass_at_k
+from opd_ext.estimators import discovery_at_k, pass_at_k
 
 
 def test_reference_numbers(vectors):

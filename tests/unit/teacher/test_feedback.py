@@ -9,10 +9,10 @@ import random
 import pytest
 from tokenizers import processors
 
-from opd_ext.data.tinymath.tokenizer import make_tokenizer
-from opd_ext.teacher import prompts
-from opd_ext.teacher.context import render
-from opd_ext.teacher.feedback import FeedbackContext, choose_demonstration, remove_thinking, truncate
+from opd_ext.context import prompts
+from opd_ext.context.feedback import FeedbackContext, choose_demonstration, remove_thinking, truncate
+from opd_ext.context.sequence import render
+from opd_ext.tinymath.tokenizer import make_tokenizer
 
 SYSTEM = {"role": "system", "content": "You are {careful}."}
 METRICS = (

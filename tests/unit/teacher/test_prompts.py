@@ -5,11 +5,9 @@ import hashlib
 
 import pytest
 
-from opd_ext.teacher.prompts import (
-    ERROR_TYPES,
+from opd_ext.context.prompts import (
     INSTRUCTIONS,
     REMINDER,
-    STEP_TYPES,
     STUDENT_HEADER,
     instruction,
     label_prompt,
@@ -20,6 +18,7 @@ from opd_ext.teacher.prompts import (
     student_prompt,
     teacher_prompt,
 )
+from opd_ext.spans import ERROR_TYPES, STEP_TYPES
 
 QUESTION = "Find $x$ with $x^2 = {49}$.\nGive the positive one."
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd_ext.data.tinymath import build as building
-from opd_ext.data.tinymath import measure, shipped
-from opd_ext.data.tinymath.build import WorldError, build
-from opd_ext.data.tinymath.pretrain import (
+from opd_ext.context.prompts import strip_student_prompt
+from opd_ext.tinymath import build as building
+from opd_ext.tinymath import measure, shipped
+from opd_ext.tinymath.build import WorldError, build
+from opd_ext.tinymath.grader import compute_score
+from opd_ext.tinymath.pretrain import (
     SPECS,
     batches,
     collate,
@@ -25,10 +27,8 @@ from opd_ext.data.tinymath.pretrain import (
     pretrain,
     reply_loss,
 )
-from opd_ext.data.tinymath.splits import SIZES, draw_splits
-from opd_ext.data.tinymath.tokenizer import make_tokenizer
-from opd_ext.rewards.tinymath import compute_score
-from opd_ext.teacher.prompts import strip_student_prompt
+from opd_ext.tinymath.splits import SIZES, draw_splits
+from opd_ext.tinymath.tokenizer import make_tokenizer
 
 trained = partial(build, rebuild=True, progress=False)
 

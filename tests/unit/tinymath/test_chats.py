@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-from opd_ext.data.tinymath.chats import BUDGETS, chats, draw_chat, filler_probability, textbook
-from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question, solve
-from opd_ext.data.tinymath.writing import VERBOSE
-from opd_ext.rewards.tinymath import compute_score
-from opd_ext.teacher import prompts
+from opd_ext.context import prompts
+from opd_ext.tinymath.chats import BUDGETS, chats, draw_chat, filler_probability, textbook
+from opd_ext.tinymath.grader import compute_score
+from opd_ext.tinymath.problems import DIFFICULTIES, draw_question, solve
+from opd_ext.tinymath.writing import VERBOSE
 
 DRAWS = 6000
 INSTRUCTIONS = [*prompts.INSTRUCTIONS, *(f"{kind}-{amount}" for kind in BUDGETS for amount in BUDGETS[kind])]

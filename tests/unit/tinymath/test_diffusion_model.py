@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd_ext.data.tinymath import measure
-from opd_ext.data.tinymath.build import build
-from opd_ext.data.tinymath.diffusion import (
+from opd_ext.tinymath import measure
+from opd_ext.tinymath.build import build
+from opd_ext.tinymath.diffusion import (
     HiddenReplies,
     add_mask_token,
     collate_blocks,
@@ -19,9 +19,9 @@ from opd_ext.data.tinymath.diffusion import (
     sample_denoised,
     to_diffusion,
 )
-from opd_ext.data.tinymath.pretrain import SPECS, DiffusionSpec, make_corpus, make_model, pretrain
-from opd_ext.data.tinymath.splits import SIZES
-from opd_ext.data.tinymath.tokenizer import make_tokenizer
+from opd_ext.tinymath.pretrain import SPECS, DiffusionSpec, make_corpus, make_model, pretrain
+from opd_ext.tinymath.splits import SIZES
+from opd_ext.tinymath.tokenizer import make_tokenizer
 
 BLOCK = 4
 SPEC = DiffusionSpec(

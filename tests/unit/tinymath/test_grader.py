@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from opd_ext.data.tinymath.problems import DIFFICULTIES, concise_solution, draw_question, solve
-from opd_ext.data.tinymath.writing import VERBOSE, Author, write_solution
-from opd_ext.rewards.tinymath import FEEDBACK, compute_score
+from opd_ext.tinymath.grader import FEEDBACK, compute_score
+from opd_ext.tinymath.problems import DIFFICULTIES, concise_solution, draw_question, solve
+from opd_ext.tinymath.writing import VERBOSE, Author, write_solution
 
 QUESTION = "What is 487+356?"
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from opd_ext.data.tinymath.problems import (
+from opd_ext.tinymath.problems import (
     DIFFICULTIES,
     concise_solution,
     distinct_questions,
@@ -13,7 +13,7 @@ from opd_ext.data.tinymath.problems import (
     expression,
     solve,
 )
-from opd_ext.data.tinymath.writing import LOOK_AGAIN, MAX_FILLERS, Author, write_solution
+from opd_ext.tinymath.writing import LOOK_AGAIN, MAX_FILLERS, Author, write_solution
 
 
 @pytest.fixture

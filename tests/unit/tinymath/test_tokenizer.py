@@ -6,11 +6,11 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from opd_ext.data.tinymath.chats import chats, draw_chat
-from opd_ext.data.tinymath.pretrain import SPECS, make_model
-from opd_ext.data.tinymath.problems import DIFFICULTIES, draw_question
-from opd_ext.data.tinymath.tokenizer import make_tokenizer
-from opd_ext.teacher import prompts
+from opd_ext.context import prompts
+from opd_ext.tinymath.chats import chats, draw_chat
+from opd_ext.tinymath.pretrain import SPECS, make_model
+from opd_ext.tinymath.problems import DIFFICULTIES, draw_question
+from opd_ext.tinymath.tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope="module")

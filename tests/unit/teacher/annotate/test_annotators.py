@@ -7,8 +7,7 @@ import json
 
 import pytest
 
-from opd_ext.data.tinymath.tokenizer import make_tokenizer
-from opd_ext.teacher.annotate import (
+from opd_ext.credit.annotate import (
     STATUSES,
     AnnotatorConfig,
     Found,
@@ -18,6 +17,8 @@ from opd_ext.teacher.annotate import (
     build_annotator,
     get_annotator,
 )
+from opd_ext.tinymath import annotator  # noqa: F401  (registers `rule`)
+from opd_ext.tinymath.tokenizer import make_tokenizer
 
 QUESTION = "What is 487+356?"
 RIGHT = "ones: 7+6=13\nHmm, right so far.\ntens: 8+5+1=14\nhundreds: 4+3+1=8\nAnswer: 843"

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from opd_ext.data.tinymath.tokenizer import make_tokenizer
-from opd_ext.teacher.annotate.align import AlignmentError, TokenBytes, align, cap, intervals, runs
-from opd_ext.teacher.annotate.parse import parse
-from opd_ext.teacher.annotate.segments import segment
+from opd_ext.credit.annotate.align import AlignmentError, TokenBytes, align, cap, intervals, runs
+from opd_ext.credit.annotate.parse import parse
+from opd_ext.credit.annotate.segments import segment
+from opd_ext.tinymath.tokenizer import make_tokenizer
 
 ODD_TEXTS = [
     "Let x² = 9.\n\nSo x = ±3 — 二つ。 🙂 done",

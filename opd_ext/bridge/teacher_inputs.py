@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each rollout of a batch is to be taught: the teacher's token sequence and the labels of its annotated spans."""
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from transfer_queue import KVBatchMeta
+from verl.utils import tensordict_utils as tu
+
+from opd_ext.context.contexts import TeacherContext
+from opd_ext.context.sequence import build_teacher_sequence, render
+from opd_ext.credit.annotate import ALARM, annotation_metrics
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Lesson:
+    """One rollout as its teacher sees it.
+
+    Attributes:
+        ids: teacher prompt + sampled response; None: this rollout has no teacher.
+        too_long: there would be a teacher, but student's or teacher's sequence exceeds the limit.
+        span_label: class of every response token (0 none, 1 key, 2 error), or None without an annotator.
+    """
+
+    ids: list[int] | None
+    too_long: bool = False
+    span_label: list[int] | None = None
+
+
+def plan_lessons(
+    rows: list[dict[str, Any]],
+    batch: KVBatchMeta,
+    context: TeacherContext,
+    tokenizer: Any,
+    template_kwargs: Mapping[str, Any],
+    max_pair_length: int,
+    step: int,
+    active_spans: Collection[int] | None,
+) -> tuple[list[Lesson], dict[str, float]]:
+    """One lesson per rollout, and metrics of them all.
+
+    Args:
+        rows: as :func:`opd_ext.bridge.rollouts.read_rows` returns them, in the order of ``batch``. Those with a
+            teacher get its prompt as ``teacher_prompt``.
+        template_kwargs: of the student's chat template; the context may override some.
+        max_pair_length: tokens of prompt + response, of the student and of the teacher.
+        active_spans: labels that have a divergence; None: no annotator is at work. A token keeps such a label only if
+            its rollout has a teacher, since otherwise nothing would train it; a rollout whose spans have none needs no
+            teacher.
+    """
+    fields = ["prompts", "responses", "raw_prompt", "extra_info"]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+    prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
+    raw_prompts, extra_infos = list(data["raw_prompt"]), list(data["extra_info"])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        member = {"session": row["sample"], "score": row["score"], "response": row["output"]}
+        groups.setdefault(row["uid"], []).append(member)
+    kwargs = {**template_kwargs, **context.template_kwargs()}
+    lessons, samples = [], []
+    for i, row in enumerate(rows):
+        annotation = row.get("annotation") or {}
+        sample = {
+            "raw_prompt": list(_data(raw_prompts[i])),
+            "extra_info": _data(extra_infos[i]),
+            "uid": row["uid"],
+            "session": row["sample"],
+            "score": row["score"],
+            "feedback": row.get("feedback") or "",
+            "response": row["output"],
+            "group": groups[row["uid"]],
+            "types": list(annotation.get("types", ())),
+            "correct": row["acc"] > 0.5,
+            "step": step,
+        }
+        samples.append(sample)
+        messages, lesson, response = context.messages(sample), Lesson(None), responses[i].tolist()
+        found = {label for _, _, label in annotation.get("runs", ())}
+        if active_spans is not None and found and not found & set(active_spans):
+            messages = None
+        if messages is not None:
+            prompt = render(tokenizer, messages, kwargs)
+            row["teacher_prompt"] = tokenizer.decode(prompt)
+            lesson.ids = build_teacher_sequence(
+                prompt, response, max_pair_length, student_prompt_ids=prompts[i].tolist()
+            )
+            lesson.too_long = lesson.ids is None
+        if active_spans is not None:
+            runs = usable_runs(annotation.get("runs", ()), active_spans, lesson.ids is not None)
+            lesson.span_label = span_labels(runs, len(response))
+        lessons.append(lesson)
+    metrics = {
+        "teacher/samples": float(np.mean([lesson.ids is not None for lesson in lessons])),
+        "rollout/too_long": float(np.mean([lesson.too_long for lesson in lessons])),
+    }
+    if active_spans is not None:
+        metrics |= _annotation_metrics([row.get("annotation") for row in rows], [len(ids) for ids in responses], step)
+    return lessons, metrics | {f"context/{name}": value for name, value in context.metrics(samples).items()}
+
+
+def _annotation_metrics(annotations: list[dict | None], lengths: list[int], step: int) -> dict[str, float]:
+    metrics = annotation_metrics(annotations, lengths)
+    if metrics.get("annotation/failures", 0.0) > ALARM:
+        _log.warning("step %d: %.0f %% of the annotations failed", step, 100 * metrics["annotation/failures"])
+    return metrics
+
+
+def usable_runs(
+    runs: Iterable[Iterable[int]], active_spans: Collection[int], has_teacher: bool
+) -> list[tuple[int, int, int]]:
+    """The spans that the loss and the gate may see.
+
+    None where a span has a divergence but its rollout no teacher: gated and untaught, its tokens would not train.
+    """
+    found = [tuple(run) for run in runs]
+    untaught = not has_teacher and any(label in active_spans for _, _, label in found)
+    return [] if untaught else found
+
+
+def span_labels(runs: Iterable[Iterable[int]], length: int) -> list[int]:
+    """(start, end, label) runs in response tokens -> one label per token."""
+    labels = [0] * length
+    for start, end, label in runs:
+        labels[start:end] = [label] * (min(end, length) - start)
+    return labels
+
+
+def put_lessons(batch: KVBatchMeta, lessons: list[Lesson], eos: int) -> None:
+    """Write ``teacher_input_ids``, ``has_teacher`` and, if there are labels, ``span_label`` beside the rollouts.
+
+    A rollout without a teacher gets a placeholder of one prompt and one response token.
+    """
+    fields: dict[str, Any] = {
+        "teacher_input_ids": _jagged([[eos, eos] if lesson.ids is None else lesson.ids for lesson in lessons]),
+        "has_teacher": torch.tensor([lesson.ids is not None for lesson in lessons]),
+    }
+    if any(lesson.span_label is not None for lesson in lessons):
+        fields["span_label"] = _jagged([lesson.span_label for lesson in lessons])
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields))
+
+
+def _jagged(rows: list[list[int]]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+
+def _data(value: Any) -> Any:
+    """The object inside tensordict's non-tensor wrapper, or the value itself."""
+    return getattr(value, "data", value)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From YAML files and overrides to one resolved configuration."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opd_ext.config.refusals import refusal
+from opd_ext.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).parent
+
+
+def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
+    """verl's ``ppo_trainer`` + method + scale + ``overrides``, composed by Hydra and fully resolved.
+
+    Args:
+        overrides: in Hydra's grammar, but keys of `opd` need no `+`.
+        config_dirs: further folders with presets of the same groups (``method/``, ``scale/``, ``tuning/``).
+
+    Raises:
+        ConfigError: for an override that Hydra cannot apply.
+    """
+    # Located without importing it: verl settles its platform at import, and the platform is part of this config.
+    verl = importlib.util.find_spec("verl")
+    if verl is None:
+        raise ConfigError("verl is not installed in this environment; run `bash setup.sh`.")
+    folders = [Path(verl.origin).parent / "trainer" / "config", *(Path(folder).absolute() for folder in config_dirs)]
+    search_path = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            config = compose("opd", overrides=[search_path, *map(_addable, overrides)])
+        config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())  # what follows from it included
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refusal(error, overrides, "opd train") from None
+    return config
+
+
+def _addable(override: str) -> str:
+    """Keys of `opd` that a preset leaves at their default can be set like any other; the schema knows which exist."""
+    return f"++{override}" if override.startswith("opd.") else override

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the teacher is shown that the student is not, and how prompts become tokens.
+
+In self-distillation the prompt is the teacher: with equal weights, everything the student learns comes from
+the difference between two token sequences that end in the same response. So there is one function that
+renders messages (:func:`render`, for student, teacher and evaluation alike), one that joins a prompt to the
+sampled ids (:func:`build_teacher_sequence`), and a registry of contexts that rewrite the messages in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from opd_ext.context import prompts
+from opd_ext.context.base import (
+    TeacherContext,
+    context_names,
+    copy_messages,
+    get_context,
+    last_user_message,
+    register_context,
+    sample_index,
+)
+from opd_ext.context.feedback import FeedbackContext
+from opd_ext.context.sequence import build_teacher_sequence, render
+
+__all__ = [
+    "FeedbackContext",
+    "InstructionContext",
+    "LabelContext",
+    "SameContext",
+    "SolutionContext",
+    "TeacherContext",
+    "build_context",
+    "build_teacher_sequence",
+    "context_names",
+    "get_context",
+    "register_context",
+    "render",
+]
+
+
+def build_context(config: Any, tokenizer=None) -> TeacherContext:
+    """The context named ``config.kind`` with the options ``config.args``.
+
+    Args:
+        tokenizer: the tokenizer of the run, for contexts that measure texts in tokens. Without it such a context
+            can be built, to check its options, but not used.
+
+    Raises:
+        ValueError: an unknown kind, or an option that the context refuses.
+        TypeError: an option that the context does not have.
+    """
+    kind = get_context(config.kind)
+    wants_tokenizer = any(option.name == "tokenizer" for option in fields(kind))
+    return kind(**config.args, **({"tokenizer": tokenizer} if wants_tokenizer else {}))
+
+
+@register_context("same")
+@dataclass(frozen=True)
+class SameContext(TeacherContext):
+    """The student's own messages: distillation from other weights, or the zero-loss check with equal ones."""
+
+    def messages(self, sample):
+        return copy_messages(sample)
+
+
+@register_context("instruction")
+@dataclass(frozen=True)
+class InstructionContext(TeacherContext):
+    """CRISP (arXiv 2603.05433): the teacher is asked to be concise.
+
+    The instruction takes the place of the DAPO header in the *last user message*, the request that the
+    response answers; system messages and earlier turns stay, byte for byte.
+
+    Attributes:
+        text: instruction id, see :func:`opd_ext.context.prompts.instruction`.
+        strip_suffix: remove the reminder of the student's prompt before the teacher's is appended. False
+            repeats it, as the released code does.
+    """
+
+    text: str = "v2"
+    strip_suffix: bool = True
+
+    def __post_init__(self):
+        prompts.instruction(self.text)  # an unknown id is an error of the config, not of the first step
+
+    def messages(self, sample):
+        messages = copy_messages(sample)
+        request = last_user_message(messages, sample)
+        question = prompts.strip_student_prompt(request["content"], self.strip_suffix)
+        request["content"] = prompts.teacher_prompt(question, self.text)
+        return messages
+
+
+@register_context("solution")
+@dataclass(frozen=True)
+class SolutionContext(TeacherContext):
+    """OPSD (arXiv 2601.18734): the teacher is shown a reference solution and asked to derive the answer on
+    its own.
+
+    The last user message becomes OPSD's teacher prompt for ``extra_info["question"]`` and
+    ``extra_info["solution"]``; system messages and earlier turns stay, byte for byte.
+
+    Attributes:
+        thinking: the published recipe has it on for the teacher and off for the student.
+    """
+
+    thinking: bool | None = None
+
+    def messages(self, sample):
+        messages = copy_messages(sample)
+        question, solution = (_required_text(sample, key) for key in ("question", "solution"))
+        last_user_message(messages, sample)["content"] = prompts.opsd_teacher_prompt(question, solution)
+        return messages
+
+
+@register_context("label")
+@dataclass(frozen=True)
+class LabelContext(TeacherContext):
+    """TRACE: the teacher is told of which kinds an attempt's errors, or a working solution's decisive steps, are.
+
+    The note stands behind the problem in the last user message. It is a function of the student's messages, the
+    outcome and the types alone: neither the response, nor where its spans lie, nor the reference answer can reach
+    the teacher. A rollout without types has no teacher.
+
+    Attributes:
+        thinking: the published recipe has it on.
+    """
+
+    thinking: bool | None = None
+
+    def messages(self, sample):
+        types = list(sample["types"])
+        if not types:
+            return None
+        messages = copy_messages(sample)
+        request = last_user_message(messages, sample)
+        request["content"] = prompts.label_prompt(request["content"], types, bool(sample["correct"]))
+        return messages
+
+
+def _required_text(sample: Mapping[str, Any], key: str) -> str:
+    value = (sample.get("extra_info") or {}).get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(
+            f"sample {sample_index(sample)} has no extra_info[{key!r}], which the teacher is to be shown: "
+            "add it to the data set or drop the sample"
+        )
+    return value

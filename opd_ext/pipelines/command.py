@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``opd ssd`` and ``opd t3s``: settings, stages, report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from opd_ext.bridge.warm_python import warm_python
+from opd_ext.files import write_whole
+from opd_ext.pipelines import problems
+from opd_ext.pipelines.settings import PipelineConfig, check_inputs, compose_pipeline
+from opd_ext.pipelines.ssd import pipeline as ssd_pipeline
+from opd_ext.pipelines.ssd.config import SSDConfig
+from opd_ext.pipelines.stages import Pipeline
+from opd_ext.pipelines.t3s import pipeline as t3s_pipeline
+from opd_ext.pipelines.t3s.config import T3SConfig
+
+_PIPELINES = {"ssd": (SSDConfig, ssd_pipeline), "t3s": (T3SConfig, t3s_pipeline)}
+
+
+def run(
+    name: str,
+    overrides: Sequence[str],
+    until: str | None,
+    only: str | None,
+    force: str | None,
+    dry_run: bool,
+    cfg: bool,
+) -> None:
+    """Run what is left of a pipeline, and write its report once all of it is there.
+
+    Args:
+        name: ``ssd`` or ``t3s``.
+        until, only, force: names of stages, see :meth:`opd_ext.pipelines.stages.Pipeline.run`.
+        dry_run: print the stages and what is done, and stop.
+        cfg: print the configuration and stop.
+
+    Raises:
+        ConfigError, LaunchError, MergeError, StageError, TableError: one sentence each.
+    """
+    kind, module = _PIPELINES[name]
+    config = compose_pipeline(name, kind, overrides)
+    if cfg:
+        print(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        return
+    _check(config)
+    pipeline, steps = module.build(config)
+    console = Console()
+    console.print(f"run folder: {config.run_dir}", soft_wrap=True, highlight=False)
+    if dry_run:
+        console.print(_overview(pipeline))
+        return
+    # On the CPU a pipeline's processes, one after the other, are forked from one that has imported the stack.
+    busy = any(state != "done" for _, state, _ in pipeline.overview())
+    with warm_python(config.device == "cpu" and busy, {name: str(value) for name, value in config.environment.items()}):
+        pipeline.run(until, only, force)
+    content = OmegaConf.to_yaml(OmegaConf.structured(config))
+    write_whole(Path(config.run_dir) / "config.yaml", content.encode())  # of what was accepted and ran
+    if all(state == "done" for _, state, _ in pipeline.overview()):
+        module.write_report(config, pipeline, steps)
+
+
+def _check(config: PipelineConfig) -> None:
+    """What would otherwise come out after hours."""
+    check_inputs(config)
+    problems.load_grader(config.reward)
+    problems.check_columns(config.prompts.file, graded=isinstance(config, T3SConfig))
+    for file in filter(None, (config.evaluate.file, config.evaluate.select_file)):
+        problems.check_columns(file, graded=True)
+
+
+def _overview(pipeline: Pipeline) -> Table:
+    table = Table("stage", "state", "after")
+    for name, state, after in pipeline.overview():
+        table.add_row(name, state, ", ".join(after))
+    return table

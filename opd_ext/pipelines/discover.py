@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test-time self-distillation: search for one right answer to one question, learning from every failure.
+
+SDPO (arXiv 2601.20802, section 5): sample a few attempts, let feedback teach, sample again; stop at the first success.
+A search is a training run on a data set of one question; several seeds make a discovery@k curve.
+"""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+
+from opd_ext.estimators import discovery_at_k
+from opd_ext.files import write_whole
+from opd_ext.progress import track
+
+LOG_LINES = 15
+
+
+class SearchError(RuntimeError):
+    """One sentence: which input is wrong, or which search failed and where its log is."""
+
+
+def discover(
+    data: Path,
+    row: int,
+    out: Path,
+    seeds: int = 5,
+    budget: int = 512,
+    attempts_per_step: int = 16,
+    success: float = 1.0,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> list[int | None]:
+    """Search with every seed, one after the other, and report discovery@k.
+
+    A search that has found an answer or spent its budget is not repeated; one that was interrupted goes on where its
+    last checkpoint is. ``out`` receives a run folder per seed, ``question.parquet``, ``discovery.json`` and
+    ``discovery.png``.
+
+    Args:
+        data: a training file in verl's format.
+        row: which of its questions, from 0.
+        budget: attempts per search, rounded up to whole steps.
+        success: score from which an attempt counts as right.
+        overrides: of the configuration; the method is ``sdpo`` unless they say otherwise.
+
+    Returns:
+        Attempt of the first success of each search, or None.
+
+    Raises:
+        SearchError: no such row, ``out`` holds another question, or a search failed.
+    """
+    if seeds < 1 or budget < 1 or attempts_per_step < 1:
+        raise SearchError("seeds, budget and attempts per step must each be at least 1.")
+    console = console or Console()
+    out = Path(out).absolute()
+    question = _write_question(data, row, out)
+    steps = math.ceil(budget / attempts_per_step)
+    settings = [
+        *(() if any(override.startswith("method=") for override in overrides) else ("method=sdpo",)),
+        f"data.train_files={question}",
+        f"data.val_files={question}",
+        "data.train_batch_size=1",
+        f"actor_rollout_ref.rollout.n={attempts_per_step}",
+        f"opd.stop_on_success={success}",
+        f"trainer.total_training_steps={steps}",
+        f"trainer.total_epochs={steps}",
+        "trainer.test_freq=-1",
+        "trainer.val_before_train=false",
+        "trainer.max_actor_ckpt_to_keep=1",
+    ]
+    times: list[int | None] = []
+    for seed in track(range(1, seeds + 1), "searching", seeds, "searches", console):
+        folder = out / f"seed-{seed}"
+        if not _finished(folder, steps):
+            _search(folder, [*settings, f"opd.seed={seed}", f"opd.run_dir={folder}", *overrides])
+        times.append(_outcome(folder)["found"])
+    _report(times, steps * attempts_per_step, out, console)
+    return times
+
+
+def _write_question(data: Path, row: int, out: Path) -> Path:
+    frame = pd.read_parquet(data)
+    if not 0 <= row < len(frame):
+        raise SearchError(f"{data} has rows 0 to {len(frame) - 1}; there is no row {row}.")
+    buffer = io.BytesIO()
+    frame.iloc[[row]].to_parquet(buffer, index=False)
+    path = out / "question.parquet"
+    if path.exists() and path.read_bytes() != buffer.getvalue():
+        raise SearchError(f"{out} holds searches for another question: choose another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
+    return path
+
+
+def _outcome(folder: Path) -> dict:
+    path = folder / "discovery.json"
+    return json.loads(path.read_text()) if path.exists() else {"attempts": 0, "found": None, "step": 0}
+
+
+def _finished(folder: Path, steps: int) -> bool:
+    outcome = _outcome(folder)
+    return outcome["found"] is not None or outcome["step"] >= steps
+
+
+def _search(folder: Path, settings: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "search.log"
+    with log.open("a") as output:
+        done = subprocess.run([sys.executable, "-m", "opd_ext.train", *settings], stdout=output, stderr=output)
+    if done.returncode:
+        last = "\n".join(log.read_text().splitlines()[-LOG_LINES:])
+        raise SearchError(f"the search in {folder} failed with status {done.returncode}; the end of {log}:\n{last}")
+
+
+def _report(times: list[int | None], budget: int, out: Path, console: Console) -> None:
+    ks = sorted({*(2**i for i in range(int(math.log2(budget)) + 1)), budget})
+    curve = {k: discovery_at_k(times, k) for k in ks}
+    table = Table(title=f"discovery@k over {len(times)} searches", title_justify="left")
+    for k in ks:
+        table.add_column(str(k), justify="right")
+    table.add_row(*(f"{100 * value:.0f} %" for value in curve.values()))
+    console.print(table)
+    shown = ", ".join("none" if time is None else str(time) for time in times)
+    console.print(f"first success at attempt: {shown} (budget {budget})", highlight=False)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.step(ks, [100 * value for value in curve.values()], where="post", marker="o")
+    axes.set(xscale="log", xlabel="attempts k", ylabel="discovery@k (%)", ylim=(0, 105))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(out / "discovery.png", picture.getvalue())
+    record = {"budget": budget, "first_success": times, "discovery_at_k": curve}
+    write_whole(out / "discovery.json", json.dumps(record, indent=2).encode())
+    console.print(f"Written: {out / 'discovery'}.{{json,png}}", soft_wrap=True, highlight=False)

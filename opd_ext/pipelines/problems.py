@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From files in verl's format to prompts as token ids, and from sampled ids to grades."""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from opd_ext.errors import ConfigError
+from opd_ext.pipelines.settings import PromptsConfig, RewardConfig
+
+_PER_PROCESS = 2_000  # responses from which another process pays for its start
+_LOOK = 1 << 20  # bytes
+
+
+@cache
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, loaded once per process.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model} has no tokenizer that loads: {' '.join(str(error).split())}") from None
+
+
+def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response: the tokenizer's end and what the model's generation config adds to it."""
+    found = {tokenizer.eos_token_id} - {None}
+    try:
+        configured = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # a checkpoint without a generation config
+        configured = None
+    found |= set([configured] if isinstance(configured, int) else configured or [])
+    if not found:
+        raise ConfigError(f"{model} names no token that ends a response; set eos_token_id in its generation config.")
+    return sorted(found)
+
+
+def read_problems(settings: PromptsConfig) -> pd.DataFrame:
+    """Rows of ``settings.file`` in verl's format, with a ``uid`` (their place in the file) each.
+
+    Duplicates are told by the last message with its white space normalised; the first of them stays.
+
+    Raises:
+        ConfigError: a column that is needed is missing, or nothing is left.
+    """
+    rows = pd.read_parquet(settings.file)
+    if "prompt" not in rows:
+        raise ConfigError(f"{settings.file} has no column `prompt` with chat messages.")
+    rows.insert(0, "uid", [f"{index:06d}" for index in range(len(rows))])
+    if settings.deduplicate:
+        statements = rows["prompt"].map(lambda messages: statement_key(messages[-1]["content"]))
+        rows = rows[~statements.duplicated()]
+    rows = rows.head(settings.count) if settings.count is not None else rows
+    if not len(rows):
+        raise ConfigError(f"{settings.file} leaves no prompt; look at prompts.count.")
+    return rows.reset_index(drop=True)
+
+
+def check_columns(file: str, graded: bool) -> None:
+    """Raises ConfigError if a file in verl's format lacks a column that prompts, or grades, are made of."""
+    needed = ["prompt", *(["data_source", "reward_model"] if graded else [])]
+    if missing := [name for name in needed if name not in pq.read_schema(file).names]:
+        raise ConfigError(f"{file} has no column {missing[0]}; verl's format has prompt, data_source and reward_model.")
+
+
+def fingerprint(model: str) -> str:
+    """What a model is, without reading all of it: names, sizes, beginnings and ends of its files; a hub id as it is."""
+    if not Path(model).is_dir():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted(path for path in Path(model).iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}/{size}/".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(_LOOK))
+            handle.seek(max(0, size - _LOOK))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+def render(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
+    """``uid`` and ``prompt_ids`` up to where the assistant begins, through the chat template, once."""
+    system = [{"role": "system", "content": settings.system}] if settings.system else []
+    ids = [
+        tokenizer.apply_chat_template(
+            system + [dict(message) for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **settings.template,
+        )
+        for messages in rows["prompt"]
+    ]
+    return pd.DataFrame({"uid": rows["uid"], "prompt_ids": ids})
+
+
+def check_lengths(prompts: pd.DataFrame, max_tokens: int, max_model_len: int, key: str) -> None:
+    """Raises ConfigError if a prompt and the longest response do not fit into the engine together."""
+    longest = int(prompts["prompt_ids"].map(len).max())
+    if longest + max_tokens > max_model_len:
+        raise ConfigError(
+            f"The longest prompt has {longest} tokens and {key}={max_tokens}: together more than "
+            f"vllm.max_model_len={max_model_len}; raise that or lower {key}."
+        )
+
+
+def load_grader(settings: RewardConfig) -> Callable[..., Any]:
+    """A function with verl's signature; verl's own, which looks at ``data_source``, without a path.
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
+    if settings.path is None:
+        from verl.utils.reward_score import default_compute_score
+
+        return default_compute_score
+    try:
+        if settings.path.startswith("pkg://"):
+            module = importlib.import_module(settings.path.removeprefix("pkg://"))
+        else:
+            spec = importlib.util.spec_from_file_location(Path(settings.path).stem, settings.path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        return getattr(module, settings.name)
+    except (ImportError, AttributeError, OSError) as error:
+        raise ConfigError(
+            f"reward.path={settings.path} with reward.name={settings.name} does not load: {error}."
+        ) from None
+
+
+def decode(samples: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of every response, without special tokens."""
+    return [
+        tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in map(np.asarray, samples["response_ids"])
+    ]
+
+
+def grade(
+    samples: pd.DataFrame, problems: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: RewardConfig
+) -> pd.DataFrame:
+    """``uid, sample, acc, tokens, truncated`` of every response, in the order of ``samples``.
+
+    ``acc`` is the grader's ``acc``, or its score; ``truncated`` whether the response ran into its limit.
+    """
+    of_uid = problems.set_index("uid")
+    texts = decode(samples, tokenizer)
+    work = []
+    for uid, text in zip(samples["uid"], texts, strict=True):
+        row = of_uid.loc[uid]
+        work.append((row["data_source"], text, row["reward_model"]["ground_truth"], row.get("extra_info")))
+    processes = min(os.cpu_count() or 1, 1 + len(work) // _PER_PROCESS)
+    if processes == 1:
+        scores = list(map(_Grading(settings), work))
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            scores = list(pool.map(_Grading(settings), work, chunksize=64))
+    return pd.DataFrame(
+        {
+            "uid": samples["uid"],
+            "sample": samples["sample"],
+            "acc": scores,
+            "tokens": samples["response_ids"].map(len),
+            "truncated": samples["finish_reason"] == "length",
+        }
+    )
+
+
+class _Grading:
+    """A grader that is loaded where it is used, so that it can be sent to other processes."""
+
+    def __init__(self, settings: RewardConfig):
+        self._settings = settings
+
+    def __call__(self, work: tuple[str, str, str, Any]) -> float:
+        source, text, truth, extra = work
+        result = _loaded_grader(self._settings.path, self._settings.name)(source, text, truth, extra)
+        return float(result.get("acc", result["score"]) if isinstance(result, dict) else result)
+
+
+@cache
+def _loaded_grader(path: str | None, name: str) -> Callable[..., Any]:
+    return load_grader(RewardConfig(path, name))
+
+
+def statement_key(text: str) -> str:
+    """A problem statement with its whitespace normalised; two problems with the same key are one."""
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of the pipelines: types, defaults, and what is refused before anything starts.
+
+Composed by Hydra from ``opd_ext/config/offline``: ``ssd.yaml`` or ``t3s.yaml``, a ``scale`` and, if asked for, a
+published ``preset``.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opd_ext.config.refusals import refusal
+from opd_ext.errors import ConfigError, one_of, positive
+from opd_ext.sampling.config import VLLMConfig
+
+CONFIG_DIR = Path(__file__).parents[1] / "config" / "offline"
+
+
+@dataclass
+class PromptsConfig:
+    """A parquet file in verl's format, and what is taken from it."""
+
+    file: str | None = None
+    count: int | None = None  # the first so many, after duplicates are gone; null: all
+    deduplicate: bool = True  # one prompt per statement, compared with normalised white space
+    system: str | None = None  # a system message put before the conversation
+    template: dict[str, Any] = field(default_factory=dict)  # options of the chat template
+
+
+@dataclass
+class TrainConfig:
+    """Fine-tuning on verl's SFT trainer. ``verl`` holds any further key of its ``sft_trainer_engine.yaml``."""
+
+    steps: int = 50  # optimiser steps
+    batch_size: int = 64  # samples, over all ranks
+    lr: float = 1e-5
+    min_lr: float = 0.0  # cosine only
+    schedule: str = "constant"  # constant | cosine
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    clip_grad: float = 1.0
+    max_length: int = 4096  # tokens; what is longer loses its end, and is counted
+    tokens_per_gpu: int = 8192  # in one micro-batch
+    save_every: int = 25  # steps between checkpoints
+    normalisation: str = "kept-token-mean"  # kept-token-mean | all-token-mean
+    ranks: int = 1  # data-parallel processes
+    verl: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RewardConfig:
+    """A grader with verl's signature; without a path verl's own, chosen by ``data_source``."""
+
+    path: str | None = None
+    name: str = "compute_score"
+
+
+@dataclass
+class EvaluationConfig:
+    """Problems that models are compared on."""
+
+    file: str | None = None  # reported
+    select_file: str | None = None  # where temperatures are chosen; null: the first one is reported as it is
+    count: int | None = None
+    n: int = 4
+    max_tokens: int = 1024
+    temperatures: list[float] = field(default_factory=lambda: [1.0])
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+@dataclass
+class PipelineConfig:
+    """What both pipelines have in common."""
+
+    run_dir: str = "runs/offline"
+    scale: str = "cpu_tiny"
+    device: str = "cuda"
+    world: str | None = None
+    model: str | None = None  # folder or hub id of the model that is fine-tuned
+    trust_remote_code: bool = False
+    seed: int = 1
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
+    environment: dict[str, str] = field(default_factory=dict)  # of the processes that sample and train
+
+    def check(self) -> None:
+        """Refuse what cannot work; a pipeline adds what it knows.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+        one_of("device", self.device, ("cpu", "cuda"))
+        if not self.model:
+            raise ConfigError("model is missing: set it to a folder with a model, or its hub id.")
+        if "base" in getattr(self, "arms", ()):
+            raise ConfigError("arms=base is the name of the model itself: choose another name.")
+        positive("vllm.replicas", self.vllm.replicas)
+        positive("vllm.shard", self.vllm.shard)
+        check_training("train", self.train)
+        if not self.evaluate.temperatures:
+            raise ConfigError("evaluate.temperatures=[] must name at least one temperature.")
+        for temperature in self.evaluate.temperatures:
+            positive("evaluate.temperatures", temperature, zero=True)
+        positive("evaluate.n", self.evaluate.n)
+        check_share("evaluate.top_p", self.evaluate.top_p)
+        self.check_limit("evaluate.max_tokens", self.evaluate.max_tokens)
+
+    def check_limit(self, key: str, tokens: int) -> None:
+        """A response must leave room for its prompt."""
+        if not 0 < tokens < self.vllm.max_model_len:
+            raise ConfigError(
+                f"{key}={tokens} must be positive and below vllm.max_model_len={self.vllm.max_model_len}, which holds "
+                "the prompt as well."
+            )
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        """Key -> model, for every model that must be there before the first stage."""
+        return {"model": self.model}
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+_GROUPS = ("scale", "preset", "tuning")
+_Config = TypeVar("_Config", bound=PipelineConfig)
+
+
+def compose_pipeline(name: str, kind: type[_Config], overrides: Sequence[str]) -> _Config:
+    """The settings of a pipeline, typed and checked.
+
+    Args:
+        name: of its primary file.
+        kind: of its settings.
+        overrides: in Hydra's grammar.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            composed: DictConfig = compose(name, overrides=[_addable(override) for override in overrides])
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refusal(error, overrides, f"opd {name}") from None
+    _make_paths_absolute(config)
+    config.check()
+    return config
+
+
+def _addable(override: str) -> str:
+    """A key that the files leave at its default can be set like any other; the types say which keys exist."""
+    key = override.partition("=")[0]
+    return override if key in _GROUPS or override.startswith(("+", "~")) else f"++{override}"
+
+
+def check_decoding(key: str, decoding: Any) -> None:
+    """Temperature, where it has one, and top-p."""
+    positive(f"{key}.temperature", decoding.temperature, zero=True)
+    check_share(f"{key}.top_p", decoding.top_p)
+
+
+def check_share(key: str, value: float) -> None:
+    """Raises ConfigError for a share outside (0, 1]."""
+    if not 0 < value <= 1:
+        raise ConfigError(f"{key}={value} must be in (0, 1].")
+
+
+def check_training(key: str, train: TrainConfig) -> None:
+    """Refuse a fine-tuning that cannot work, ``key`` being where it stands."""
+    one_of(f"{key}.schedule", train.schedule, ("constant", "cosine"))
+    one_of(f"{key}.normalisation", train.normalisation, ("kept-token-mean", "all-token-mean"))
+    for name in ("steps", "save_every", "batch_size", "ranks"):
+        positive(f"{key}.{name}", getattr(train, name))
+    if train.batch_size % train.ranks:
+        raise ConfigError(f"{key}.batch_size={train.batch_size} must be a multiple of {key}.ranks={train.ranks}.")
+    if rank := (train.verl.get("model") or {}).get("lora_rank", 0):
+        raise ConfigError(
+            f"{key}.verl.model.lora_rank={rank} is not supported, since adapters are neither sampled from nor merged "
+            "here: set it to 0."
+        )
+    if not 0 <= train.min_lr <= train.lr:
+        raise ConfigError(f"{key}.min_lr={train.min_lr} must be between 0 and {key}.lr={train.lr}.")
+
+
+def check_inputs(config: PipelineConfig) -> None:
+    """Look for the files and folders that the configuration names.
+
+    Raises:
+        ConfigError: naming the first that is missing.
+    """
+    files = {"prompts.file": config.prompts.file, "evaluate.file": config.evaluate.file}
+    files |= {"evaluate.select_file": config.evaluate.select_file or config.evaluate.file}
+    for key, value in files.items():
+        if not value or not Path(value).is_file():
+            hint = " (opd data tinymath makes the miniature world)" if config.world else ""
+            raise ConfigError(f"{key}={value} is not a file{hint}.")
+    for key, value in config.models.items():
+        hub_id = _HUB_ID.fullmatch(value) and not Path(value).exists()
+        if not hub_id and not (Path(value) / "config.json").is_file():
+            hint = "; opd data tinymath makes the miniature world" if config.world else ""
+            raise ConfigError(f"{key}={value} is neither a hub id nor a folder with a config.json{hint}.")
+
+
+def _make_paths_absolute(config: PipelineConfig) -> None:
+    """Processes that sample and train may run elsewhere than here."""
+    holders = [(config, "run_dir"), (config, "model"), (config.prompts, "file")]
+    holders += [(config.evaluate, "file"), (config.evaluate, "select_file"), (config, "teacher")]
+    holders += [(getattr(config, "diffusion", None), "model")]
+    for holder, name in holders:
+        value = getattr(holder, name, None)
+        if value and (name == "run_dir" or Path(value).expanduser().exists()):
+            setattr(holder, name, str(Path(value).expanduser().absolute()))
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as what JSON would make of it, so that settings compare equal after a round trip."""
+    return json.loads(json.dumps(asdict(value) if hasattr(value, "__dataclass_fields__") else value))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of T3S."""
+
+from dataclasses import dataclass, field
+
+from opd_ext.errors import ConfigError, one_of
+from opd_ext.pipelines.settings import PipelineConfig, TrainConfig, check_decoding, check_training
+from opd_ext.sampling.config import SamplingConfig
+
+T3S_ARMS = ("t3s", "inverse", "random", "lowest")
+
+
+@dataclass
+class BottleneckConfig:
+    """Where the pilot's training accuracy is lowest."""
+
+    n: int = 4  # samples per training prompt and checkpoint
+    temperature: float = 0.6
+    top_k: int = -1
+    top_p: float = 0.95
+    standard_errors: float = 2.0  # the dip must exceed so many
+    step: int | None = None  # name it instead of looking for it
+
+
+@dataclass
+class DiffusionConfig:
+    """T3S for a masked-diffusion model: the selection comes from the autoregressive ``model``."""
+
+    model: str | None = None  # folder or hub id
+    tau: float = 0.2  # nats that a token must have lost to be restored always
+    ratio: list[float] = field(default_factory=lambda: [0.3, 0.8])  # of masked response tokens, drawn per sample
+    mask_token_id: int | None = None  # null: what the model's config says; so for the next two
+    attention: str | None = None  # full (LLaDA) | block (LLaDA-2.0)
+    block_size: int | None = None
+    threshold: float = 0.95  # confidence from which a token is written
+    batch_size: int = 32  # prompts that are denoised at a time; each step holds a [batch, length, length] mask
+    max_tokens: int | None = None  # of an answer; null: evaluate.max_tokens
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError, one sentence."""
+        if self.attention is not None:
+            one_of("diffusion.attention", self.attention, ("full", "block"))
+        if not self.model:
+            raise ConfigError("diffusion.model is missing: set it to a folder with a model, or its hub id.")
+        if len(self.ratio) != 2 or not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
+            raise ConfigError(f"diffusion.ratio={self.ratio} must be [low, high] with 0 <= low <= high <= 1.")
+        check_training("diffusion.train", self.train)
+
+
+@dataclass
+class T3SConfig(PipelineConfig):
+    """Training-trajectory-aware token selection."""
+
+    teacher: str | None = None
+    traces: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.6, -1, 1.0, 16, 32768))
+    traces_column: str | None = None  # of prompts.file: verified traces as text; also `column.field`
+    trace_prefix: str = ""  # put before every trace, e.g. the opening think tag that the teacher's template writes
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    threshold: float = 0.0  # nats; an anchor's confidence rose by more
+    always_keep_eos: bool = False
+    arms: list[str] = field(default_factory=lambda: ["t3s", "inverse", "random", "lowest"])
+    rrt: bool = True
+    diffusion: DiffusionConfig | None = None
+
+    def check(self) -> None:
+        super().check()
+        for arm in self.arms:
+            one_of("arms", arm, T3S_ARMS)
+        if not self.teacher and not self.traces_column:
+            raise ConfigError("teacher is missing: set it to a model, or traces_column to a column with its traces.")
+        if self.train.save_every >= self.train.steps:
+            raise ConfigError(
+                f"train.save_every={self.train.save_every} must be below train.steps={self.train.steps}: the pilot's "
+                "checkpoints are what the bottleneck is looked for in."
+            )
+        check_decoding("traces", self.traces)
+        check_decoding("bottleneck", self.bottleneck)
+        if not self.traces_column:
+            self.check_limit("traces.max_tokens", self.traces.max_tokens)
+        if self.diffusion is not None:
+            self.diffusion.check()
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        teacher = {} if self.traces_column else {"teacher": self.teacher}
+        diffusion = {"diffusion.model": self.diffusion.model} if self.diffusion is not None else {}
+        return super().models | teacher | diffusion

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building the miniature world: one folder, complete or absent.
+
+    <out>/world.json                     settings, their hash, what was measured
+    <out>/MODEL_CARD.md                  the same for people
+    <out>/{train,val,test}.parquet       problems in verl's format
+    <out>/base/, <out>/large/, ...       transformers checkpoints with their tokenizer
+
+The models come with the package (:mod:`opd_ext.tinymath.shipped`), the problems are drawn here. Models can be
+trained from nothing as well: a function of the settings alone, up to floating-point differences between machines,
+thread counts and versions of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from opd_ext.tinymath import shipped
+from opd_ext.tinymath.card import measure_model, render_card
+from opd_ext.tinymath.chats import chats, draw_chat, textbook
+from opd_ext.tinymath.diffusion import HiddenReplies, add_mask_token, to_diffusion
+from opd_ext.tinymath.pretrain import SPECS, DiffusionSpec, make_corpus, make_model, next_token, pretrain
+from opd_ext.tinymath.problems import DIFFICULTIES, draw_question
+from opd_ext.tinymath.splits import SIZES, draw_splits, write_splits
+from opd_ext.tinymath.tokenizer import make_tokenizer, phrases, words
+
+
+class WorldError(RuntimeError):
+    """The folder cannot be used as asked; the message says what to do."""
+
+
+def build(
+    out: Path,
+    models: Sequence[str] = tuple(SPECS),
+    force: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    rebuild: bool = False,
+    threads: int = 1,
+) -> Path:
+    """Build the world in ``out``, or as much of it as is missing.
+
+    A world that is there already is left alone: a model that it lacks is added, nothing else is touched.
+    Everything is prepared beside its destination and renamed, so an interrupted build leaves no half world.
+
+    Args:
+        out: destination folder.
+        models: models to have, of ``base``, ``large`` and ``diffusion``.
+        force: build everything anew, with exactly the models named.
+        seed: of the splits, the corpus, the initial weights and the sampling of the model card.
+        progress: show progress and one line per thing done.
+        rebuild: train the models from nothing (minutes) instead of unpacking them, and say whether they are the same.
+        threads: of a rebuild. One is as fast as two wherever anything else runs, since threads wait for each other.
+
+    Returns:
+        ``out``, absolute.
+
+    Raises:
+        ValueError: an unknown model is named, or none, or one without the model that it starts from.
+        WorldError: ``out`` holds something else, or a world built with other settings (unless ``force``); the package
+            is damaged, or has no models for these settings.
+    """
+    unknown = [name for name in models if name not in SPECS]
+    if unknown or not models:
+        raise ValueError(f"unknown models {unknown}: name one or more of {', '.join(SPECS)}")
+    out = Path(out).expanduser().absolute()
+    found = _read_world(out)
+    there = [] if found is None or force else list(found["models"])
+    models = sorted(models, key=list(SPECS).index)  # a parent before its child
+    for name in models:
+        parent = getattr(SPECS[name], "parent", name)
+        if parent not in (*there, *models):
+            raise ValueError(f"the model {name} starts from {parent}: name both")
+    settings = _settings(seed)
+    known = settings == shipped.record()["settings"]
+    if not rebuild and not known:
+        raise WorldError("the package has no models for these settings: train them with rebuild")
+
+    def make(world: Path, folder: Path, name: str) -> tuple[dict, str]:
+        if rebuild:
+            record = _train_model(world, folder, name, seed, progress, threads)
+            return record, f"; {shipped.compare(folder, name, record)}" if known else ""
+        try:
+            return shipped.unpack(name, folder), ""
+        except shipped.DamagedError as error:
+            raise WorldError(str(error)) from None
+
+    say = print if progress else lambda *_: None
+    if found is None or force:
+        with _beside(out) as folder:
+            _start_world(folder, settings, seed)
+            _add_models(folder, models, make, say)
+            _put_in_place(folder, out)
+        say(f"tinymath: {out}")
+        return out
+    _check_same(out, found, settings, models)
+    missing = [name for name in models if name not in found["models"]]
+    _add_models(out, missing, make, say)
+    if not missing:
+        say(f"tinymath: {out} is complete ({', '.join(found['models'])}), nothing to do")
+    for name in models:
+        if name not in missing and not rebuild and not shipped.is_shipped(out / name, name):
+            say(f"tinymath: {name} was trained here and is not the shipped one; force replaces it")
+    return out
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(seed: int) -> dict:
+    """What decides the world. A sample of the corpus stands for the grammar, prompts and writing habits."""
+    rng = random.Random(0)
+    sample = []
+    for index in range(500):
+        difficulty = DIFFICULTIES[index % len(DIFFICULTIES)]
+        question = draw_question(rng, difficulty)
+        sample += [asdict(draw_chat(rng, question, difficulty, corpus)) for corpus in (textbook(), chats())]
+    settings = {
+        "seed": seed,
+        "splits": SIZES,
+        "corpus_sample": _digest(sample),
+        "vocabulary": _digest([phrases(), words()]),
+    }
+    return {**settings, "hash": _digest(settings)}
+
+
+def _read_world(out: Path) -> dict | None:
+    """The world's record, None where nothing is; refuses a folder that holds something else."""
+    if (out / "world.json").is_file():
+        return json.loads((out / "world.json").read_text())
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WorldError(f"{out} exists and is not a tinymath world: choose another folder")
+    return None
+
+
+def _check_same(out: Path, found: dict, settings: dict, models: Sequence[str]) -> None:
+    changed = [key for key in settings if key != "hash" and found["settings"].get(key) != settings[key]]
+    changed += [
+        f"models.{name}"
+        for name in models
+        if name in found["models"] and found["models"][name]["spec"] != asdict(SPECS[name])
+    ]
+    if changed:
+        raise WorldError(
+            f"{out} was built with other settings ({', '.join(changed)}): "
+            "use force to replace it, or choose another folder"
+        )
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A scratch folder on the same file system as ``target``, gone afterwards unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename ``folder`` to ``target``; what was there stays whole until the moment of the exchange."""
+    if not target.exists():
+        os.rename(folder, target)
+        return
+    with _beside(target) as trash:
+        os.rename(target, trash / "old")
+        os.rename(folder, target)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _write_record(world: Path, record: dict) -> None:
+    _write(world / "MODEL_CARD.md", render_card(record))
+    _write(world / "world.json", json.dumps(record, indent=2) + "\n")
+
+
+def _start_world(folder: Path, settings: dict, seed: int) -> None:
+    write_splits(draw_splits(seed), folder)
+    _write_record(folder, {"settings": settings, "models": {}})
+
+
+def _add_models(
+    world: Path, names: Sequence[str], make: Callable[[Path, Path, str], tuple[dict, str]], say: Callable[[str], None]
+) -> None:
+    """Have every model made beside its place, then put it there.
+
+    Args:
+        make: called with world, folder and name; returns the model's record and what to say of it.
+        say: prints a line.
+    """
+    for name in names:
+        began = time.perf_counter()
+        with _beside(world / name) as folder:
+            record, remark = make(world, folder, name)
+            _put_in_place(folder, world / name)
+        found = json.loads((world / "world.json").read_text())
+        found["models"][name] = record
+        _write_record(world, found)
+        say(f"tinymath: {name} ready in {time.perf_counter() - began:.1f} s{remark}")
+
+
+def _train_model(world: Path, folder: Path, name: str, seed: int, progress: bool, threads: int) -> dict:
+    """Pre-train, save and measure one model; returns its record for ``world.json``."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _train(world, folder, name, seed, progress) | {"threads": threads, "torch": torch.__version__}
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(world: Path, folder: Path, name: str, seed: int, progress: bool) -> dict:
+    from transformers import Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    started = time.perf_counter()
+    spec, splits, tokenizer = SPECS[name], draw_splits(seed), make_tokenizer()
+    held_out = {question for split in ("val", "test") for _, question in splits[split]}
+    corpus = make_corpus(tokenizer, spec, seed, held_out)
+    if isinstance(spec, DiffusionSpec):
+        add_mask_token(tokenizer)
+        model, objective = Qwen3ForCausalLM.from_pretrained(world / spec.parent), HiddenReplies(spec, seed)
+        to_diffusion(model, spec, tokenizer, seed)
+    else:
+        model, objective = make_model(spec, tokenizer, seed), next_token
+    training = time.perf_counter()
+    tokens = pretrain(model, corpus, spec, seed, progress, name, objective)
+    trained = time.perf_counter()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    measured = measure_model(model, tokenizer, splits["val"], seed, progress)
+    done = time.perf_counter()
+    return {
+        "spec": asdict(spec),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "tokens": tokens,
+        "seconds": {
+            "corpus": training - started,
+            "training": trained - training,
+            "measuring": done - trained,
+            "total": done - started,
+        },
+        "measured": measured,
+    }

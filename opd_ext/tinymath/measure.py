@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model of the miniature world does under a prompt: accuracy and length, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from opd_ext.tinymath.diffusion import sample_denoised
+from opd_ext.tinymath.grader import compute_score
+from opd_ext.tinymath.pretrain import render_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+MAX_NEW_TOKENS = 192
+
+Problem = tuple[int, str, str]
+"""Difficulty, question, answer."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One sampled response: right or not (1.0 / 0.0) and its length in tokens, end of turn included."""
+
+    difficulty: int
+    text: str
+    accuracy: float
+    tokens: int
+
+
+def is_diffusion(model: Qwen3ForCausalLM) -> bool:
+    """Whether the model reconstructs hidden tokens instead of predicting the next one."""
+    return getattr(model.config, "mask_token_id", None) is not None
+
+
+@torch.inference_mode()
+def sample(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int
+) -> list[list[int]]:
+    """One response per user message at temperature 1 without truncation of the distribution.
+
+    Returns token ids up to and including the end of turn, which is absent where ``MAX_NEW_TOKENS`` ran out.
+    """
+    torch.manual_seed(seed)
+    batch = tokenizer(render_prompts(tokenizer, prompts), return_tensors="pt", padding=True)
+    ids = model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    replies = ids[:, batch.input_ids.shape[1] :].tolist()
+    end = tokenizer.eos_token_id
+    return [reply[: reply.index(end) + 1] if end in reply else reply for reply in replies]
+
+
+def measure(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    prompts: list[str],
+    seed: int,
+) -> list[Outcome]:
+    """Sample and grade one response per problem; a masked-diffusion model denoises it at temperature 0.
+
+    Args:
+        problems: what is asked.
+        prompts: the user message shown for each problem.
+        seed: of the sampling.
+    """
+    outcomes = []
+    if is_diffusion(model):
+        replies = sample_denoised(model, tokenizer, prompts, MAX_NEW_TOKENS)
+    else:
+        replies = sample(model, tokenizer, prompts, seed)
+    for (difficulty, question, answer), reply in zip(problems, replies, strict=True):
+        text = tokenizer.decode(reply, skip_special_tokens=True)
+        grade = compute_score("tinymath", text, answer, {"question": question})
+        outcomes.append(Outcome(difficulty, text, float(grade["acc"]), len(reply)))
+    return outcomes
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and the half width of its 95 % interval (normal approximation)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, 1.96 * math.sqrt(variance / len(values))
