@@ -5,32 +5,44 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+ABSENT = "none"
+"""What a place is called that a method leaves empty (``null`` in the configuration)."""
+
 
 class ConfigError(ValueError):
     """One sentence: which key is wrong and what it may be."""
 
 
 def one_of(key: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raises ConfigError for a value that is not ``allowed``."""
     if value not in allowed:
         raise ConfigError(f"{key}={value} does not exist; choose one of: {', '.join(sorted(allowed))}.")
 
 
-def positive(key: str, value: float, zero: bool = False) -> None:
-    if value < 0 or (value == 0 and not zero):
-        raise ConfigError(f"{key}={value} must be {'zero or ' if zero else ''}positive.")
+def positive(key: str, value: float, zero: bool = False, at_most: float | None = None, what: str = "") -> None:
+    """Raises ConfigError for a number that is not positive (``zero``: negative), or above ``at_most``.
+
+    ``what`` says what the number is, where the key does not.
+    """
+    if value < 0 or (value == 0 and not zero) or (at_most is not None and value > at_most):
+        wanted = f"{'zero or ' if zero else ''}positive"
+        if at_most is not None:
+            wanted = f"in {'[' if zero else '('}0, {at_most}]"
+        raise ConfigError(f"{key}={value} must be {wanted}{f': {what}' if what else ''}.")
 
 
-def check_options(key: str, kind: str, given: dict[str, Any], allowed: Iterable[str] | None) -> None:
+def check_options(key: str, choice: str, given: Iterable[str], allowed: Iterable[str] | None) -> None:
+    """Raises ConfigError for an option that ``choice`` (say ``kind=uniform``) does not have; None: it takes any."""
     allowed = None if allowed is None else sorted(allowed)
     for name in given:
         if allowed is not None and name not in allowed:
             takes = f"it takes: {', '.join(allowed)}" if allowed else "it takes no options"
-            raise ConfigError(f"{key}.{name} does not exist for kind={kind}: take it out (~{key}.{name}); {takes}.")
+            raise ConfigError(f"{key}.{name} does not exist for {choice}: take it out (~{key}.{name}); {takes}.")
 
 
 def parameters(function: Callable[..., Any], skip: int) -> list[str] | None:
     """Names of the parameters after the first ``skip``; None if it takes any (``**kwargs``)."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+    found = inspect.signature(function).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found):
         return None
-    return [parameter.name for parameter in parameters][skip:]
+    return [parameter.name for parameter in found][skip:]

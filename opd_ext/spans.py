@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Annotated spans: the labels that tokens carry, and the types that TRACE (arXiv 2605.10194) gives them."""
 
-SPAN_LABELS = {"key": 1, "error": 2}
-
+KEY, ERROR = 1, 2
+SPAN_LABELS = {"key": KEY, "error": ERROR}
+"""Label of a token whose class has a name in the configuration; 0: the token is in no span."""
 
 ERROR_TYPES: dict[str, str] = {
     "missed_case": "A case that can occur may be left out.",
@@ -17,7 +18,6 @@ ERROR_TYPES: dict[str, str] = {
 }
 """TRACE's closed list of error types, in published order, each with the sentence that the teacher reads."""
 
-
 STEP_TYPES: dict[str, str] = {
     "case_split": "The problem is split into cases.",
     "boundary_check": "Boundary values are checked.",
@@ -31,6 +31,3 @@ STEP_TYPES: dict[str, str] = {
     "insight": "An observation makes the problem simpler.",
 }
 """TRACE's closed list of decisive steps, likewise."""
-
-
-KEY, ERROR = 1, 2

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's agent loop with additions per request: its own sampling seed, the token limit of its phase, annotation."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +14,11 @@ from opd_ext.bridge.rollouts import ANNOTATION
 from opd_ext.config import schema
 from opd_ext.context.sequence import render
 from opd_ext.credit.annotate import Request, build_annotator
+from opd_ext.seeds import request_seed
+from opd_ext.spans import ERROR, KEY
 
 
-def request_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
+def rollout_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
     """Sampling seed of one rollout request, in [0, 2**63).
 
     Requests of a vLLM server otherwise draw from one stream, so that a rollout depends on which requests arrived
@@ -30,7 +31,7 @@ def request_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
         session: index of the sample among the rollouts of its prompt.
     """
     identity = json.dumps([run_seed, step, prompt, session], sort_keys=True, default=str)
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") >> 1
+    return request_seed(identity)
 
 
 # verl decorates its worker with `ray.remote`; the class itself is what can be subclassed.
@@ -45,14 +46,14 @@ class OPDAgentLoopWorker(_Worker):
         self.opd = schema.load(self.config.opd)
         self.opd.import_external_libs()
         self.annotator = None
-        if self.opd.annotates:
+        if self.opd.credit.annotates:
             self.annotator = build_annotator(self.opd.credit.annotator, self.tokenizer, self._generate_annotation)
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         validate = trajectory["validate"]
         step = 0 if validate else int(trajectory["step"])
         params = dict(sampling_params)
-        params["seed"] = request_seed(self.opd.seed, step, _messages(kwargs), int(kwargs["session_id"]))
+        params["seed"] = rollout_seed(self.opd.seed, step, _messages(kwargs), int(kwargs["session_id"]))
         params["max_tokens"] = self.opd.rollout.val_tokens if validate else self.opd.rollout.train_tokens
         # Only the finished token ids are read: no text and no intermediate output per token and request.
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -76,8 +77,8 @@ class OPDAgentLoopWorker(_Worker):
             return None
         grade = output.extra_fields.get("reward_extra_info") or {}
         correct = float(grade.get("acc", output.reward_score or 0.0)) > 0.5
-        label = schema.SPAN_LABELS["key" if correct else "error"]
-        if label not in self.opd.active_spans and self.opd.credit.inactive_span == "nonspan":
+        label = KEY if correct else ERROR
+        if label not in self.opd.divergence.active_spans and self.opd.credit.inactive_span == "nonspan":
             return None
         extra_info, messages = dict(sample.get("extra_info") or {}), _messages(sample)
         ids = list(output.response_ids)
@@ -87,7 +88,7 @@ class OPDAgentLoopWorker(_Worker):
             correct=correct,
             finished=bool(ids) and ids[-1] == self.tokenizer.eos_token_id,
             extra_info=extra_info,
-            seed=request_seed(self.opd.seed, step, messages, int(sample["session_id"])),
+            seed=rollout_seed(self.opd.seed, step, messages, int(sample["session_id"])),
         )
         return (await self.annotator.annotate(request)).as_dict()
 

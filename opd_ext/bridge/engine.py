@@ -30,6 +30,7 @@ from verl.workers.engine.utils import prepare_micro_batches
 
 from opd_ext.objective.alignment import packed_response_rows
 from opd_ext.objective.objective import MicroBatch, Objective, PolicyTerm, Shape
+from opd_ext.teacher.kinds import NoTeacher, Teacher, TeacherOutput
 
 # What `lm_head` does to its input: (hidden [1, R, H], weight [V, H]) -> tensor.
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -83,13 +84,10 @@ class OPDEngine(FSDPEngineWithLMHead):
     A batch with ``has_teacher`` takes the distillation step; every other batch takes verl's own path.
     """
 
-    teacher: "OPDEngine | None" = None  # the engine whose weights teach; None: the student's own (live teacher)
-    trust: float | None = None  # share of the live student in a trust-region teacher; None: the teacher's weights alone
-    base_teaches: bool = False  # with LoRA: the student without its adapter teaches
-    objective: Objective | None = None
-    base_is_reference: bool = False  # ExOPD: the student without its adapter is what the surrogate extrapolates from
+    kind: Teacher = NoTeacher()  # whose weights teach
+    teacher: "OPDEngine | None" = None  # the engine that holds the teacher's own weights, if it has such
+    objective: Objective = Objective()
     updates: int = 0  # optimiser steps that were made, see OPDWorker.count_updates
-    denominator: str = "trained"  # whose tokens and sequences the reductions count: all trained or the distilled ones
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
@@ -182,33 +180,28 @@ class OPDEngine(FSDPEngineWithLMHead):
                 hidden[row] = part.to(self._autocast_dtype)
         return hidden
 
-    def _own_rows(self, data: TensorDict, adapter: bool) -> list[torch.Tensor]:
-        """The student as a teacher, with its adapter or as the model that it was before."""
+    def teacher_output(self, data: TensorDict, adapter: bool = True) -> TeacherOutput:
+        """This engine as a teacher: a student with its adapter, or as the model that it was before."""
+        with self._evaluates(), nullcontext() if adapter else self.disable_adapter():
+            return TeacherOutput(self.response_hidden_states(data), self.head_weight())
+
+    @contextmanager
+    def _evaluates(self) -> Iterator[None]:
+        """Evaluation for a moment: a student may be within its own training step, whose mode must come back."""
+        if self.engine_config.forward_only:
+            with self.eval_mode():
+                yield
+            return
         self.module.eval()
-        with nullcontext() if adapter else self.disable_adapter():
-            rows = self.response_hidden_states(data)
+        yield
         self.module.train()
-        return rows
 
     def _ask_teacher(self, data: TensorDict) -> None:
         """Fill what the student's micro-batches need: teacher rows per sample and the teacher's head."""
-        if self.teacher is None or self.trust is not None:
-            live = self._own_rows(data, adapter=not self.base_teaches), self.head_weight()
-        if self.teacher is not None:
-            with self.teacher.eval_mode():
-                fixed = self.teacher.response_hidden_states(data), self.teacher.head_weight()
-        if self.teacher is None:
-            self._teacher_rows, self._teacher_head = live
-        elif self.trust is None:
-            self._teacher_rows, self._teacher_head = fixed
-        else:
-            # (1 - a) W0 h0 + a W h = [W0, W] [(1 - a) h0, a h]: one head whose logits interpolate between both, which
-            # is the geometric interpolation of their distributions (SDPO, arXiv 2601.20802, appendix B.2).
-            a = self.trust
-            self._teacher_rows = [torch.cat([(1 - a) * h0, a * h], -1) for h0, h in zip(fixed[0], live[0], strict=True)]
-            self._teacher_head = torch.cat([fixed[1], live[1]], dim=-1)
-        if self.base_is_reference:  # with context `same` the teacher's sequences are the student's
-            self._reference_rows = self._own_rows(data, adapter=False)
+        self._teacher_rows, self._teacher_head = self.kind.output(self, self.teacher, data)
+        if self.objective.extrapolates:  # with context `same` the teacher's sequences are the student's
+            with self._evaluates(), self.disable_adapter():
+                self._reference_rows = self.response_hidden_states(data)
         vocabulary = self._lm_head.weight.shape[0]
         if len(self._teacher_head) < vocabulary:
             raise ValueError(
@@ -219,7 +212,7 @@ class OPDEngine(FSDPEngineWithLMHead):
 
     def _count(self, data: TensorDict) -> None:
         """Put the reductions' denominators, over all ranks, and the place of each sample into ``data``."""
-        counted = [bool(flag) or self.denominator == "trained" for flag in data["has_teacher"]]
+        counted = [bool(flag) or self.objective.denominator == "trained" for flag in data["has_teacher"]]
         trained = [int(mask.sum()) * used for mask, used in zip(data["loss_mask"].unbind(), counted, strict=True)]
         counts = torch.tensor([sum(trained), sum(map(bool, trained))], device=get_device_id())
         torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
@@ -261,7 +254,7 @@ class OPDEngine(FSDPEngineWithLMHead):
         teacher: tuple[torch.Tensor, ...] = ()
         if "teacher_input_ids" in micro_batch:
             teacher = (self._rows_of(self._teacher_rows, micro_batch), self._teacher_head)
-        reference = self._rows_of(self._reference_rows, micro_batch) if self.base_is_reference else None
+        reference = self._rows_of(self._reference_rows, micro_batch) if self.objective.extrapolates else None
         micro_batch = micro_batch.to(get_device_id())
         lengths = micro_batch["responses"].offsets().diff()
         rows = _packed_rows(micro_batch["input_ids"], lengths)
@@ -317,6 +310,7 @@ def _micro_batch(data: TensorDict, lengths: torch.Tensor, rows: torch.Tensor) ->
         # Row j of what a server returns scores token j + 1, as row j of the logits does.
         teacher_log_prob=data["teacher_logprobs"].values()[rows, 0] if "teacher_logprobs" in data else None,
         scale=data["opd_scale"],
+        gate=data["opd_gate"],
     )
 
 

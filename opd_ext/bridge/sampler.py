@@ -15,7 +15,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-from opd_ext.sampling.jobs import Job, request_seed
+from opd_ext.sampling.jobs import Job, sample_seed
 from opd_ext.sampling.worker import REPORT_EVERY, Request, Response, work
 
 
@@ -56,7 +56,7 @@ class VLLM:
                 frequency_penalty=0.0,
                 max_tokens=job.max_tokens,
                 stop_token_ids=list(job.stop_ids),
-                seed=request_seed(job.seed, uid, sample),
+                seed=sample_seed(job.seed, uid, sample),
                 detokenize=False,
             )
             engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), params)

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Lesson:
+class TeacherInput:
     """One rollout as its teacher sees it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Lesson:
     span_label: list[int] | None = None
 
 
-def plan_lessons(
+def plan_teacher_inputs(
     rows: list[dict[str, Any]],
     batch: KVBatchMeta,
     context: TeacherContext,
@@ -43,8 +43,8 @@ def plan_lessons(
     max_pair_length: int,
     step: int,
     active_spans: Collection[int] | None,
-) -> tuple[list[Lesson], dict[str, float]]:
-    """One lesson per rollout, and metrics of them all.
+) -> tuple[list[TeacherInput], dict[str, float]]:
+    """One teacher input per rollout, and metrics of them all.
 
     Args:
         rows: as :func:`opd_ext.bridge.rollouts.read_rows` returns them, in the order of ``batch``. Those with a
@@ -64,7 +64,7 @@ def plan_lessons(
         member = {"session": row["sample"], "score": row["score"], "response": row["output"]}
         groups.setdefault(row["uid"], []).append(member)
     kwargs = {**template_kwargs, **context.template_kwargs()}
-    lessons, samples = [], []
+    inputs, samples = [], []
     for i, row in enumerate(rows):
         annotation = row.get("annotation") or {}
         sample = {
@@ -81,28 +81,28 @@ def plan_lessons(
             "step": step,
         }
         samples.append(sample)
-        messages, lesson, response = context.messages(sample), Lesson(None), responses[i].tolist()
+        messages, shown, response = context.messages(sample), TeacherInput(None), responses[i].tolist()
         found = {label for _, _, label in annotation.get("runs", ())}
         if active_spans is not None and found and not found & set(active_spans):
             messages = None
         if messages is not None:
             prompt = render(tokenizer, messages, kwargs)
             row["teacher_prompt"] = tokenizer.decode(prompt)
-            lesson.ids = build_teacher_sequence(
+            shown.ids = build_teacher_sequence(
                 prompt, response, max_pair_length, student_prompt_ids=prompts[i].tolist()
             )
-            lesson.too_long = lesson.ids is None
+            shown.too_long = shown.ids is None
         if active_spans is not None:
-            runs = usable_runs(annotation.get("runs", ()), active_spans, lesson.ids is not None)
-            lesson.span_label = span_labels(runs, len(response))
-        lessons.append(lesson)
+            runs = usable_runs(annotation.get("runs", ()), active_spans, shown.ids is not None)
+            shown.span_label = span_labels(runs, len(response))
+        inputs.append(shown)
     metrics = {
-        "teacher/samples": float(np.mean([lesson.ids is not None for lesson in lessons])),
-        "rollout/too_long": float(np.mean([lesson.too_long for lesson in lessons])),
+        "teacher/samples": float(np.mean([shown.ids is not None for shown in inputs])),
+        "rollout/too_long": float(np.mean([shown.too_long for shown in inputs])),
     }
     if active_spans is not None:
         metrics |= _annotation_metrics([row.get("annotation") for row in rows], [len(ids) for ids in responses], step)
-    return lessons, metrics | {f"context/{name}": value for name, value in context.metrics(samples).items()}
+    return inputs, metrics | {f"context/{name}": value for name, value in context.metrics(samples).items()}
 
 
 def _annotation_metrics(annotations: list[dict | None], lengths: list[int], step: int) -> dict[str, float]:
@@ -132,17 +132,17 @@ def span_labels(runs: Iterable[Iterable[int]], length: int) -> list[int]:
     return labels
 
 
-def put_lessons(batch: KVBatchMeta, lessons: list[Lesson], eos: int) -> None:
+def put_teacher_inputs(batch: KVBatchMeta, inputs: list[TeacherInput], eos: int) -> None:
     """Write ``teacher_input_ids``, ``has_teacher`` and, if there are labels, ``span_label`` beside the rollouts.
 
     A rollout without a teacher gets a placeholder of one prompt and one response token.
     """
     fields: dict[str, Any] = {
-        "teacher_input_ids": _jagged([[eos, eos] if lesson.ids is None else lesson.ids for lesson in lessons]),
-        "has_teacher": torch.tensor([lesson.ids is not None for lesson in lessons]),
+        "teacher_input_ids": _jagged([[eos, eos] if shown.ids is None else shown.ids for shown in inputs]),
+        "has_teacher": torch.tensor([shown.ids is not None for shown in inputs]),
     }
-    if any(lesson.span_label is not None for lesson in lessons):
-        fields["span_label"] = _jagged([lesson.span_label for lesson in lessons])
+    if any(shown.span_label is not None for shown in inputs):
+        fields["span_label"] = _jagged([shown.span_label for shown in inputs])
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields))
 
 
@@ -153,3 +153,30 @@ def _jagged(rows: list[list[int]]) -> torch.Tensor:
 def _data(value: Any) -> Any:
     """The object inside tensordict's non-tensor wrapper, or the value itself."""
     return getattr(value, "data", value)
+
+
+def without_rows(batch: KVBatchMeta, dropped: Collection[int]) -> KVBatchMeta:
+    """The batch without some of its rows, which leave the queue as well."""
+    if not dropped:
+        return batch
+    tq.kv_clear(keys=[batch.keys[i] for i in dropped], partition_id=batch.partition_id)
+    kept = [i for i in range(len(batch.keys)) if i not in set(dropped)]
+    return KVBatchMeta(
+        partition_id=batch.partition_id,
+        keys=[batch.keys[i] for i in kept],
+        tags=[dict(batch.tags[i]) for i in kept],
+        extra_info=batch.extra_info,
+    )
+
+
+def neutralise_padding(batch: KVBatchMeta, eos: int, annotated: bool) -> None:
+    """Take the teacher's input from the rows that fill the batch up.
+
+    verl fills it to a multiple of the ranks with copies of a row whose mask is zero and whose response is one token;
+    the copies carry that row's input, which does not fit them.
+    """
+    keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding")]
+    if keys:
+        padding = KVBatchMeta(partition_id=batch.partition_id, keys=keys, tags=[{} for _ in keys])
+        nothing = TeacherInput(None, span_label=[0] if annotated else None)
+        put_teacher_inputs(padding, [nothing] * len(keys), eos)

@@ -27,14 +27,15 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
+from opd_ext import files
 from opd_ext.bridge import checkpoint, rollouts
+from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import StepPrinter
-from opd_ext.bridge.teacher_inputs import Lesson, plan_lessons, put_lessons
-from opd_ext.bridge.worker import OPDWorker, TeacherSettings
+from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
+from opd_ext.bridge.worker import OPDWorker
 from opd_ext.config import schema
-from opd_ext.context.contexts import build_context
+from opd_ext.context import build_context
 from opd_ext.objective.metrics import means
-from opd_ext.policy.advantages import prompt_mean_scale, span_gate
 from opd_ext.progress import since_start
 from opd_ext.teacher.vocabulary import check_same_ids
 
@@ -50,17 +51,18 @@ class OPDTrainer(PPOTrainerSync):
 
     def __init__(self, config: DictConfig):
         self.opd = schema.load(config.opd)
+        self.teacher = self.opd.teacher.kind
         self.run_dir = Path(self.opd.run_dir)
         self._names = (0, 0)  # step, prompts named in it
         # The base class branches on this string; the queue, the replay buffer and resume must behave as in `sync`.
         config.trainer.v1.trainer_mode = "sync"
-        if self.opd.distils and self.opd.teacher.path and self.opd.needs_teacher_engine:
+        if self.opd.teacher.path and self.opd.needs_teacher_engine:
             with open_dict(config):
                 config.actor_rollout_ref.teacher_path = self.opd.teacher.path
         super().__init__(config)
         self.state = checkpoint.TrainerState(
             method=self.opd.method,
-            context=str(self.opd.context) if self.opd.distils else "",
+            context=str(self.opd.context) if self.opd.context.present else "",
             grader=str(config.reward.custom_reward_function.path),
         )
 
@@ -68,9 +70,9 @@ class OPDTrainer(PPOTrainerSync):
 
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
-        if self.opd.distils and self.opd.teacher.path:
+        if self.opd.teacher.path:
             check_same_ids(self.tokenizer, self.opd.teacher.path)
-        self.context = build_context(self.opd.context, self.tokenizer) if self.opd.distils else None
+        self.context = build_context(self.opd.context, self.tokenizer)
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -100,15 +102,8 @@ class OPDTrainer(PPOTrainerSync):
         self.resource_pool_manager.mapping = self.mapping
 
     def on_init_end(self) -> None:
-        objective = self.opd.objective(self.config.actor_rollout_ref.rollout.temperature, self._token_classes())
-        trust = self.opd.distils and self.opd.teacher.weights == "trust_region"
-        settings = TeacherSettings(
-            trust=self.opd.teacher.rate if trust else None,
-            base_teaches=self.opd.distils and self.opd.teacher.weights == "base",
-            base_is_reference=self.opd.distils and self.opd.divergence.extrapolation != 1.0,
-            denominator=self.opd.denominator,
-        )
-        self.actor_rollout_wg.configure(objective, settings, self.opd.external_libs)
+        temperature = self.config.actor_rollout_ref.rollout.temperature
+        self.actor_rollout_wg.configure(self.opd, self._token_classes(), temperature)
         super().on_init_end()
 
     def _token_classes(self) -> dict[str, list[int]]:
@@ -146,9 +141,9 @@ class OPDTrainer(PPOTrainerSync):
         taught = False
         if scale > 0:
             with marked_timer("teacher_context", timing_raw, color="olive"):
-                batch, taught = self._add_lessons(batch, rows, metrics)
-        rollouts.write_jsonl(self.run_dir / "generations" / f"train_{self.global_steps}.jsonl", rows)
-        untrained = not taught and self.opd.policy is None
+                batch, taught = self._add_teacher_inputs(batch, rows, metrics)
+        files.write_jsonl(self.run_dir / "generations" / f"train_{self.global_steps}.jsonl", rows)
+        untrained = not taught and not self.opd.policy.present
         metrics["opd/skipped"] = float(untrained)
         if self._found(rows):
             return batch
@@ -156,27 +151,28 @@ class OPDTrainer(PPOTrainerSync):
             self._refresh_teacher(metrics, updates=0)
             return batch
         batch = self._balance_batch(batch, metrics)
-        if taught:
-            self._neutralise_padding(batch)
+        if taught and self.opd.teacher.backend == "engine":
+            neutralise_padding(batch, self.tokenizer.eos_token_id, self.opd.credit.annotates)
         if self._needs_old_log_probs():
             with marked_timer("old_log_prob", timing_raw, color="blue"):
                 batch = self._compute_old_log_prob(batch, metrics)
-        if self.opd.policy is not None:
+        if self.opd.policy.present:
             if self.use_reference_policy:
                 with marked_timer("ref", timing_raw, color="olive"):
                     batch = self._compute_ref_log_prob(batch, metrics)
             with marked_timer("adv", timing_raw, color="brown"):
                 batch = self._compute_advantage(batch, metrics)
-                self._shape_advantages(batch, gate if taught else 1.0, taught)
+                weigh_advantages(batch, self.opd.policy, self._mini_batches())
         with marked_timer("update_actor", timing_raw, color="red"):
-            batch = self._update_with_teacher(batch, metrics, scale) if taught else self._update_alone(batch, metrics)
+            batch = (
+                self._update_with_teacher(batch, metrics, scale, gate) if taught else self._update_alone(batch, metrics)
+            )
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
-            updates = self.actor_rollout_wg.count_updates()[0] if self._follows_slowly() else 1
-            self._refresh_teacher(metrics, updates)
+            self._refresh_teacher(metrics, self.actor_rollout_wg.count_updates()[0])
         self._guard_teacher(metrics)
         return batch
 
-    def _add_lessons(self, batch: KVBatchMeta, rows: list[dict], metrics: dict) -> tuple[KVBatchMeta, bool]:
+    def _add_teacher_inputs(self, batch: KVBatchMeta, rows: list[dict], metrics: dict) -> tuple[KVBatchMeta, bool]:
         """Put the teacher's sequences beside the rollouts; the second value says whether there is any.
 
         Without a policy term a pair that is too long leaves the batch, since cutting one side would misalign it; with
@@ -187,81 +183,36 @@ class OPDTrainer(PPOTrainerSync):
             flags = tu.get_tensordict({"has_teacher": torch.ones(len(batch.keys), dtype=torch.bool)})
             tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=flags)
             return batch, True
-        kwargs = OmegaConf.to_container(self.config.data.apply_chat_template_kwargs)
-        lessons, planned = plan_lessons(
+        inputs, planned = plan_teacher_inputs(
             rows,
             batch,
             self.context,
             self.tokenizer,
-            kwargs,
+            OmegaConf.to_container(self.config.data.apply_chat_template_kwargs),
             self.opd.max_pair_length,
             self.global_steps,
-            self.opd.active_spans if self.opd.annotates else None,
+            self.opd.divergence.active_spans if self.opd.credit.annotates else None,
         )
         metrics.update(planned)
-        dropped = [i for i, lesson in enumerate(lessons) if lesson.too_long and self.opd.policy is None]
+        dropped = [i for i, shown in enumerate(inputs) if shown.too_long and not self.opd.policy.present]
         metrics["rollout/dropped"] = len(dropped) / len(batch.keys)
-        if dropped:
-            tq.kv_clear(keys=[batch.keys[i] for i in dropped], partition_id=batch.partition_id)
-            kept = [i for i in range(len(batch.keys)) if i not in set(dropped)]
-            lessons = [lessons[i] for i in kept]
-            batch = KVBatchMeta(
-                partition_id=batch.partition_id,
-                keys=[batch.keys[i] for i in kept],
-                tags=[dict(batch.tags[i]) for i in kept],
-                extra_info=batch.extra_info,
-            )
-        taught = any(lesson.ids is not None for lesson in lessons)
+        batch = without_rows(batch, dropped)
+        inputs = [shown for i, shown in enumerate(inputs) if i not in set(dropped)]
+        taught = any(shown.ids is not None for shown in inputs)
         if taught:
-            for tag, lesson in zip(batch.tags, lessons, strict=True):
-                tag["seq_len"] += len(lesson.ids or ())
-            put_lessons(batch, lessons, self.tokenizer.eos_token_id)
+            for tag, shown in zip(batch.tags, inputs, strict=True):
+                tag["seq_len"] += len(shown.ids or ())
+            put_teacher_inputs(batch, inputs, self.tokenizer.eos_token_id)
         return batch, taught
 
-    def _neutralise_padding(self, batch: KVBatchMeta) -> None:
-        """verl fills a batch up to a multiple of the ranks with copies of a row whose mask is zero and whose response
-        is one token; the copies carry that row's lesson, so take it from them."""
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding")]
-        if keys and self.opd.teacher.backend == "engine":
-            label = [0] if self.opd.annotates else None
-            padding = KVBatchMeta(partition_id=batch.partition_id, keys=keys, tags=[{} for _ in keys])
-            put_lessons(padding, [Lesson(None, span_label=label)] * len(keys), self.tokenizer.eos_token_id)
+    def _mini_batches(self) -> int:
+        """Optimiser steps that share a batch of rollouts."""
+        return self.config.data.train_batch_size // self.config.actor_rollout_ref.actor.ppo_mini_batch_size
 
     def _needs_old_log_probs(self) -> bool:
         """Only the policy term, or several optimiser steps per batch, tell the old policy from the current one."""
-        several = self.config.data.train_batch_size > self.config.actor_rollout_ref.actor.ppo_mini_batch_size
-        credit = self.opd.credit
-        caps = credit.importance_cap is not None or credit.rollout_cap is not None
-        reads_log_probs = self.opd.distils and (self.opd.divergence.support == "sampled" or caps)
-        return self.opd.policy is not None or (several and reads_log_probs)
-
-    def _shape_advantages(self, batch: KVBatchMeta, gate: float, taught: bool) -> None:
-        """Scale advantages, which every policy loss is linear in: where a teacher teaches, and evenly over prompts."""
-        policy = self.opd.policy
-        gated = policy.gate == "complement" and gate < 1.0
-        untaught = policy.gate == "untaught" and taught
-        if not (gated or untaught or policy.prompt_mean or policy.weight != 1.0):
-            return
-        extra = ["span_label"] * gated + ["has_teacher"] * untaught
-        fields = ["advantages", "response_mask", *extra]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        lengths = data["advantages"].offsets().diff().tolist()
-        padded = {name: data[name].to_padded_tensor(0) for name in fields if name != "has_teacher"}
-        advantages = policy.weight * padded["advantages"]
-        if gated:
-            literal = self.opd.credit.inactive_span == "literal"
-            advantages = span_gate(advantages, padded["span_label"], gate, self.opd.active_spans, literal)
-        if untaught:
-            advantages = advantages * ~data["has_teacher"].bool()[:, None]
-        if policy.prompt_mean:
-            groups = [key.rsplit("_", 2)[0] for key in batch.keys]
-            actor = self.config.actor_rollout_ref.actor
-            mini_batches = self.config.data.train_batch_size // actor.ppo_mini_batch_size
-            advantages = advantages * prompt_mean_scale(groups, padded["response_mask"], mini_batches)[:, None]
-        rows = [row[:length] for row, length in zip(advantages, lengths, strict=True)]
-        nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        shaped = tu.get_tensordict({"advantages": nested})
-        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=shaped)
+        read = self.opd.distils and (self.opd.divergence.sampled or self.opd.credit.reads_old_log_probs)
+        return self.opd.policy.present or (self._mini_batches() > 1 and read)
 
     def _found(self, rows: list[dict]) -> bool:
         """Count attempts; at the first success record it, end the run and say so (test-time self-distillation)."""
@@ -270,7 +221,7 @@ class OPDTrainer(PPOTrainerSync):
         successes = [i for i, row in enumerate(rows, 1) if row["score"] >= self.opd.stop_on_success]
         attempt = self.state.attempts + successes[0] if successes else None
         self.state.attempts += len(rows)
-        rollouts.write_jsonl(
+        files.write_jsonl(
             self.run_dir / "discovery.json",
             [{"attempts": self.state.attempts, "found": attempt, "step": self.global_steps}],
         )
@@ -295,7 +246,7 @@ class OPDTrainer(PPOTrainerSync):
             metrics[f"memory/{name}"] = metrics.pop(f"actor/perf/{name}")
         return batch
 
-    def _update_with_teacher(self, batch: KVBatchMeta, metrics: dict, scale: float) -> KVBatchMeta:
+    def _update_with_teacher(self, batch: KVBatchMeta, metrics: dict, scale: float, gate: float) -> KVBatchMeta:
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         mini_batch_size = actor.ppo_mini_batch_size * rollout.n
         served = self.opd.teacher.backend == "server"
@@ -304,15 +255,16 @@ class OPDTrainer(PPOTrainerSync):
             batch.fields.append("rollout_log_probs")
         if self._needs_old_log_probs():
             batch.fields.append("old_log_probs")
-        if self.opd.annotates:
+        if self.opd.credit.annotates:
             batch.fields.append("span_label")
-        if self.opd.policy is not None:
+        if self.opd.policy.present:
             correction = self.config.algorithm.rollout_correction
             weighted = correction and correction.rollout_is is not None
             batch.fields += ["response_mask", "advantages", *(["rollout_is_weights"] if weighted else [])]
         batch.extra_info.update(
             {
                 "opd_scale": scale,
+                "opd_gate": gate,
                 "calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0,
                 "global_batch_size": mini_batch_size,
                 "mini_batch_size": mini_batch_size,
@@ -341,33 +293,23 @@ class OPDTrainer(PPOTrainerSync):
 
     # ------------------------------------------------------------------ teacher
 
-    def _follows_slowly(self) -> bool:
-        return self.opd.distils and self.opd.teacher.weights == "ema"
-
     def _refresh_teacher(self, metrics: dict, updates: int) -> None:
         """After the optimiser step, before saving and weight sync; used from the next step on (released CRISP code).
 
-        Not if no step will use it any more. A moving average follows the batch, not its mini-batches, and stands still
-        if none of them was an update (verl skips those whose gradient is not finite).
+        Not if no step will use it any more. ``updates`` are the optimiser steps of the batch: verl skips those whose
+        gradient is not finite, and a batch that nothing trains on has none.
         """
-        if not self.opd.distils:
+        if not self.opd.teacher.present:
             return
-        teacher, step = self.opd.teacher, self.global_steps
-        live = teacher.weights in ("live", "trust_region")
-        metrics["teacher/version"] = float(step - 1 if live else self.state.teacher_version)
+        step = self.global_steps
+        metrics["teacher/version"] = float(self.teacher.version(step, self.state.teacher_version))
         metrics["teacher/age"] = step - 1 - metrics["teacher/version"]
-        refreshed = False
-        if self.opd.schedule(step + 1)[0] == 0:
-            pass
-        elif self._follows_slowly() and updates:
-            self.actor_rollout_wg.refresh_teacher(teacher.rate)
-            refreshed = True
-        elif teacher.weights == "periodic" and teacher.interval and step % teacher.interval == 0:
-            self.actor_rollout_wg.refresh_teacher()
-            refreshed = True
-        if refreshed:
+        used_again = self.opd.schedule(step + 1)[0] > 0
+        share = self.teacher.share(step, updates) if used_again else 0.0
+        if share > 0:
+            self.actor_rollout_wg.refresh_teacher(share)
             self.state.teacher_version = step
-        metrics["teacher/refreshed"] = float(refreshed)
+        metrics["teacher/refreshed"] = float(share > 0)
 
     def _guard_teacher(self, metrics: dict) -> None:
         """Stop on a teacher that predicts next to nothing: its weights were lost on the way.
@@ -398,7 +340,7 @@ class OPDTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        rollouts.drop_lines_after(self.run_dir / "metrics.jsonl", self.global_steps)
+        files.drop_lines_after(self.run_dir / "metrics.jsonl", self.global_steps)
         if self.global_steps == 0:
             return
         explicit = self.config.trainer.resume_mode == "resume_path"
@@ -435,7 +377,7 @@ class OPDTrainer(PPOTrainerSync):
             rows += rollouts.read_rows(done, self.tokenizer, self.opd.rollout.val_tokens)
             tq.kv_clear(keys=done.keys, partition_id=done.partition_id)
         rows.sort(key=lambda row: (row["uid"], row["sample"]))
-        rollouts.write_jsonl(self.run_dir / "generations" / f"val_{self.global_steps}.jsonl", rows)
+        files.write_jsonl(self.run_dir / "generations" / f"val_{self.global_steps}.jsonl", rows)
         metrics = rollouts.summarise(rows, "val")
         sources = sorted({row["data_source"] for row in rows})
         if len(sources) > 1:

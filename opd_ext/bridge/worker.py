@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
 from opd_ext.bridge.cpu_platform import init_process_group, own_socket
-from opd_ext.objective.objective import Objective
+from opd_ext.config.schema import OPDConfig
 from opd_ext.teacher.weights import copy_shards, ema_shards
 
 # Of the student's model config, what an external teacher is loaded with too.
@@ -58,16 +57,6 @@ class OPDTrainingWorker(TrainingWorker):
         super().__init__(config)
 
 
-@dataclasses.dataclass(frozen=True)
-class TeacherSettings:
-    """What the student's engine must know of its teacher; see :class:`opd_ext.bridge.engine.OPDEngine`."""
-
-    trust: float | None = None
-    base_teaches: bool = False
-    base_is_reference: bool = False
-    denominator: str = "trained"
-
-
 class OPDWorker(ActorRolloutRefWorker):
     """Actor, rollout and teacher in one process."""
 
@@ -88,21 +77,19 @@ class OPDWorker(ActorRolloutRefWorker):
             self.rollout.zmq_handle = own_socket(self.rollout.zmq_handle)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def configure(self, objective: Objective, teacher: TeacherSettings, external_libs: list[str]) -> None:
+    def configure(self, opd: OPDConfig, token_classes: dict[str, list[int]], temperature: float) -> None:
         """Give the student's engine its loss and its teacher.
 
         Args:
-            objective: the loss.
-            teacher: how the teacher differs from the reference engine.
-            external_libs: user modules whose registered classes the loss may name.
+            opd: the five places; plain values, so that they travel without the user's modules.
+            token_classes: see :class:`opd_ext.objective.objective.Objective`.
+            temperature: of the rollouts.
         """
-        for library in external_libs:
-            importlib.import_module(library)
-        engine = self.actor.engine
+        opd.import_external_libs()
+        objective, engine = opd.objective(temperature, token_classes), self.actor.engine
         engine.objective = objective
+        engine.kind = opd.teacher.kind
         engine.teacher = self.ref.engine if self.ref is not None else None
-        for name, value in dataclasses.asdict(teacher).items():
-            setattr(engine, name, value)
         for worker in filter(None, (self.actor, self.ref)):
             worker.engine.module.get_output_embeddings().fp32 = objective.fp32
 

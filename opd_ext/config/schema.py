@@ -15,10 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from opd_ext.config.refusals import refusal
 from opd_ext.context.config import ContextConfig
 from opd_ext.credit.config import CreditConfig
-from opd_ext.credit.schedule import trace_schedule
 from opd_ext.divergence.config import DivergenceConfig, DivergenceTerm
-from opd_ext.divergence.sampled import Surrogate
-from opd_ext.errors import ConfigError
+from opd_ext.errors import ABSENT, ConfigError
 from opd_ext.objective.objective import Objective
 from opd_ext.policy.config import PolicyConfig
 from opd_ext.spans import SPAN_LABELS
@@ -44,7 +42,10 @@ class RolloutConfig:
 
 @dataclass
 class OPDConfig:
-    """Everything under `opd`: the five places of a method and the settings of a run."""
+    """Everything under `opd`: the five places of a method and the settings of a run.
+
+    A place that a method leaves empty is there all the same, and does nothing: nobody asks whether it is None.
+    """
 
     run_dir: str = "runs/opd"
     method: str = "crisp"
@@ -61,11 +62,11 @@ class OPDConfig:
     max_pair_length: int | None = None
     max_teacher_entropy: float | None = 0.95
     stop_on_success: float | None = None
-    teacher: TeacherConfig | None = None
-    context: ContextConfig | None = None
-    divergence: DivergenceConfig | None = None
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(weights=ABSENT))
+    context: ContextConfig = field(default_factory=lambda: ContextConfig(kind=ABSENT))
+    divergence: DivergenceConfig = field(default_factory=lambda: DivergenceConfig(kind=ABSENT))
     credit: CreditConfig = field(default_factory=CreditConfig)
-    policy: PolicyConfig | None = None
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(loss=ABSENT))
     head: HeadConfig = field(default_factory=HeadConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
@@ -90,32 +91,16 @@ class OPDConfig:
     @property
     def distils(self) -> bool:
         """Whether there is a teacher at all; GRPO and CISPO have none."""
-        return self.divergence is not None
+        return self.divergence.present
 
     @property
     def needs_teacher_engine(self) -> bool:
-        """A live teacher and a base are in the student and a served one is elsewhere; every other has weights here."""
-        return self.distils and self.teacher.weights not in ("live", "base") and self.teacher.backend == "engine"
-
-    @property
-    def annotates(self) -> bool:
-        return self.credit.annotator is not None and self.credit.annotator.kind != "none"
-
-    @property
-    def active_spans(self) -> set[int]:
-        """Labels of the annotated spans that have a divergence."""
-        if not self.distils:
-            return set()
-        of_class = {label for name, label in SPAN_LABELS.items() if getattr(self.divergence, name) is not None}
-        return of_class if self.divergence.by_class else set(SPAN_LABELS.values())
+        """Whether the teacher has weights of its own, and has them here: a served one is elsewhere."""
+        return self.teacher.kind.own_weights and self.teacher.backend == "engine"
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Weight of the distillation term and gate of the policy term on spans, at a step that counts from 1."""
-        if not self.distils:
-            return 0.0, 1.0
-        if self.credit.hold is None:
-            return self.credit.weight, 0.0
-        return trace_schedule(step - 1, self.credit.weight, self.credit.hold, self.credit.decay)
+        return self.credit.schedule(step) if self.distils else (0.0, 1.0)
 
     def objective(self, temperature: float, token_classes: dict[str, list[int]]) -> Objective:
         """The loss that this section describes.
@@ -124,29 +109,33 @@ class OPDConfig:
             temperature: of the rollouts.
             token_classes: see :class:`opd_ext.objective.objective.Objective`.
         """
-        branches, surrogate = (), None
-        if self.distils and self.divergence.support == "sampled":
-            divergence = self.divergence
-            surrogate = Surrogate(divergence.ratio_clip, divergence.dual_clip, divergence.extrapolation)
-        elif self.distils and self.divergence.by_class:
-            terms = {name: getattr(self.divergence, name) for name in SPAN_LABELS}
-            branches = tuple(term.branch(SPAN_LABELS[name]) for name, term in terms.items() if term is not None)
-        elif self.distils:
-            branches = (self.divergence.branch(None),)
         return Objective(
-            branches=branches,
-            surrogate=surrogate,
+            branches=self.divergence.branches,
+            surrogate=self.divergence.surrogate,
             credit=self.credit.kind,
             credit_args=dict(self.credit.args),
             importance_cap=self.credit.importance_cap,
             rollout_cap=self.credit.rollout_cap,
-            shaping=self.policy.shaping if self.policy else None,
+            shapings=self.policy.shapings,
+            active_spans=frozenset(self.divergence.active_spans),
+            literal_spans=self.credit.inactive_span == "literal",
             reduction=self.reduction,
+            denominator=self.denominator,
             temperature=temperature,
             chunk_size=self.head.chunk_size,
             fp32=self.head.fp32,
             token_classes=token_classes,
         )
+
+
+_PLACES = {
+    "teacher": (TeacherConfig, "weights"),
+    "context": (ContextConfig, "kind"),
+    "divergence": (DivergenceConfig, "kind"),
+    "credit": (CreditConfig, "kind"),
+    "policy": (PolicyConfig, "loss"),
+}
+"""The five places: their types, and the key that says ``none`` where a method leaves one empty."""
 
 
 def load(section: DictConfig) -> OPDConfig:
@@ -155,11 +144,15 @@ def load(section: DictConfig) -> OPDConfig:
     Raises:
         ConfigError: for a key that does not exist or a value of the wrong type.
     """
-    content = OmegaConf.to_container(section)
-    for name, kind in (("context", ContextConfig), ("divergence", DivergenceConfig), ("credit", CreditConfig)):
-        _collect_options(content.get(name), kind)
+    content = dict(OmegaConf.to_container(section))
+    for name, (kind, choice) in _PLACES.items():
+        empty = {} if kind is CreditConfig else {choice: ABSENT}  # there is always a credit
+        content[name] = {choice: getattr(kind(), choice), **(content.get(name) or empty)}
+        _collect_options(content[name], kind)
     for name in SPAN_LABELS:
-        _collect_options((content.get("divergence") or {}).get(name), DivergenceTerm)
+        _collect_options(content["divergence"].get(name), DivergenceTerm)
+    if content["credit"].get("annotator") is None:
+        content["credit"].pop("annotator", None)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OPDConfig), content))
     except OmegaConfBaseException as error:

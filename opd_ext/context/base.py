@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of a teacher context and the registry of their names.
 
-Apart from :mod:`opd_ext.context.contexts`, which holds the contexts of one screen each, so that a longer one can
-live in a file of its own.
+Apart from the contexts themselves, so that a longer one can live in a file of its own.
 """
 
 from __future__ import annotations
@@ -67,6 +66,13 @@ class TeacherContext:
         """What a batch of samples was shown: the means of :meth:`describe`."""
         described = [self.describe(sample) for sample in samples]
         return {name: fmean(numbers[name] for numbers in described) for name in (described[0] if described else ())}
+
+
+class NoContext(TeacherContext):
+    """There is no teacher to show anything."""
+
+    def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
+        return None
 
 
 _contexts = Registry("teacher context")

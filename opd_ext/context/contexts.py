@@ -1,61 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the teacher is shown that the student is not, and how prompts become tokens.
+"""The contexts of one screen each; a longer one has a file of its own.
 
 In self-distillation the prompt is the teacher: with equal weights, everything the student learns comes from
-the difference between two token sequences that end in the same response. So there is one function that
-renders messages (:func:`render`, for student, teacher and evaluation alike), one that joins a prompt to the
-sampled ids (:func:`build_teacher_sequence`), and a registry of contexts that rewrite the messages in between.
+the difference between two token sequences that end in the same response.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from opd_ext.context import prompts
-from opd_ext.context.base import (
-    TeacherContext,
-    context_names,
-    copy_messages,
-    get_context,
-    last_user_message,
-    register_context,
-    sample_index,
-)
-from opd_ext.context.feedback import FeedbackContext
-from opd_ext.context.sequence import build_teacher_sequence, render
-
-__all__ = [
-    "FeedbackContext",
-    "InstructionContext",
-    "LabelContext",
-    "SameContext",
-    "SolutionContext",
-    "TeacherContext",
-    "build_context",
-    "build_teacher_sequence",
-    "context_names",
-    "get_context",
-    "register_context",
-    "render",
-]
-
-
-def build_context(config: Any, tokenizer=None) -> TeacherContext:
-    """The context named ``config.kind`` with the options ``config.args``.
-
-    Args:
-        tokenizer: the tokenizer of the run, for contexts that measure texts in tokens. Without it such a context
-            can be built, to check its options, but not used.
-
-    Raises:
-        ValueError: an unknown kind, or an option that the context refuses.
-        TypeError: an option that the context does not have.
-    """
-    kind = get_context(config.kind)
-    wants_tokenizer = any(option.name == "tokenizer" for option in fields(kind))
-    return kind(**config.args, **({"tokenizer": tokenizer} if wants_tokenizer else {}))
+from opd_ext.context.base import TeacherContext, copy_messages, last_user_message, register_context, sample_index
 
 
 @register_context("same")

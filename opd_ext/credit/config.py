@@ -4,19 +4,71 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from opd_ext.credit.annotate import annotator_names, get_annotator
 from opd_ext.credit.annotate.config import AnnotatorConfig
+from opd_ext.credit.credits import credit_names, get_credit
+from opd_ext.credit.schedule import trace_schedule
+from opd_ext.errors import ABSENT, ConfigError, check_options, one_of, parameters, positive
 
 
 @dataclass
 class CreditConfig:
     """Which tokens count, and how much; every other key is an option of that credit."""
 
-    kind: str = "uniform"
+    kind: str = "uniform"  # a registered credit: uniform, position, spans, entropy, ...
     weight: float = 1.0  # of the whole distillation term
     hold: int | None = None  # steps at full weight before it falls; null: for ever
     decay: int = 30  # steps in which it then falls to 0
     importance_cap: float | None = None  # cap of current to old policy (SDPO: 2)
     rollout_cap: float | None = None  # cap of old policy to rollout engine (IW-OPD: 5)
     inactive_span: str = "nonspan"  # spans of a class without divergence: nonspan (plain policy term) | literal (gated)
-    annotator: AnnotatorConfig | None = None
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)  # who marks spans, if anybody
     args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def annotates(self) -> bool:
+        return self.annotator.kind != ABSENT
+
+    @property
+    def reads_old_log_probs(self) -> bool:
+        return self.importance_cap is not None or self.rollout_cap is not None
+
+    def schedule(self, step: int) -> tuple[float, float]:
+        """Weight of the distillation term and gate of the policy term on spans, at a step that counts from 1."""
+        if self.hold is None:
+            return self.weight, 0.0
+        return trace_schedule(step - 1, self.weight, self.hold, self.decay)
+
+    def check(self) -> None:
+        """Refuse what cannot work, whatever the other places say.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+        one_of("opd.credit.kind", self.kind, credit_names())
+        one_of("opd.credit.inactive_span", self.inactive_span, ("nonspan", "literal"))
+        check_options("opd.credit", f"kind={self.kind}", self.args, parameters(get_credit(self.kind), skip=1))
+        positive("opd.credit.weight", self.weight, zero=True)
+        for name in ("importance_cap", "rollout_cap", "decay"):
+            if getattr(self, name) is not None:
+                positive(f"opd.credit.{name}", getattr(self, name))
+        if self.hold is not None:
+            positive("opd.credit.hold", self.hold, zero=True)
+        if self.kind == "spans" and not self.annotates:
+            raise ConfigError("opd.credit.kind=spans needs spans: set opd.credit.annotator.kind.")
+        one_of("opd.credit.annotator.kind", self.annotator.kind, annotator_names())
+        try:
+            get_annotator(self.annotator.kind).check(self.annotator)
+        except ValueError as error:
+            raise ConfigError(f"opd.credit.{error}.") from None
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name} {value}" for name, value in self.args.items())
+        parts = [self.kind + (f"({options})" if options else "")]
+        if self.annotates:
+            parts.append(f"annotator {self.annotator.kind}")
+        caps = {"importance": self.importance_cap, "rollout": self.rollout_cap}
+        parts += [f"{name} cap {cap:g}" for name, cap in caps.items() if cap is not None]
+        if self.hold is not None:
+            parts.append(f"{self.weight:g} for {self.hold} steps, 0 after {self.hold + self.decay}")
+        return ", ".join(parts)

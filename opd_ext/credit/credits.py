@@ -7,7 +7,8 @@ denominators stay plain token or sequence counts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ class CreditInputs(NamedTuple):
         if missing := [name for name in names if getattr(self, name) is None]:
             raise ValueError(f"Credit '{credit}' needs {missing[0]}, which this combination does not have.")
         return tuple(getattr(self, name) for name in names)
+
+
+C = TypeVar("C", bound=Callable[..., Tensor])
+
+
+def known_beforehand(credit: C) -> C:
+    """Mark a credit that looks at ``mask`` and ``span_label`` alone, neither at log-probs nor entropies.
+
+    Where the whole weight of a token is known before the forward pass, the head forms its gradient within that pass,
+    which saves a second one over the vocabulary.
+    """
+    credit.known_beforehand = True  # type: ignore[attr-defined]
+    return credit
 
 
 def position_weights(
@@ -123,12 +137,14 @@ def _trained_index(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @register_credit("uniform")
+@known_beforehand
 def uniform(inputs: CreditInputs) -> Tensor:
     """1 on every token: [B, T]. With ``opd.credit.weight`` the control of a constant weight."""
     return torch.ones_like(inputs.mask, dtype=torch.float32)
 
 
 @register_credit("spans")
+@known_beforehand
 def spans(inputs: CreditInputs) -> Tensor:
     """1 on annotated tokens, 0 elsewhere: [B, T] (TRACE, arXiv 2605.10194, eq. 1)."""
     (label,) = inputs.need("spans", "span_label")

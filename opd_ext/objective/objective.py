@@ -24,11 +24,9 @@ from opd_ext.divergence.sampled import Surrogate, clipped_surrogate, sampled_adv
 from opd_ext.objective.head import HeadOutput, divergence_head
 from opd_ext.objective.metrics import _COUNT, _SUM, masked_sums, position_buckets, token_class_masks
 from opd_ext.objective.reduction import Reduction, token_weights
-from opd_ext.policy.advantages import self_distilled_advantage
+from opd_ext.policy.shapings import PolicyInputs, Shaping, replaces_divergence
 from opd_ext.ratios import importance_clip
-
-# Credits that do not look at log-probs, so that the head may form its gradient in the forward pass.
-_KNOWN_BEFOREHAND = ("uniform", "spans")
+from opd_ext.spans import SPAN_LABELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +46,7 @@ class MicroBatch:
         teacher_log_prob: the teacher's log-probs of the labels [N], where its hidden states are not at hand.
         reference_log_prob: the reference's log-probs of the labels [N], for a surrogate that extrapolates.
         scale: weight of the distillation term at this step (annealing).
+        gate: what the annealing leaves to the policy term on annotated spans.
     """
 
     labels: Tensor
@@ -64,6 +63,7 @@ class MicroBatch:
     teacher_log_prob: Tensor | None = None
     reference_log_prob: Tensor | None = None
     scale: float = 1.0
+    gate: float = 1.0
 
     def padded(self, values: Tensor | None) -> Tensor | None:
         """[N] -> [B, T], zeros behind each response."""
@@ -83,7 +83,10 @@ Shape = Callable[[Tensor], Tensor]
 """Advantages [N] -> advantages [N]."""
 
 PolicyTerm = Callable[[Tensor, Tensor, "Shape | None"], Tensor]
-"""(log_prob [N], entropy [N], shape of the advantages) -> the policy loss of this micro-batch, scaled like ours."""
+"""(log_prob [N], entropy [N], shape of the advantages) -> the policy loss of this micro-batch, scaled like ours.
+
+Without a shape the advantages stay as they are.
+"""
 
 
 class Terms(NamedTuple):
@@ -113,9 +116,11 @@ class Objective:
         credit, credit_args: a registered credit and its options.
         importance_cap: cap of ``exp(logp - old_logp)`` on the distillation term (SDPO: 2); None: off.
         rollout_cap: cap of ``exp(old_logp - rollout_logp)`` (IW-OPD: 5, SDPO: 2); None: off.
-        shaping: RLSD: the teacher's log-ratio on the sampled token multiplies the advantages within 1 +- this bound,
-            instead of adding a term of its own; needs a surrogate, whose teacher it is. None: off.
+        shapings: what the advantages of the policy term go through where a teacher is at hand.
+        active_spans: labels of the annotated spans that have a divergence.
+        literal_spans: other spans count as spans too, for a shaping that asks.
         reduction: see :func:`opd_ext.objective.reduction.token_weights`.
+        denominator: whose tokens and sequences a mean counts: all that are ``trained``, or the ``distilled`` ones.
         temperature: of the rollouts; divides the logits of log-probs and entropies.
         chunk_size: rows of logits held at a time.
         fp32: vocabulary projection in float32.
@@ -128,12 +133,20 @@ class Objective:
     credit_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     importance_cap: float | None = None
     rollout_cap: float | None = None
-    shaping: float | None = None
+    shapings: tuple[Shaping, ...] = ()
+    active_spans: frozenset[int] = frozenset()
+    literal_spans: bool = False
     reduction: Reduction = "token-mean"
+    denominator: str = "trained"
     temperature: float = 1.0
     chunk_size: int = 1024
     fp32: bool = False
     token_classes: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether the loss needs a reference beside the teacher (ExOPD)."""
+        return self.surrogate is not None and self.surrogate.scale != 1.0
 
     def __call__(
         self,
@@ -165,9 +178,9 @@ class Objective:
         else:
             terms = self._everywhere(batch, hidden, weight, teacher_hidden, teacher_weight, policy is None)
         if policy is not None:
-            shape = None
-            if self.shaping is not None and terms.teacher_log_prob is not None:
-                shape, terms = self._shape(batch, terms), terms._replace(loss=terms.student_log_prob.sum() * 0.0)
+            shape = self._shape(batch, terms) if self.shapings else None
+            if shape is not None and any(replaces_divergence(shaping.name) for shaping in self.shapings):
+                terms = terms._replace(loss=terms.student_log_prob.sum() * 0.0)
             policy_loss = policy(terms.student_log_prob, terms.student_entropy, shape)
             terms = terms._replace(loss=terms.loss + policy_loss)
         return Terms(terms.loss, *(None if term is None else term.detach() for term in terms[1:]))
@@ -193,7 +206,8 @@ class Objective:
         distilled, weights = batch.distilled(), self._weights(batch)
         branch = None if self.surrogate else self.branches[0]
         caps = self.importance_cap or self.rollout_cap
-        beforehand = alone and branch is not None and self.credit in _KNOWN_BEFOREHAND and not caps
+        known = getattr(get_credit(self.credit), "known_beforehand", False)
+        beforehand = alone and branch is not None and known and not caps
         if beforehand:
             weights = weights * self._credit(batch, None)
         out = self._head(
@@ -335,9 +349,29 @@ class Objective:
     def _shape(self, batch: MicroBatch, terms: Terms) -> Shape:
         old = terms.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
 
+        taught = torch.ones_like(batch.lengths) if batch.sample_mask is None else batch.sample_mask
+        inputs = {
+            "mask": batch.mask,
+            "taught": taught.bool().repeat_interleave(batch.lengths),
+            "distilled": terms.distilled,
+            "student_log_prob": old,
+            "teacher_log_prob": terms.teacher_log_prob,
+            "span_label": batch.span_label,
+        }
+        present = {name: batch.padded(value.detach()) for name, value in inputs.items() if value is not None}
+
         def shape(advantages: Tensor) -> Tensor:
-            shaped = self_distilled_advantage(advantages, old, terms.teacher_log_prob, batch.scale, self.shaping)
-            return torch.where(terms.distilled, shaped, advantages)
+            for shaping in self.shapings:
+                seen = PolicyInputs(
+                    batch.padded(advantages),
+                    **present,
+                    scale=batch.scale,
+                    gate=batch.gate,
+                    active_spans=self.active_spans,
+                    literal_spans=self.literal_spans,
+                )
+                advantages = batch.packed(shaping(seen))
+            return advantages
 
         return shape
 
@@ -348,7 +382,7 @@ class Objective:
         everywhere = {"": torch.ones_like(batch.mask, dtype=torch.bool)}
         classes = token_class_masks(batch.labels, self.token_classes)
         if batch.span_label is not None:
-            classes |= {"key": batch.span_label == 1, "error": batch.span_label == 2}
+            classes |= {name: batch.span_label == label for name, label in SPAN_LABELS.items()}
         groups = everywhere | {f"_{name}": mask for name, mask in (self._buckets(batch) | classes).items()}
         parts = {
             "divergence": (terms.divergence, terms.distilled, groups),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policy-gradient pieces: advantages that a teacher gives, PPO's clipped surrogate, and weights of advantages."""
+"""Advantages as functions of tensors: weighed on spans, averaged over prompts, shaped by a teacher."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-# exp(20) is far beyond any useful ratio; the bound keeps a broken log-prob from becoming inf.
-_LOG_RATIO_BOUND = 20.0
+from opd_ext.ratios import LOG_RATIO_BOUND
 
 
 def span_gate(
@@ -63,6 +62,6 @@ def self_distilled_advantage(
         student_logp, teacher_logp: of the sampled tokens.
         weight: 0 leaves the advantages as they are.
     """
-    gap = (teacher_logp.detach() - student_logp.detach()).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+    gap = (teacher_logp.detach() - student_logp.detach()).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     factor = torch.exp(advantage.sign() * gap).clamp(1.0 - bound, 1.0 + bound)
     return advantage * ((1.0 - weight) + weight * factor)

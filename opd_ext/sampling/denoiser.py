@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from opd_ext.diffusion.denoise import Decoding, Generation, denoise
-from opd_ext.sampling.jobs import Job, request_seed
+from opd_ext.sampling.jobs import Job, sample_seed
 from opd_ext.sampling.worker import Request, Response, work
 
 
@@ -85,7 +85,7 @@ class Denoiser:
             attention=self._settings["attention"],
             block_size=self._settings["block_size"] or 1,
         )
-        generators = [torch.Generator().manual_seed(request_seed(job.seed, uid, n)) for uid, n, _ in requests]
+        generators = [torch.Generator().manual_seed(sample_seed(job.seed, uid, n)) for uid, n, _ in requests]
         done = tokens = 0
 
         def finished(index: int, generation: Generation) -> None:

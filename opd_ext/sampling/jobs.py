@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from opd_ext import launch
 from opd_ext.progress import Progress
 from opd_ext.sampling.config import VLLMConfig
+from opd_ext.seeds import request_seed
 from opd_ext.tokens.tables import PROMPTS, SAMPLES, file_digest, read_table, write_table
 
 
@@ -83,10 +84,9 @@ class Job:
             yield self.parts / f"{index:05d}.parquet", requests[start : start + self.shard]
 
 
-def request_seed(seed: int, uid: str, sample: int) -> int:
+def sample_seed(seed: int, uid: str, sample: int) -> int:
     """Seed of one request, in [0, 2^31): its own, whatever else is sampled beside it."""
-    digest = hashlib.sha256(f"{seed}/{uid}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+    return request_seed(f"{seed}/{uid}/{sample}", bits=31)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """``opd.teacher``: its keys, their check and their words."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from opd_ext.errors import ABSENT, ConfigError, check_options, one_of
+from opd_ext.teacher.kinds import NoTeacher, Teacher, get_teacher, teacher_names
 
 
 @dataclass
 class TeacherConfig:
-    """Whose weights the teacher has, and when they are refreshed."""
+    """Whose weights teach, and when they are refreshed; every other key is an option of a registered teacher."""
 
-    weights: str = "periodic"
+    weights: str = "periodic"  # a registered teacher: live, base, frozen, periodic, ema, trust_region, external, ...
     interval: int = 50  # optimiser steps between refreshes of `periodic`; 0: never
     rate: float = 0.05  # `ema`: share of the student mixed in per step; `trust_region`: share of the live student
     path: str | None = None  # `external`: folder or hub id of the teacher
     backend: str = "engine"  # engine: colocated with the student; server: verl's teacher servers on their own devices
+    args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def present(self) -> bool:
+        return self.weights != ABSENT
+
+    @property
+    def kind(self) -> Teacher:
+        """The registered teacher with those of these keys that are its options."""
+        if not self.present:
+            return NoTeacher()
+        teacher = get_teacher(self.weights)
+        given = {"interval": self.interval, "rate": self.rate, "path": self.path, **self.args}
+        return teacher(**{option.name: given[option.name] for option in fields(teacher) if option.name in given})
+
+    def check(self) -> None:
+        """Refuse what cannot work, whatever the other places say.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+        one_of("opd.teacher.weights", self.weights, teacher_names())
+        one_of("opd.teacher.backend", self.backend, ("engine", "server"))
+        options = {option.name for option in fields(get_teacher(self.weights))}
+        check_options("opd.teacher", f"weights={self.weights}", self.args, options)
+        if ("path" in options) != (self.path is not None):
+            raise ConfigError("opd.teacher.path belongs to weights=external and to no other: set both or neither.")
+        try:
+            self.kind.check()
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"opd.teacher: {error}") from None
+
+    def __str__(self) -> str:
+        detail = str(self.kind)
+        return f"{self.weights}({detail})" if detail else self.weights

@@ -20,7 +20,8 @@ import torch
 
 from opd_ext.objective.metrics import means
 from opd_ext.objective.objective import Objective
-from opd_ext.teacher.weights import copy_shards, ema_shards
+from opd_ext.teacher import copy_shards, ema_shards
+from opd_ext.teacher.kinds import Frozen, Live, TrustRegion
 
 VOCABULARY = 67  # odd, so that two ranks hold shards of different size
 LEARNING_RATE = 1e-2
@@ -283,8 +284,9 @@ class Rank:
         if update.teacher is not None:
             engines.append(self.worker(EngineSpec(update.teacher, True, update.param_dtype)).engine)
         student.engine.teacher = None if update.teacher is None else engines[1]
-        student.engine.objective = update.objective
-        student.engine.trust, student.engine.denominator = update.trust, update.denominator
+        student.engine.objective = dataclasses.replace(update.objective, denominator=update.denominator)
+        own = Frozen() if update.trust is None else TrustRegion(update.trust)
+        student.engine.kind = Live() if update.teacher is None else own
         for engine in engines:
             engine.engine_config.use_dynamic_bsz = update.rows is None
             engine.engine_config.max_token_len_per_gpu = update.budget
@@ -294,7 +296,7 @@ class Rank:
         share = len(update.samples) // self.world_size
         samples = update.samples[self.rank * share : (self.rank + 1) * share]
         flags = {"old_policy": update.old_policy, "policy": update.policy}
-        counts = {"global_batch_size": len(update.samples), "opd_scale": update.scale}
+        counts = {"global_batch_size": len(update.samples), "opd_scale": update.scale, "opd_gate": 1.0}
         return student, to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
 
     def gradients(self, update: Update) -> dict:

@@ -39,7 +39,7 @@ def test_every_scale_composes_with_crisp(scale):
     assert (opd.method, opd.scale) == ("crisp", scale)
     assert (opd.teacher.weights, str(opd.context)) == ("periodic", "instruction:v2")
     assert (opd.divergence.kind, opd.divergence.support, opd.divergence.temperature) == ("reverse_kl", "full", 1.0)
-    assert opd.reduction == "token-mean" and opd.policy is None
+    assert opd.reduction == "token-mean" and not opd.policy.present
 
 
 def test_the_node_carries_the_published_settings_of_crisp():

@@ -11,19 +11,19 @@ os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this 
 
 from opd_ext import files
 from opd_ext.bridge import checkpoint, rollouts
-from opd_ext.bridge.agent_loop import request_seed
+from opd_ext.bridge.agent_loop import rollout_seed
 from opd_ext.bridge.cpu_platform import own_socket
 
 
-def test_a_request_seed_depends_on_run_step_prompt_and_session_and_on_nothing_else():
+def test_a_rollout_seed_depends_on_run_step_prompt_and_session_and_on_nothing_else():
     prompt = [{"role": "user", "content": "1 + 1"}]
-    base = request_seed(1, 2, prompt, 3)
-    assert base == request_seed(1, 2, [{"content": "1 + 1", "role": "user"}], 3)
+    base = rollout_seed(1, 2, prompt, 3)
+    assert base == rollout_seed(1, 2, [{"content": "1 + 1", "role": "user"}], 3)
     others = {
-        request_seed(9, 2, prompt, 3),
-        request_seed(1, 9, prompt, 3),
-        request_seed(1, 2, [{"role": "user", "content": "1 + 2"}], 3),
-        request_seed(1, 2, prompt, 9),
+        rollout_seed(9, 2, prompt, 3),
+        rollout_seed(1, 9, prompt, 3),
+        rollout_seed(1, 2, [{"role": "user", "content": "1 + 2"}], 3),
+        rollout_seed(1, 2, prompt, 9),
     }
     assert len(others | {base}) == 5
     assert all(0 <= seed < 2**63 for seed in others)

@@ -8,7 +8,7 @@ from opd_ext.errors import ConfigError
 from opd_ext.pipelines import problems
 from opd_ext.pipelines.settings import PromptsConfig, RewardConfig
 from opd_ext.pipelines.t3s import traces
-from opd_ext.sampling.jobs import Job, request_seed
+from opd_ext.sampling.jobs import Job, sample_seed
 from opd_ext.tinymath.tokenizer import make_tokenizer
 from opd_ext.tokens.tables import PROMPTS, TableError, content_key, write_table
 
@@ -102,9 +102,9 @@ def test_a_trace_keeps_its_ids_where_it_can(tokenizer):
 
 
 def test_every_request_has_a_seed_of_its_own():
-    seeds = {request_seed(seed, uid, sample) for seed in range(3) for uid in "abc" for sample in range(50)}
+    seeds = {sample_seed(seed, uid, sample) for seed in range(3) for uid in "abc" for sample in range(50)}
     assert len(seeds) == 450 and all(0 <= seed < 2**31 for seed in seeds)
-    assert request_seed(1, "a", 0) == request_seed(1, "a", 0)
+    assert sample_seed(1, "a", 0) == sample_seed(1, "a", 0)
 
 
 def test_a_job_knows_its_samples_from_those_of_another(tmp_path):

@@ -8,8 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from opd_ext.context.contexts import TeacherContext, build_context, get_context, register_context
-from opd_ext.context.sequence import build_teacher_sequence, render
+from opd_ext.context import (
+    TeacherContext,
+    build_context,
+    build_teacher_sequence,
+    get_context,
+    register_context,
+    render,
+)
 
 QUESTION = "What is $2 + 3$?"
 HEADER = (

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of verl that must agree with `opd`, or that this trainer cannot follow; each refusal is one sentence."""
+
+from omegaconf import DictConfig
+
+from opd_ext.config.schema import OPDConfig
+from opd_ext.errors import ConfigError, positive
+
+
+def check_teacher(opd: OPDConfig, config: DictConfig) -> None:
+    """The reference engine as the teacher, verl's teacher servers, the initial model beside adapters."""
+    model_dtypes = [config.actor_rollout_ref[part].fsdp_config.model_dtype for part in ("ref", "actor")]
+    if opd.teacher.kind.accumulates and model_dtypes[0] != model_dtypes[1]:
+        raise ConfigError(
+            f"opd.teacher.weights={opd.teacher.weights} accumulates small changes: set "
+            f"actor_rollout_ref.ref.fsdp_config.model_dtype to {model_dtypes[1]}, the student's."
+        )
+    if opd.teacher.backend == "server":
+        _check_server(opd, config)
+    elif config.distillation.enabled:
+        raise ConfigError("distillation.enabled=true starts verl's teacher servers: set opd.teacher.backend=server.")
+    if opd.divergence.extrapolation != 1.0:
+        _check_extrapolation(opd, config)
+    if opd.credit.rollout_cap is not None and not config.actor_rollout_ref.rollout.calculate_log_probs:
+        raise ConfigError("opd.credit.rollout_cap needs actor_rollout_ref.rollout.calculate_log_probs=true.")
+
+
+def _check_server(opd: OPDConfig, config: DictConfig) -> None:
+    """verl's servers score prompt + response once, as sampled, at temperature 1, with frozen weights."""
+    temperature = config.actor_rollout_ref.rollout.temperature
+    wrong = {
+        f"opd.teacher.weights={opd.teacher.weights} (external)": opd.teacher.weights != "external",
+        f"opd.context.kind={opd.context.kind} (same)": opd.context.kind != "same",
+        f"opd.divergence.support={opd.divergence.support} (sampled)": opd.divergence.support != "sampled",
+        f"actor_rollout_ref.rollout.temperature={temperature} (1.0)": temperature != 1.0,
+        "opd.policy (null)": opd.policy.present,
+        "distillation.enabled=false (true)": not config.distillation.enabled,
+    }
+    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise ConfigError(f"opd.teacher.backend=server cannot serve {found[0]}: the value it needs is in brackets.")
+
+
+def _check_extrapolation(opd: OPDConfig, config: DictConfig) -> None:
+    """ExOPD compares the teacher with the initial model, which is at hand where adapters leave it untouched."""
+    wrong = {
+        "opd.divergence.support=sampled": opd.divergence.support != "sampled",
+        "opd.teacher.backend=engine": opd.teacher.backend != "engine",
+        "opd.context.kind=same": opd.context.kind != "same",
+        "actor_rollout_ref.model.lora_rank": config.actor_rollout_ref.model.lora_rank == 0,
+    }
+    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise ConfigError(f"opd.divergence.extrapolation={opd.divergence.extrapolation} needs {found[0]}: set it.")
+
+
+def check_policy(opd: OPDConfig, config: DictConfig) -> None:
+    """The policy term's loss, advantages and correction."""
+    policy, algorithm = opd.policy, config.algorithm
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if actor.policy_loss.loss_mode != policy.loss:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={actor.policy_loss.loss_mode} must be opd.policy.loss="
+            f"{policy.loss}; leave it as the interpolation ${{opd.policy.loss}}."
+        )
+    if algorithm.adv_estimator == "grpo" and rollout.n < 2:
+        raise ConfigError("actor_rollout_ref.rollout.n must be at least 2: a group of one has no relative advantage.")
+    if opd.distils and algorithm.filter_groups.enable:
+        raise ConfigError(
+            "algorithm.filter_groups.enable=true drops groups of equal rewards, from which the teacher still teaches: "
+            "set it to false."
+        )
+    if opd.distils and (actor.use_kl_loss or algorithm.use_kl_in_reward):
+        raise ConfigError("The reference engine holds the teacher: set use_kl_loss and use_kl_in_reward to false.")
+    if algorithm.adv_estimator == "gae":
+        raise ConfigError("algorithm.adv_estimator=gae needs a critic, which this trainer has not: set grpo.")
+    if policy.prompt_mean != (actor.loss_agg_mode == "token-sum"):
+        raise ConfigError(
+            "opd.policy.prompt_mean=true and actor_rollout_ref.actor.loss_agg_mode=token-sum belong together: the "
+            "advantages carry the denominators; set both or neither."
+        )
+    _check_correction(opd, config)
+    if policy.loss == "cispo":
+        _check_cispo(config)
+
+
+def _check_correction(opd: OPDConfig, config: DictConfig) -> None:
+    """Which log-probs the ratio is anchored at, and what corrects for the sampler."""
+    policy, algorithm, rollout = opd.policy, config.algorithm, config.actor_rollout_ref.rollout
+    if not rollout.calculate_log_probs:
+        correction = algorithm.rollout_correction and algorithm.rollout_correction.rollout_is is not None
+        if policy.anchor == "sampler" or correction:
+            raise ConfigError(
+                "opd.policy.anchor=sampler and algorithm.rollout_correction.rollout_is need the sampler's log-probs: "
+                "set actor_rollout_ref.rollout.calculate_log_probs=true."
+            )
+    bypass = bool(algorithm.rollout_correction and algorithm.rollout_correction.bypass_mode)
+    if bypass != (policy.anchor == "sampler"):
+        raise ConfigError(
+            "algorithm.rollout_correction.bypass_mode=true anchors the ratio at the sampler's log-probs: set "
+            "opd.policy.anchor=sampler with it, and old without."
+        )
+    if bypass and algorithm.rollout_correction.rollout_is is not None:
+        raise ConfigError("opd.policy.anchor=sampler corrects for the sampler already: set rollout_is=null.")
+
+
+def _check_cispo(config: DictConfig) -> None:
+    """The guards of the paper (arXiv 2506.13585): no lower bound on the weight, no KL."""
+    actor = config.actor_rollout_ref.actor
+    low = actor.clip_ratio_low if actor.clip_ratio_low is not None else actor.clip_ratio
+    if low < 1:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.clip_ratio_low={low} gives CISPO a positive lower bound, which keeps pushing "
+            "tokens that are unlikely already: set it to 1 or more (10 is off)."
+        )
+    if actor.use_kl_loss or config.algorithm.use_kl_in_reward:
+        raise ConfigError("CISPO has no KL term: set actor.use_kl_loss and algorithm.use_kl_in_reward to false.")
+
+
+def check_lengths(opd: OPDConfig, config: DictConfig) -> None:
+    """Prompt, response and pair fit into each other and into one micro-batch."""
+    data, rollout = config.data, config.actor_rollout_ref.rollout
+    for key in ("train_tokens", "val_tokens"):
+        tokens = getattr(opd.rollout, key)
+        positive(f"opd.rollout.{key}", tokens)
+        if tokens > data.max_response_length:
+            raise ConfigError(
+                f"opd.rollout.{key}={tokens} exceeds data.max_response_length={data.max_response_length}; raise the "
+                "latter, it bounds both phases."
+            )
+    longest = data.max_prompt_length + data.max_response_length
+    if rollout.max_model_len is None or rollout.max_model_len < longest:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len} is shorter than prompt + response "
+            f"({data.max_prompt_length} + {data.max_response_length}); set it to at least {longest}."
+        )
+    shortest = data.max_prompt_length + opd.rollout.train_tokens
+    if opd.max_pair_length is None or opd.max_pair_length < shortest:
+        raise ConfigError(
+            f"opd.max_pair_length={opd.max_pair_length} would drop full-length training rollouts; set it to at least "
+            f"{shortest} (data.max_prompt_length + opd.rollout.train_tokens), better with room for the teacher's."
+        )
+    for part, key in (("actor", "ppo_max_token_len_per_gpu"), ("ref", "log_prob_max_token_len_per_gpu")):
+        section = config.actor_rollout_ref[part]
+        if section[key] < opd.max_pair_length:
+            raise ConfigError(
+                f"actor_rollout_ref.{part}.{key}={section[key]} cannot hold one sequence of opd.max_pair_length="
+                f"{opd.max_pair_length} tokens; raise the former or lower the latter."
+            )
+
+
+def check_engine(opd: OPDConfig, config: DictConfig) -> None:
+    """Strategy, parallelism, packing and batch sizes."""
+    if opd.warm_python and (opd.device != "cpu" or config.trainer.nnodes > 1):
+        raise ConfigError("opd.warm_python=true is for a run on the CPU of one machine; set it to false.")
+    actor, ref, rollout = (config.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
+    if actor.strategy != "fsdp2" or ref.strategy != "fsdp2":
+        raise ConfigError("actor_rollout_ref.actor.strategy and .ref.strategy must both be fsdp2.")
+    for part, section in (("actor", actor), ("ref", ref)):
+        size = max(section.ulysses_sequence_parallel_size, section.fsdp_config.ulysses_sequence_parallel_size)
+        if size > 1:
+            raise ConfigError(
+                f"actor_rollout_ref.{part}.ulysses_sequence_parallel_size={size} is not supported: teacher and student "
+                "prompts differ in length, so their slices of a packed sequence do not align; set it to 1."
+            )
+    model = config.actor_rollout_ref.model
+    if not model.use_remove_padding:
+        raise ConfigError("actor_rollout_ref.model.use_remove_padding must be true: there is one packed path only.")
+    if model.use_fused_kernels:
+        raise ConfigError("actor_rollout_ref.model.use_fused_kernels must be false: the chunked head replaces them.")
+    _check_lora(opd, model)
+    if actor.ppo_epochs != 1:
+        raise ConfigError(f"actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs} must be 1: rollouts train once.")
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if actor.ppo_mini_batch_size * rollout.n % ranks:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size x rollout.n = {actor.ppo_mini_batch_size * rollout.n} must "
+            f"be divisible by the {ranks} trainer ranks."
+        )
+    if data_too_small := config.data.train_batch_size % actor.ppo_mini_batch_size:
+        raise ConfigError(
+            f"data.train_batch_size={config.data.train_batch_size} must be a multiple of "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (remainder {data_too_small})."
+        )
+    if rollout.name != "vllm":
+        raise ConfigError(f"actor_rollout_ref.rollout.name={rollout.name} is not supported: set it to vllm.")
+
+
+def _check_lora(opd: OPDConfig, model: DictConfig) -> None:
+    """Adapters train in the student alone; the model without them is a teacher that costs no memory."""
+    if model.lora.rank > 0 or model.lora_adapter_path is not None:
+        raise ConfigError(
+            "LoRA is configured by actor_rollout_ref.model.lora_rank, without lora.rank and adapter path."
+        )
+    adapters = model.lora_rank > 0
+    if adapters and not model.lora.merge:
+        raise ConfigError("LoRA needs actor_rollout_ref.model.lora.merge=true: vLLM receives merged weights.")
+    teacher = opd.teacher.kind
+    if teacher.needs_adapter and not adapters:
+        raise ConfigError(
+            f"opd.teacher.weights={opd.teacher.weights} is the model without its adapter: set "
+            "actor_rollout_ref.model.lora_rank, or weights=frozen."
+        )
+    if adapters and not teacher.teaches_adapters:
+        raise ConfigError(
+            f"opd.teacher.weights={opd.teacher.weights} with LoRA is not supported; choose base (the initial model, "
+            "which the adapter leaves untouched), live or external."
+        )
