@@ -25,6 +25,9 @@ _PLACEMENT = ("replicas", "tensor_parallel_size", "ranks", "tokens_per_gpu", "ma
 REFUSALS = (ConfigError, TableError)
 """How a stage says, before it has made anything, that its input will not do."""
 
+SAMPLER, FINE_TUNER = "opd_ext.bridge.sampler", "opd_ext.bridge.finetune"
+"""Modules that run in processes of their own."""
+
 SCORES = ["split", "temperature", "uid", "sample", "acc", "tokens", "truncated"]
 
 
@@ -90,7 +93,7 @@ class Steps:
             longest = max(job.max_tokens for job in jobs if job.prompts == prompts)
             table = read_table(Path(prompts), PROMPTS)
             problems.check_lengths(table, longest, config.vllm.max_model_len, "max_tokens")
-        engines = Engines.vllm(config.vllm, config.trust_remote_code)
+        engines = Engines.vllm(SAMPLER, config.vllm, config.trust_remote_code)
         sample(jobs, engines, config.device, self.environment, self.folder / "logs", title)
 
     @property
@@ -142,7 +145,7 @@ class Steps:
                 raise TableError(
                     f"{task.samples} has {len(table)} rows, less than train.batch_size={size}; lower that."
                 )
-            fine_tune(task, self.environment, f"fine-tuning {name}")
+            fine_tune(task, FINE_TUNER, self.environment, f"fine-tuning {name}")
             lengths = table["prompt_ids"].map(len) + table["response_ids"].map(len)
             return {"rows": len(table), "cut": int((lengths > limit).sum())}
 

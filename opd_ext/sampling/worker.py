@@ -2,13 +2,13 @@
 """A process that works through its share of the shards."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 
+from opd_ext.files import write_whole
 from opd_ext.sampling.jobs import Job, progress_file
 from opd_ext.tokens.tables import PROMPTS, SAMPLES, content_key, read_table, write_table
 
@@ -45,9 +45,7 @@ def work(spec: Path, replica: int, replicas: int, start: Callable[[str, dict[str
     progress = progress_file(spec, replica)
 
     def report(done: int, of_them: int) -> None:
-        temporary = progress.with_suffix(".tmp")
-        temporary.write_text(f"{done} {tokens + of_them}")
-        os.replace(temporary, progress)
+        write_whole(progress, f"{done} {tokens + of_them}")
 
     for job in jobs:
         requests = job.requests(read_table(Path(job.prompts), PROMPTS))

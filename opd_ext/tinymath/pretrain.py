@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from opd_ext.context import render_text
 from opd_ext.progress import Progress
 from opd_ext.tinymath.chats import Chat, Corpus, chats, draw_chat, textbook
 from opd_ext.tinymath.problems import DIFFICULTIES, draw_question
@@ -150,8 +151,7 @@ def make_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
 def render_prompts(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
     """User messages as text, through the chat template, up to where the assistant begins."""
-    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    return [render_text(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
 def make_corpus(
