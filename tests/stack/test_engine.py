@@ -64,7 +64,17 @@ METHODS = {
     "clipped spans": Update(SOME, objective=Objective(CLIPPED_SPANS, credit="spans")),
     "key spans": Update(SOME, objective=Objective(SPANS[:1], credit="spans")),
     "mixed": Update(SOME, policy=True, scale=0.1),
-    "gated spans": Update(SOME, objective=Objective(SPANS, credit="spans"), policy=True, scale=0.5),
+    "gated spans": Update(
+        SOME,
+        objective=Objective(
+            SPANS[:1], credit="spans", shapings=(Shaping("complement"),), active_spans=frozenset({SPANS[0].label})
+        ),
+        policy=True,
+        scale=0.5,
+        gate=0.3,
+    ),
+    "spans beside a policy": Update(SOME, objective=Objective(SPANS, credit="spans"), policy=True, scale=0.5),
+    "policy for the untaught": Update(SOME, objective=Objective(shapings=(Shaping("untaught"),)), policy=True),
     "shaped": Update(
         SOME,
         objective=Objective(surrogate=Surrogate(), shapings=RATIO),
