@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from opd_ext.errors import ConfigError
 from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
 from opd_ext.pipelines.settings import PipelineConfig, PromptsConfig, TrainConfig, plain
-from opd_ext.pipelines.stages import Stage
+from opd_ext.pipelines.stages import Manifest, Stage
 from opd_ext.sampling.config import Decoding
 from opd_ext.sampling.jobs import Engines, Job, sample
 from opd_ext.tokens.finetuning import FineTuning, fine_tune
@@ -32,14 +32,11 @@ SCORES = ["split", "temperature", "uid", "sample", "acc", "tokens", "truncated"]
 
 
 class Steps:
-    """A run's folder, its settings, and the stages that any pipeline may have.
-
-    ``digest_of`` maps a stage's name to a digest of its outputs, as the manifest has them when it is asked.
-    """
+    """A run's folder, its settings, and the stages that any pipeline may have."""
 
     def __init__(self, config: PipelineConfig):
         self.config, self.folder = config, Path(config.run_dir)
-        self.digest_of: Callable[[str], str] = lambda stage: ""
+        self.manifest = Manifest(self.folder)
         self.tokenizer = problems.load_tokenizer(config.model, config.trust_remote_code)
         self.stop_ids = problems.stop_ids(config.model, self.tokenizer)
 
@@ -69,7 +66,7 @@ class Steps:
         self, model: str, made_by: str | None, prompts: str, out: str, decoding: Decoding, n: int, max_tokens: int
     ) -> Job:
         """Samples of ``model``, which the stage ``made_by`` made, or which was there before."""
-        made = made_by and f"{self.digest_of(made_by)}/{Path(model).relative_to(self.folder)}"
+        made = made_by and f"{self.manifest.outputs_digest(made_by)}/{Path(model).relative_to(self.folder)}"
         return Job(
             model=model,
             weights=made or problems.fingerprint(model),
@@ -235,8 +232,3 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write a parquet file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, frame.to_parquet(index=False))
-
-
-def digest_of_record(record: dict[str, Any]) -> str:
-    """Of a stage's outputs, as the manifest has them."""
-    return hashlib.sha256(json.dumps(record.get("outputs"), sort_keys=True).encode()).hexdigest()[:16]

@@ -34,10 +34,9 @@ RRT = "rrt"
 
 
 class T3S(Steps):
-    """A run of T3S; ``models`` are those that are evaluated."""
+    """A run of T3S."""
 
     config: T3SConfig
-    models: list[str]
 
     @property
     def pilot(self) -> FineTuning:
