@@ -2,6 +2,8 @@
 """What docs/python.md and examples/from_python promise: they run, they learn, and the gradients are the dense ones."""
 
 import functools
+import json
+import os
 import re
 import runpy
 import subprocess
@@ -14,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_ext.config import checks
-from opd_ext.objective.divergence import get_divergence, reverse_kl
+from opd_ext.divergence import get_divergence, reverse_kl
 from opd_ext.objective.head import chunked_divergence
 from opd_ext.train import compose_config
 
@@ -26,10 +28,17 @@ close = functools.partial(torch.testing.assert_close, atol=2e-6, rtol=1e-4)
 
 @pytest.fixture(autouse=True)
 def own_surroundings(monkeypatch):
-    """Examples can be imported as their folder's own modules; what a page registers is gone after the test."""
+    """Examples can be imported as their folder's own modules; what a page registers is gone after the test.
+
+    One thread: on products as small as these, threads that wait for a busy core cost far more than they bring.
+    """
     monkeypatch.syspath_prepend(EXAMPLES)
     registry = get_divergence.__self__
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -171,35 +180,49 @@ def test_the_trainers_step_is_the_dense_one_however_it_is_split(plain_loop, trai
         close(before[name] - parameter.detach(), dense[name])
 
 
+ONE_RANK = """
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import plain_loop
+import trainer
+
+folder, step = Path(sys.argv[1]), json.loads(sys.argv[2])
+student, teacher = plain_loop.small_models()
+settings = trainer.arguments(
+    str(folder), use_cpu=True, per_device_train_batch_size=2, gradient_accumulation_steps=2, **step
+)
+pairs = torch.load(folder / "pairs.pt")
+trainer.DistillationTrainer(
+    student, settings, teacher=teacher, train_dataset=pairs, data_collator=trainer.collate
+).train()
+if os.environ["RANK"] == "0":
+    torch.save(student.state_dict(), folder / "student.pt")
+torch.distributed.barrier()  # a rank that leaves early takes the connections of the other one with it
+torch.distributed.destroy_process_group()
+"""
+
+
 def test_data_parallel_ranks_take_the_step_of_one(plain_loop, trainer, pairs, tmp_path):
     student, teacher = plain_loop.small_models()
-    train(
-        trainer,
-        student,
-        teacher,
-        tmp_path,
-        pairs,
-        trainer.collate,
-        per_device_train_batch_size=8,
-        **ONE_STEP | {"gradient_accumulation_steps": 1},
-    )
-    program = tmp_path / "rank.py"
-    program.write_text(
-        "import os, sys\n"
-        f"sys.path[:0] = [{str(EXAMPLES)!r}, {str(ROOT)!r}]\n"
-        "import plain_loop, torch, trainer\n"
-        "student, teacher = plain_loop.small_models()\n"
-        f"pairs = torch.load({str(tmp_path / 'pairs.pt')!r})\n"
-        f"settings = trainer.arguments({str(tmp_path)!r}, use_cpu=True, per_device_train_batch_size=2,\n"
-        f"                             gradient_accumulation_steps=2, **{ONE_STEP})\n"
-        "trainer.DistillationTrainer(student, settings, teacher=teacher, train_dataset=pairs,\n"
-        "                            data_collator=trainer.collate).train()\n"
-        "if os.environ['RANK'] == '0':\n"
-        f"    torch.save(student.state_dict(), {str(tmp_path / 'student.pt')!r})\n"
-    )
+    whole = ONE_STEP | {"per_device_train_batch_size": len(pairs), "gradient_accumulation_steps": 1}
+    train(trainer, student, teacher, tmp_path, pairs, trainer.collate, **whole)
     torch.save(pairs, tmp_path / "pairs.pt")
+    program = tmp_path / "rank.py"
+    program.write_text(ONE_RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    path = os.pathsep.join([str(EXAMPLES), str(ROOT)])
+    done = subprocess.run(
+        [*command, str(tmp_path), json.dumps(ONE_STEP)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for name, parameter in torch.load(tmp_path / "student.pt").items():
         close(parameter, student.state_dict()[name])
