@@ -95,7 +95,7 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def render(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
+def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
     """``uid`` and ``prompt_ids`` up to where the assistant begins, through the chat template, once."""
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     ids = [render_chat(tokenizer, system + list(messages), settings.template) for messages in rows["prompt"]]

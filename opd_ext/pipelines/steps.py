@@ -47,7 +47,7 @@ class Steps:
 
         def run() -> dict[str, Any]:
             rows = problems.read_problems(settings)
-            rendered = problems.render(rows, self.tokenizer, settings)
+            rendered = problems.render_prompts(rows, self.tokenizer, settings)
             write_table(self.prompts(name), rendered, PROMPTS)
             lengths = rendered["prompt_ids"].map(len)
             return {"prompts": len(rows), "longest": int(lengths.max())}

@@ -149,7 +149,7 @@ def make_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -
     return model
 
 
-def render_prompts(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+def render_requests(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
     """User messages as text, through the chat template, up to where the assistant begins."""
     return [render_text(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
 
@@ -175,7 +175,7 @@ def _questions(rng: random.Random, count: int, held_out: set[str]) -> Iterator[t
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerFast, drawn: list[Chat]) -> list[Example]:
-    shown = tokenizer(render_prompts(tokenizer, [chat.prompt for chat in drawn])).input_ids
+    shown = tokenizer(render_requests(tokenizer, [chat.prompt for chat in drawn])).input_ids
     replies = tokenizer([chat.response + tokenizer.eos_token for chat in drawn]).input_ids
     return [Example(p + r, len(p)) for p, r in zip(shown, replies, strict=True)]
 
