@@ -65,6 +65,37 @@ def methods(
         raise _refused("methods", error) from None
 
 
+def _print_recipes(wanted: bool) -> None:
+    if wanted:
+        from opd_ext.new import recipes
+
+        typer.echo(recipes())
+        raise typer.Exit()
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="of the new method, its folder and its runs")],
+    source: Annotated[str, typer.Option("--from", help="the published method to begin with, e.g. crisp")],
+    out: Annotated[Path, typer.Option(help="where the folder is made", file_okay=False)] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="write into a folder that exists")] = False,
+    recipes: Annotated[
+        bool,
+        typer.Option(
+            "--recipes", callback=_print_recipes, is_eager=True, help="print where the published recipes are, and stop"
+        ),
+    ] = False,
+) -> None:
+    """Copy a published recipe, settings included, under a name of your own, and plan it."""
+    from opd_ext.errors import ConfigError
+    from opd_ext.new import main
+
+    try:
+        main(name, source, out, force)
+    except ConfigError as error:
+        raise _refused("new", error) from None
+
+
 @app.command()
 def doctor() -> None:
     """Look at versions, devices, plugin, memory and disk; exit 1 with one sentence per problem."""

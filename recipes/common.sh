@@ -1,14 +1,22 @@
 # shellcheck shell=bash
-# What the recipes of this folder share. A recipe sources it as ../common.sh; it does nothing by itself.
+# What the recipes of this folder share. A recipe sources it from its own folder, from .., or from the installed package;
+# it does nothing by itself.
 #
 #   die SENTENCE              complain and end with status 2
 #   find_opd COMMAND          put `opd` on PATH; COMMAND is what installs it
 #   only_plans ARGUMENTS...   true if they ask for a plan, the configuration or help: no inputs are needed
 #   build_world MODEL...      the miniature world, unless it has these models
 #   input NAME DEFAULT        the environment variable NAME, or OPD_NAME (which Ray jobs pass on), or DEFAULT
-#   gpu_run ARGUMENTS...      find opd, complete and check the inputs of a GPU recipe, and put them into `inputs`
+#   check_inputs SET...       refuse a MODEL, TEACHER or data set that is not there, and more GPUS than there are
+#   name_run ORIGINAL ARGUMENTS...
+#                             a copy of recipes/ORIGINAL.sh gets a run folder and an experiment name of its own
+#   gpu_run ORIGINAL TRAIN EVAL ARGUMENTS...
+#                             find opd, check the inputs of a GPU recipe, whose data sets by default are TRAIN and EVAL
 #
-# gpu_run reads MODEL, TRAIN, EVAL and OUT, and TEACHER where a recipe has one; DATA_DIR and GPUS it finds itself.
+# The last two add to `inputs` what `opd train` is to be told; the script's own folder is `here`. What nobody asked for is
+# not among them: it stands in the recipe's YAML, opd_ext/config/recipe.
+
+inputs=()
 
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 2; }
 
@@ -31,31 +39,20 @@ input() {
     printf '%s' "${!1:-${!prefixed:-$2}}"
 }
 
-gpu_run() {
-    DATA_DIR=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/math")") OUT=$(realpath -m "$OUT")
-    GPUS=$(input GPUS 8)
-    find_opd "bash setup.sh --gpu"
-    if [[ -d $MODEL ]]; then MODEL=$(realpath "$MODEL"); fi
-    if [[ -d ${TEACHER:-} ]]; then TEACHER=$(realpath "$TEACHER"); fi
-    local eval_sets name val_files=""
-    read -ra eval_sets <<<"$EVAL"
-    only_plans "$@" || check_inputs "$TRAIN" "${eval_sets[@]}"
-    for name in "${eval_sets[@]}"; do val_files+="${val_files:+,}'$DATA_DIR/$name.parquet'"; done
-    inputs=(
-        "data.train_files='$DATA_DIR/$TRAIN.parquet'"
-        "data.val_files=[$val_files]"
-        "actor_rollout_ref.model.path='$MODEL'"
-        "trainer.n_gpus_per_node=$GPUS"
-        "opd.run_dir='$OUT'"
-    )
+check_inputs() { # the data sets
+    local name
+    for name in MODEL ${TEACHER:+TEACHER}; do check_model "$name"; done
+    check_data "$@"
+    check_gpus
 }
 
-check_inputs() { # the data sets
-    local name how visible
-    for name in MODEL ${TEACHER:+TEACHER}; do
-        [[ -f ${!name}/config.json || ${!name} =~ ^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$ ]] ||
-            die "$name=${!name} is neither a folder with a config.json nor a hub id like Qwen/Qwen3-8B."
-    done
+check_model() {
+    [[ -f ${!1}/config.json || ${!1} =~ ^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$ ]] ||
+        die "$1=${!1} is neither a folder with a config.json nor a hub id like Qwen/Qwen3-8B."
+}
+
+check_data() {
+    local name how
     for name in "$@"; do
         case $name in
             dapo_* | math500* | aime24* | aime25*) how="with opd data math" ;;
@@ -64,9 +61,64 @@ check_inputs() { # the data sets
         [[ -f $DATA_DIR/$name.parquet ]] ||
             die "$DATA_DIR/$name.parquet is missing; make it $how, or set DATA_DIR, TRAIN or EVAL."
     done
-    if [[ -z ${RAY_ADDRESS:-} ]]; then # on a cluster it is Ray that finds the GPUs
-        visible=$("$(dirname "$(realpath "$(command -v opd)")")/python" -c \
-            'import torch; print(torch.cuda.device_count())')
-        ((visible >= GPUS)) || die "PyTorch sees $visible GPUs, $GPUS are wanted; set GPUS or CUDA_VISIBLE_DEVICES."
+}
+
+check_gpus() {
+    local visible
+    if [[ -n ${RAY_ADDRESS:-} ]]; then return; fi # on a cluster it is Ray that finds the GPUs
+    visible=$("$(dirname "$(realpath "$(command -v opd)")")/python" -c 'import torch; print(torch.cuda.device_count())')
+    ((visible >= GPUS)) || die "PyTorch sees $visible GPUs, $GPUS are wanted; set GPUS or CUDA_VISIBLE_DEVICES."
+}
+
+name_run() {
+    local original=$1 script=${0##*/} argument name
+    script=${script%.sh}
+    [[ ${here##*/}/$script != "$original" ]] || return 0 # its names stand in its YAML
+    if [[ $script == tiny_cpu ]]; then
+        name=cpu_tiny
+    elif [[ $script =~ ^(.*)_([0-9]+)_([0-9]+b.*)$ ]]; then # qwen3_0_6b: 0.6 billion
+        name=${BASH_REMATCH[1]}-${BASH_REMATCH[2]}.${BASH_REMATCH[3]}
+    else
+        name=$script
     fi
+    if [[ $script != tiny_cpu ]]; then name=${name//_/-}; fi
+    for argument in "${@:2}"; do # another method in the same folder would go on from this one's checkpoints
+        case $argument in recipe=* | method=* | scale=*) name+=-${argument#*=} ;; esac
+    done
+    name=${here##*/}-$name
+    inputs+=("trainer.experiment_name=${name//[^A-Za-z0-9._-]/-}")
+}
+
+gpu_run() {
+    local original=$1 train eval name sets files=""
+    train=$(input TRAIN "$2") eval=$(input EVAL "$3")
+    shift 3
+    find_opd "bash setup.sh --gpu"
+    name_run "$original" "$@"
+    DATA_DIR=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/math")") GPUS=$(input GPUS 8)
+    read -ra sets <<<"$eval"
+    take_model MODEL actor_rollout_ref.model.path "$@"
+    if [[ -n ${teacher_is_input:-} ]]; then take_model TEACHER opd.teacher.path "$@"; fi
+    if ! only_plans "$@"; then
+        [[ " $*" == *" recipe="* ]] || check_data "$train" "${sets[@]}" # of another recipe `opd train` finds what is missing
+        check_gpus
+    fi
+    if given DATA_DIR; then inputs+=("opd.world='$DATA_DIR'"); fi
+    if given TRAIN; then inputs+=("data.train_files='$DATA_DIR/$train.parquet'"); fi
+    for name in "${sets[@]}"; do files+="${files:+,}'$DATA_DIR/$name.parquet'"; done
+    if given EVAL; then inputs+=("data.val_files=[$files]"); fi
+    if given GPUS; then inputs+=("trainer.n_gpus_per_node=$GPUS"); fi
+    if given OUT; then inputs+=("opd.run_dir='$(realpath -m "$(input OUT "")")'"); fi
+}
+
+given() { [[ -n $(input "$1" "") ]]; }
+
+take_model() { # NAME KEY ARGUMENTS...
+    local model
+    given "$1" || return 0
+    model=$(input "$1" "")
+    if [[ -d $model ]]; then model=$(realpath "$model"); fi
+    printf -v "$1" '%s' "$model"
+    only_plans "${@:3}" || check_model "$1"
+    inputs+=("$2='$model'")
 }

@@ -112,7 +112,7 @@ def check_inputs(config: DictConfig) -> None:
     Raises:
         ConfigError: naming the missing path and how to get it.
     """
-    hint = " Make it with `opd data tinymath`." if config.opd.get("world") else ""
+    hint = " Make it with `opd data tinymath`." if config.opd.get("world_lib") else ""
     paths = [("actor_rollout_ref.model.path", config.actor_rollout_ref.model.path)]
     if config.opd.teacher is not None and config.opd.teacher.get("path"):
         paths.append(("opd.teacher.path", config.opd.teacher.path))

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
@@ -25,7 +26,10 @@ def refusal(error: Exception, overrides: Sequence[str], command: str) -> ConfigE
 def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], where: str) -> str:
     if isinstance(error, MissingConfigException) and (wanted := re.search(r"'([^']+)/([^'/]+)'", lines[0])):
         group, name = wanted.groups()
-        return f"{group}={name} does not exist; choose one of: {', '.join(_available(lines)) or 'none is there'}."
+        available = _available(lines)
+        if group.split("/")[0] == "recipe":  # Hydra does not look into its folders
+            group, name, available = "recipe", wanted[0].strip("'").removeprefix("recipe/"), _recipes()
+        return f"{group}={name} does not exist; choose one of: {', '.join(available) or 'none is there'}."
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} cannot be read: write KEY=VALUE, and quote a value that holds spaces, commas or braces."
@@ -53,6 +57,11 @@ def _available(lines: list[str]) -> list[str]:
     names = lines[start + 1 :]
     end = next((i for i, line in enumerate(names) if line.startswith("Config search path")), len(names))
     return names[:end]
+
+
+def _recipes() -> list[str]:
+    folder = Path(__file__).parent / "recipe"
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob("*/*.yaml"))
 
 
 def _key(error: OmegaConfBaseException) -> str:

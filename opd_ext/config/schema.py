@@ -51,7 +51,7 @@ class OPDConfig:
     method: str = "crisp"
     scale: str = "cpu_tiny"
     device: str = "cuda"
-    world: str | None = None  # folder of the miniature world, where a scale uses it
+    world: str | None = None  # folder of the data sets of a world (config/world), the miniature world's models included
     seed: int = 1
     world_lib: str | None = None
     external_lib: Any = None

@@ -16,14 +16,17 @@ JOBS=${JOBS:-1}
 STEPS=${STEPS:-30}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -r $here/../common.sh ]] ||
-    { echo "${0##*/}: ../common.sh is missing; keep this folder within recipes/." >&2; exit 2; }
-. "$here/../common.sh"
+common=$here/common.sh
+[[ -r $common ]] || common=$here/../common.sh
+[[ -r $common ]] || common=$(opd new --recipes 2>/dev/null || true)/common.sh # a folder outside recipes/
+[[ -r $common ]] ||
+    { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
+. "$common"
 
 find_opd "bash setup.sh"
 if only_plans "$@"; then exec opd train scale=cpu_tiny "$@"; fi # of one run; they differ in method and seed
 build_world base large
-out=${OPD_RUNS:-runs}/compare
+out=${OPD_RUNS:-runs}/${here##*/} # a copy of this folder has runs of its own
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + JOBS - 1) / JOBS))} OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$out"
 
