@@ -23,8 +23,6 @@ from opd_ext.divergence import log_probs, register_divergence
 from opd_ext.policy import PolicyInputs, register_policy
 from opd_ext.teacher import Teacher, register_teacher
 
-HESITATION = re.compile(r"\b(hmm|wait|let me check)\b", re.IGNORECASE)
-
 
 @register_teacher("warm")
 @dataclass(frozen=True)
@@ -70,8 +68,12 @@ def surprise(inputs: CreditInputs, margin: float = 0.0) -> Tensor:
 class Hesitations(Annotator):
     """Marks words of hesitation; no language model is asked."""
 
+    options = ("words",)
+
     async def find(self, request: Request, text: Text) -> Found:
-        spans = [(match.start(), match.end(), "hesitation") for match in HESITATION.finditer(text.text)]
+        words = "|".join(map(re.escape, self.config.args.get("words", ["hmm", "wait"])))
+        found = re.finditer(rf"\b({words})\b", text.text, re.IGNORECASE)
+        spans = [(match.start(), match.end(), "hesitation") for match in found]
         return Found("ok" if spans else "empty", spans)
 
 

@@ -17,7 +17,7 @@ EXPECTED = {
     "cispo": ("-", "-", "-", "-", "cispo, mean per prompt"),
     "crisp": ("periodic(50)", "instruction:v2", "reverse_kl, full", "uniform", "-"),
     "opsd": ("frozen", "solution", "forward_kl, full, clip 0.05, T 1.1", "uniform", "-"),
-    "sdpo": ("ema(0.05)", "feedback", "jsd(0.5), full", "uniform, importance cap 2, rollout cap 2", "-"),
+    "sdpo": ("ema(0.05)", "feedback", "jsd(0.5), top-100 of the student", "uniform, importance cap 2, rollout cap 2", "-"),
 }
 
 
@@ -42,7 +42,14 @@ def test_presets_of_a_user_stand_beside_ours(monkeypatch):
 def test_an_option_that_a_users_piece_does_not_have_is_refused_by_name(monkeypatch):
     folder = ROOT / "examples" / "custom_method" / "config"
     monkeypatch.syspath_prepend(folder.parent)
-    for key in ("teacher.stop", "context.notes", "divergence.order", "credit.share", "policy.factors"):
+    for key in (
+        "teacher.stop",
+        "context.notes",
+        "divergence.order",
+        "credit.share",
+        "credit.annotator.word",
+        "policy.factors",
+    ):
         with pytest.raises(ConfigError, match=rf"opd\.{key} does not exist for .*: take it out"):
             check(compose_config(["method=surprise", *PATHS, f"opd.{key}=1"], [folder]))
 
