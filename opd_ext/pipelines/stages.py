@@ -20,11 +20,12 @@ from typing import Any
 from rich.console import Console
 
 from opd_ext.files import write_whole
+from opd_ext.moved import MOVED
 from opd_ext.tokens.tables import file_digest
 
 MANIFEST = "manifest.json"
-# What settings of finished stages may still be called: release 0.1 had the grader elsewhere. Goes with release 0.3.
-RENAMED = {"pkg://opd_ext.rewards.tinymath": "pkg://opd_ext.tinymath.grader"}
+# Graders in the settings of stages that an older release has finished.
+RENAMED = {f"pkg://{old}": f"pkg://{new[0]}" for old, new in MOVED.items()}
 
 
 class StageError(RuntimeError):

@@ -17,7 +17,13 @@ EXPECTED = {
     "cispo": ("-", "-", "-", "-", "cispo, mean per prompt"),
     "crisp": ("periodic(50)", "instruction:v2", "reverse_kl, full", "uniform", "-"),
     "opsd": ("frozen", "solution", "forward_kl, full, clip 0.05, T 1.1", "uniform", "-"),
-    "sdpo": ("ema(0.05)", "feedback", "jsd(0.5), top-100 of the student", "uniform, importance cap 2, rollout cap 2", "-"),
+    "sdpo": (
+        "ema(0.05)",
+        "feedback",
+        "jsd(0.5), top-100 of the student",
+        "uniform, importance cap 2, rollout cap 2",
+        "-",
+    ),
 }
 
 
