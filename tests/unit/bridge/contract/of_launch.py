@@ -47,7 +47,7 @@ def task_runner(config, monkeypatch):
     assert isinstance(main_ppo.TaskRunnerV1, ray.actor.ActorClass)
 
 
-@seam("train.py", pins={"verl.trainer.main_ppo:run_ppo": "config task_runner_class"})
+@seam("bridge/runner.py", pins={"verl.trainer.main_ppo:run_ppo": "config task_runner_class"})
 def run_ppo(config, monkeypatch):
     """``run_ppo`` starts Ray with ``ray_kwargs.ray_init``, our variables over its own, then the runner it is given."""
     with open_dict(config):

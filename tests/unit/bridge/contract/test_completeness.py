@@ -15,7 +15,7 @@ PINNED = {path for seam in test_contract.SEAMS for path in seam.pins}
 OURS = {
     *("engine.kind", "engine.objective", "engine.teacher", "engine.updates"),  # of OPDEngine, from OPDWorker
     *("shown.ids", "shown.too_long", "shown.span_label"),  # of TeacherInput
-    *("self.state.global_step", "self.state.attempts", "self.state.teacher_version"),  # of TrainerState
+    *("self.state.global_step", "state.attempts", "self.state.teacher_version"),  # of TrainerState
 }
 
 files = pytest.mark.parametrize("path", scan.FILES, ids=lambda path: path.stem)
