@@ -59,7 +59,6 @@ def entry_points():
         "verl.plugin.platform.platform_manager:PlatformRegistry.register": "cls platform",
         "verl.plugin.platform.platform_manager:PlatformRegistry.get": "cls name",
         "verl.plugin.platform.platform_manager:PlatformRegistry": None,
-        "verl.plugin.platform.platform_manager:get_platform": "",
     },
 )
 def choice(monkeypatch):

@@ -56,7 +56,9 @@ def seam(where: str, covers: str = "", pins: dict[str, str | None] | None = None
 
     def file(check: Callable[..., None]) -> Callable[..., None]:
         assert check.__doc__, f"{check.__name__} must say what is relied on"
-        SEAMS.append(Seam(where, check, frozenset(covers.split()), dict(pins or {})))
+        found = Seam(where, check, frozenset(covers.split()), dict(pins or {}))
+        assert str(found) not in map(str, SEAMS), f"two contracts are called {found}"
+        SEAMS.append(found)
         return check
 
     return file

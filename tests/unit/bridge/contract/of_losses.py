@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contracts of verl's policy losses and graders."""
+"""Contracts of verl's policy losses."""
 
 import pytest
 import torch
@@ -8,8 +8,6 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.metric.utils import Metric
-from verl.utils.reward_score import default_compute_score
-from verl.utils.reward_score.prime_code.utils import check_correctness
 from verl.workers.utils.losses import ppo_loss
 
 from opd_ext.bridge.sources import policy_loss_source
@@ -58,24 +56,3 @@ def policy_loss_text():
     for name in OURS:
         file, line = policy_loss_source(name)
         assert file.name == "core_algos.py" and name in file.read_text().splitlines()[line - 1]
-
-
-@seam("bridge/graders.py", pins={"verl.utils.reward_score:default_compute_score": None})
-def grader():
-    """verl's grader looks at the data source and tells right from wrong."""
-    for answer, right in (("so it is #### 72", 1), ("so it is #### 71", 0)):
-        arguments = {"solution_str": answer, "ground_truth": "72", "extra_info": {}}
-        found = default_compute_score(data_source="openai/gsm8k", **arguments)
-        assert (found if isinstance(found, (int, float)) else found["score"]) == right
-
-
-@seam(
-    "bridge/graders.py",
-    pins={"verl.utils.reward_score.prime_code.utils:check_correctness": "in_outs generation timeout= debug="},
-)
-def programs():
-    """A program that passes gives ``[True]``; one that does not gives anything else."""
-    test = {"inputs": ["2\n"], "outputs": ["4\n"]}
-    for program, passes in (("print(2 * int(input()))", True), ("print(3 * int(input()))", False)):
-        results, _ = check_correctness(test, program, timeout=5, debug=False)
-        assert all(result is True for result in results) is passes
