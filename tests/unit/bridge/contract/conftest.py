@@ -55,6 +55,7 @@ def _queue():
     yield transfer_queue
     interface._TQ_CLIENT = before
     client.close()
+    storage.shutdown()
 
 
 @pytest.fixture
