@@ -51,12 +51,18 @@ def train(overrides: Annotated[list[str] | None, typer.Argument(metavar="OVERRID
 
 @app.command()
 def methods(
+    name: Annotated[str | None, typer.Argument(help="one method: its choices, formula, paper and recipes")] = None,
     config_dir: Annotated[list[Path] | None, typer.Option(help="folder with presets of yours", file_okay=False)] = None,
 ) -> None:
-    """List the methods with their choices in the five places."""
+    """List the methods with their choices in the five places, or print the page of one."""
+    from opd_ext.errors import ConfigError
+    from opd_ext.report.method_page import print_method
     from opd_ext.report.methods import print_methods
 
-    print_methods(config_dir or [])
+    try:
+        print_method(name, config_dir or []) if name else print_methods(config_dir or [])
+    except ConfigError as error:
+        raise _refused("methods", error) from None
 
 
 def _print_recipes(wanted: bool) -> None:

@@ -104,9 +104,9 @@ def load_plugin() -> None:
         raise LookupError("opd-ext is not installed in this environment; run `pip install --no-deps -e .`")
     for entry in found:
         entry.load()()
-    from verl.plugin.platform.platform_manager import get_platform
+    from opd_ext.bridge.validation import device_name
 
-    print(get_platform().device_name)
+    print(device_name())
 
 
 def check_plugin(stack: Stack) -> Check:

@@ -1,28 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there as a whole or not at all."""
+"""Files and folders that are there as a whole or not at all: written under another name, then renamed.
+
+A rename within one file system is atomic, so a process that is killed leaves what was there before.
+"""
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-        handle.write(content)
-    os.chmod(handle.name, 0o644)
-    os.replace(handle.name, path)
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``rows`` to ``path`` so that the file is either absent, old or complete."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A scratch file beside ``path``, which takes its place when the block ends, and is gone when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        yield scratch
+        scratch.chmod(0o644)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file; text as UTF-8."""
+    with whole(path) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line."""
+    with whole(path) as scratch, scratch.open("w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, default=float) + "\n" for row in rows)
-    os.replace(temporary, path)
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -36,6 +52,26 @@ def drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept))
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A scratch folder on the same file system as ``target``, gone afterwards unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename ``folder`` to ``target``; what was there stays whole until the moment of the exchange."""
+    if not target.exists():
+        os.rename(folder, target)
+        return
+    with beside(target) as trash:
+        os.rename(target, trash / "old")
+        os.rename(folder, target)

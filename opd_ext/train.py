@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from uuid import uuid4
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from opd_ext.bridge.warm_python import warm_python
 from opd_ext.config import checks, schema
 from opd_ext.config.compose import compose_config
+from opd_ext.errors import ConfigError
 from opd_ext.launch import PATH_VARIABLE
 from opd_ext.progress import STARTED
 
@@ -117,11 +118,41 @@ def _ray_of_this_run() -> Iterator[None]:
             ray.shutdown()
 
 
-def run(config: DictConfig, opd: schema.OPDConfig) -> None:
-    """Train, then print and write the report of the run folder."""
-    from verl.trainer.main_ppo import run_ppo
+def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Path:
+    """Train as ``opd train OVERRIDES`` does, from Python, and return the run folder.
 
-    from opd_ext.bridge.runner import OPDTaskRunner
+    The environment variables of the run stay set in this process, since verl settles its platform at import: one
+    process trains on the CPU or on accelerators, not on both. What Ray and vLLM start imports the calling script anew,
+    so keep the call below ``if __name__ == "__main__":``.
+
+    Args:
+        overrides: in Hydra's grammar, e.g. ``["method=crisp", "scale=cpu_tiny", "opd.seed=2"]``.
+        config_dirs: further folders with presets (``method/NAME.yaml``).
+
+    Raises:
+        ConfigError: one sentence, before anything is started.
+    """
+    config = compose_config(list(overrides), config_dirs)
+    prepare_environment(config)
+    with warm_python(config.opd.warm_python, {}):
+        opd = validate(config)
+        checks.check_inputs(config)
+        _train(config, opd)
+    return Path(opd.run_dir)
+
+
+def _plan(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
+    """Check the configuration as :func:`run` does, and print what would run."""
+    from opd_ext.report.plan import print_plan
+
+    config = compose_config(list(overrides), config_dirs)
+    prepare_environment(config)
+    print_plan(config, validate(config))
+
+
+def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
+    """Train, then print and write the report of the run folder."""
+    from opd_ext.bridge.runner import train
     from opd_ext.report.run_report import write_report
 
     run_dir = Path(opd.run_dir)
@@ -138,7 +169,7 @@ def run(config: DictConfig, opd: schema.OPDConfig) -> None:
     # verl prints its Ray settings as one long line; `full` shows it.
     verl_output = nullcontext() if opd.console == "full" else redirect_stdout((run_dir / "driver.log").open("w"))
     with _Follow(console), verl_output, _ray_of_this_run():
-        run_ppo(config, OPDTaskRunner)
+        train(config)
     if len(list((run_dir / "generations").glob("val_*.jsonl"))) > 1:  # before and after
         write_report(run_dir)
 
@@ -154,21 +185,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
     args = parser.parse_intermixed_args(argv)
     try:
-        config = compose_config(args.overrides, args.config_dir)
         if args.cfg:
-            print(OmegaConf.to_yaml(config))
-            return 0
-        prepare_environment(config)
-        with warm_python(config.opd.warm_python and not args.dry_run, {}):
-            opd = validate(config)
-            if args.dry_run:
-                from opd_ext.report.plan import print_plan
-
-                print_plan(config, opd)
-                return 0
-            checks.check_inputs(config)
-            run(config, opd)
-    except schema.ConfigError as error:
+            print(OmegaConf.to_yaml(compose_config(args.overrides, args.config_dir)))
+        elif args.dry_run:
+            _plan(args.overrides, args.config_dir)
+        else:
+            run(args.overrides, args.config_dir)
+    except ConfigError as error:
         print(f"opd train: {error}", file=sys.stderr)
         return 2
     return 0

@@ -10,9 +10,10 @@ file system.
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
+
+from opd_ext.files import put_in_place, write_whole
 
 STATE_FILE = "state.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -42,7 +43,7 @@ class TrainerState:
         return cls(**json.loads(path.read_text()))
 
     def write(self, folder: Path) -> None:
-        _replace_text(folder / STATE_FILE, json.dumps(dataclasses.asdict(self), indent=2))
+        write_whole(folder / STATE_FILE, json.dumps(dataclasses.asdict(self), indent=2))
 
 
 def begin(root: Path, step: int) -> Path:
@@ -58,18 +59,10 @@ def begin(root: Path, step: int) -> Path:
 def commit(folder: Path, root: Path, step: int, keep: int | None) -> Path:
     """Give the temporary ``folder`` its final name, point the tracker at it and drop all but the last ``keep``."""
     final = root / f"global_step_{step}"
-    if final.exists():  # the run was resumed from an older checkpoint and came by here again
-        shutil.rmtree(final)
-    os.replace(folder, final)
-    _replace_text(root / TRACKER_FILE, str(step))
+    put_in_place(folder, final)  # one is there if the run was resumed from an older checkpoint and came by here again
+    write_whole(root / TRACKER_FILE, str(step))
     if keep:
         steps = sorted(int(path.name.rsplit("_", 1)[1]) for path in root.glob("global_step_*"))
         for old in steps[:-keep]:
             shutil.rmtree(root / f"global_step_{old}")
     return final
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ray
 from omegaconf import DictConfig
-from verl.trainer.main_ppo import TaskRunnerV1
+from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
 from opd_ext.config import schema
 
@@ -24,3 +24,8 @@ class OPDTaskRunner(_Runner):
         schema.load(config.opd).import_external_libs()
         os.environ["TENSORBOARD_DIR"] = str(Path(config.opd.run_dir) / "tensorboard")
         super().run(config)
+
+
+def train(config: DictConfig) -> None:
+    """Train to the end, on the Ray that is running or on one that verl starts."""
+    run_ppo(config, OPDTaskRunner)

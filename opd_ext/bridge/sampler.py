@@ -16,7 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
 from opd_ext.sampling.jobs import Job, sample_seed
-from opd_ext.sampling.worker import REPORT_EVERY, Request, Response, work
+from opd_ext.sampling.worker import REPORT_EVERY, Response, SamplingRequest, work
 
 
 class VLLM:
@@ -39,7 +39,7 @@ class VLLM:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
             self._model = model
 
-    def generate(self, job: Job, requests: list[Request], report: Callable[[int, int], None]) -> list[Response]:
+    def generate(self, job: Job, requests: list[SamplingRequest], report: Callable[[int, int], None]) -> list[Response]:
         """See :class:`Generator`."""
         from vllm import SamplingParams, TokensPrompt
 

@@ -28,7 +28,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import checkpoint, rollouts
+from opd_ext.bridge import checkpoint, discovery, rollouts
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import StepPrinter
 from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
@@ -215,16 +215,8 @@ class OPDTrainer(PPOTrainerSync):
         return self.opd.policy.present or (self._mini_batches() > 1 and read)
 
     def _found(self, rows: list[dict]) -> bool:
-        """Count attempts; at the first success record it, end the run and say so (test-time self-distillation)."""
-        if self.opd.stop_on_success is None:
-            return False
-        successes = [i for i, row in enumerate(rows, 1) if row["score"] >= self.opd.stop_on_success]
-        attempt = self.state.attempts + successes[0] if successes else None
-        self.state.attempts += len(rows)
-        files.write_jsonl(
-            self.run_dir / "discovery.json",
-            [{"attempts": self.state.attempts, "found": attempt, "step": self.global_steps}],
-        )
+        """Whether the run is over, because a rollout reached the score that it looks for."""
+        attempt = discovery.record_attempts(rows, self.opd.stop_on_success, self.state, self.global_steps, self.run_dir)
         if attempt is not None:
             self.total_training_steps = self.global_steps
             self.console.print(f"found: attempt {attempt} of {self.state.attempts} is right, step {self.global_steps}")

@@ -2,6 +2,7 @@
 """verl's own validation, with its failures told in our words."""
 
 from omegaconf import DictConfig
+from verl.plugin.platform.platform_manager import get_platform
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -35,3 +36,8 @@ def validate_verl(config: DictConfig) -> None:
     except Exception as error:  # verl asserts, raises and lets Hydra raise: whatever it is, the run would not start
         cause = error.__cause__ or error
         raise ConfigError(f"verl refuses the configuration: {' '.join(str(cause).split())}") from error
+
+
+def device_name() -> str:
+    """The device that verl has settled on in this process: cpu or cuda."""
+    return get_platform().device_name

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd_ext.config.refusals import refusal
 from opd_ext.context.config import ContextConfig
+from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.config import CreditConfig
 from opd_ext.divergence.config import DivergenceConfig, DivergenceTerm
 from opd_ext.errors import ABSENT, ConfigError
@@ -153,6 +154,7 @@ def load(section: DictConfig) -> OPDConfig:
         _collect_options(content["divergence"].get(name), DivergenceTerm)
     if content["credit"].get("annotator") is None:
         content["credit"].pop("annotator", None)
+    _collect_options(content["credit"].get("annotator"), AnnotatorConfig)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OPDConfig), content))
     except OmegaConfBaseException as error:

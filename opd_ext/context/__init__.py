@@ -4,7 +4,7 @@
 from opd_ext.context import contexts, feedback  # noqa: F401  (they register themselves)
 from opd_ext.context.base import TeacherContext, context_names, copy_messages, get_context, register_context
 from opd_ext.context.config import ContextConfig, build_context
-from opd_ext.context.sequence import build_teacher_sequence, render
+from opd_ext.context.sequence import build_teacher_sequence, render, render_text
 
 __all__ = [
     "ContextConfig",
@@ -16,4 +16,5 @@ __all__ = [
     "get_context",
     "register_context",
     "render",
+    "render_text",
 ]

@@ -19,16 +19,22 @@ def render(tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str,
         Ids, one flat list. Not truncated: verl cuts prompts longer than ``rollout.prompt_length`` on the
         left, which the data set's over-long filter must prevent.
     """
-    encoded = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=True,
-        add_generation_prompt=True,
-        **(template_kwargs or {}),
-    )
+    encoded = _apply(tokenizer, messages, True, template_kwargs)
     # transformers >= 5 returns a mapping by default, and a template call may come back as a batch of one.
     ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     return [int(token) for token in (ids[0] if ids and isinstance(ids[0], list) else ids)]
+
+
+def render_text(tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """The text that :func:`render` turns into ids."""
+    return _apply(tokenizer, messages, False, template_kwargs)
+
+
+def _apply(tokenizer, messages: Sequence[Mapping], tokenize: bool, template_kwargs: Mapping[str, Any] | None) -> Any:
+    """The one call of a chat template in this package: student, teacher and evaluation render alike."""
+    chat = [dict(message) for message in messages]
+    return tokenizer.apply_chat_template(chat, tokenize=tokenize, add_generation_prompt=True, **(template_kwargs or {}))
 
 
 def build_teacher_sequence(

@@ -57,8 +57,10 @@ class CreditConfig:
         if self.kind == "spans" and not self.annotates:
             raise ConfigError("opd.credit.kind=spans needs spans: set opd.credit.annotator.kind.")
         one_of("opd.credit.annotator.kind", self.annotator.kind, annotator_names())
+        annotator = get_annotator(self.annotator.kind)
+        check_options("opd.credit.annotator", f"kind={self.annotator.kind}", self.annotator.args, annotator.options)
         try:
-            get_annotator(self.annotator.kind).check(self.annotator)
+            annotator.check(self.annotator)
         except ValueError as error:
             raise ConfigError(f"opd.credit.{error}.") from None
 

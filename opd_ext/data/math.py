@@ -9,9 +9,7 @@ prompts that open like the training prompt but do not repeat the reminder at the
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ext.context import prompts
+from opd_ext.files import whole
 from opd_ext.progress import Progress
 from opd_ext.rewards.math_dual import last_box
 
@@ -362,7 +361,8 @@ def write_tables(tables: Mapping[Path, pa.Table], force: bool) -> dict[Path, str
         )
     for path, table in tables.items():
         if status[path] != "unchanged":
-            _write_whole(path, table)
+            with whole(path) as scratch:
+                pq.write_table(table, scratch)
     return status
 
 
@@ -373,18 +373,6 @@ def _status(path: Path, table: pa.Table) -> str:
         return "unchanged" if pq.read_table(path).equals(table) else "replaced"
     except (pa.ArrowException, OSError):
         return "replaced"
-
-
-def _write_whole(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        pq.write_table(table, partial)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def _summary(data_sets: Mapping[str, DataSet], status: Mapping[Path, str]) -> Table:

@@ -31,7 +31,7 @@ class Generation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Denoising:
     """How to denoise; the defaults are LLaDA-2.0's.
 
     Attributes:
@@ -71,7 +71,7 @@ class Decoding:
 def denoise(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
+    decoding: Denoising,
     generators: Sequence[torch.Generator] | None = None,
     batch_size: int = 32,
     finished: Callable[[int, Generation], None] = lambda index, generation: None,
@@ -114,7 +114,7 @@ def denoise(
     return [done[index] for index in range(len(prompts))]
 
 
-def _block_logits(model: PreTrainedModel, rows: list[_Row], decoding: Decoding) -> list[Tensor]:
+def _block_logits(model: PreTrainedModel, rows: list[_Row], decoding: Denoising) -> list[Tensor]:
     """One pass over the windows of all rows, padded on the right: float32 logits [open positions, V] of each row."""
     ends = torch.tensor([row.end for row in rows])
     width = int(ends.max())
@@ -146,7 +146,7 @@ def _block_logits(model: PreTrainedModel, rows: list[_Row], decoding: Decoding) 
 class _Row:
     """One prompt and what is decided of its response; blocks are counted from the beginning of the prompt."""
 
-    def __init__(self, index: int, prompt: Sequence[int], decoding: Decoding, generator: torch.Generator | None):
+    def __init__(self, index: int, prompt: Sequence[int], decoding: Denoising, generator: torch.Generator | None):
         self.index, self.decoding, self.generator = index, decoding, generator
         self.start, self.limit = len(prompt), len(prompt) + decoding.max_tokens
         # With `block` the last block is whole, as in training; with `full` the canvas is what was asked for.

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from opd_ext.context import render as render_chat
 from opd_ext.errors import ConfigError
 from opd_ext.pipelines.settings import PromptsConfig, RewardConfig
 
@@ -94,19 +95,10 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def render(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
+def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
     """``uid`` and ``prompt_ids`` up to where the assistant begins, through the chat template, once."""
     system = [{"role": "system", "content": settings.system}] if settings.system else []
-    ids = [
-        tokenizer.apply_chat_template(
-            system + [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **settings.template,
-        )
-        for messages in rows["prompt"]
-    ]
+    ids = [render_chat(tokenizer, system + list(messages), settings.template) for messages in rows["prompt"]]
     return pd.DataFrame({"uid": rows["uid"], "prompt_ids": ids})
 
 
@@ -127,7 +119,7 @@ def load_grader(settings: RewardConfig) -> Callable[..., Any]:
         ConfigError: there is no such module or function.
     """
     if settings.path is None:
-        from verl.utils.reward_score import default_compute_score
+        from opd_ext.bridge.graders import default_compute_score
 
         return default_compute_score
     try:

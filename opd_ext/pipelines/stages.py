@@ -8,6 +8,7 @@ overwriting results or mixing them with new ones.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import shutil
 import time
@@ -19,9 +20,12 @@ from typing import Any
 from rich.console import Console
 
 from opd_ext.files import write_whole
+from opd_ext.moved import MOVED
 from opd_ext.tokens.tables import file_digest
 
 MANIFEST = "manifest.json"
+# Graders in the settings of stages that an older release has finished.
+RENAMED = {f"pkg://{old}": f"pkg://{new[0]}" for old, new in MOVED.items()}
 
 
 class StageError(RuntimeError):
@@ -46,12 +50,48 @@ class Stage:
     owns: list[str] = field(default_factory=list)
 
 
+class Manifest:
+    """What is on record of the stages of a folder."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / MANIFEST
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """The entry of a stage, empty where it never ran."""
+        return self._read().get(stage, {})
+
+    def outputs_digest(self, stage: str) -> str:
+        """Of a stage's outputs, as they are on record now."""
+        content = json.dumps(self.record(stage).get("outputs"), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def write(self, stage: str, entry: dict[str, Any]) -> None:
+        self._replace(self._read() | {stage: entry})
+
+    def forget(self, stage: str) -> None:
+        manifest = self._read()
+        manifest.pop(stage, None)
+        self._replace(manifest)
+
+    def _read(self) -> dict[str, Any]:
+        if not self._path.exists():
+            return {}
+        text = self._path.read_text()
+        for old, new in RENAMED.items():
+            text = text.replace(f'"{old}"', f'"{new}"')
+        return json.loads(text)
+
+    def _replace(self, manifest: dict[str, Any]) -> None:
+        write_whole(self._path, json.dumps(manifest, indent=2) + "\n")
+
+
 class Pipeline:
     """Stages in order, and what became of them."""
 
     def __init__(self, folder: Path, stages: Sequence[Stage], refusals: tuple[type[Exception], ...] = ()):
         """``refusals`` are errors by which a stage says that it did not begin: it then counts as never run."""
         self._folder, self._stages = folder, {stage.name: stage for stage in stages}
+        self._manifest = Manifest(folder)
         self._console, self._refusals = Console(), refusals
 
     @property
@@ -60,7 +100,7 @@ class Pipeline:
 
     def record(self, name: str) -> dict[str, Any]:
         """The manifest's entry of a stage, empty where it never ran."""
-        return self._manifest().get(name, {})
+        return self._manifest.record(name)
 
     def run(self, until: str | None = None, only: str | None = None, force: str | None = None) -> None:
         """Run what is not done.
@@ -106,14 +146,14 @@ class Pipeline:
         self._check_settings(stage)
         before = self.record(stage.name)
         entry = {"settings": stage.settings, "inputs": self._inputs(stage)}
-        self._write(stage.name, entry)
+        self._manifest.write(stage.name, entry)
         self._say(stage, "running")
         began = time.monotonic()
         try:
             notes = stage.run()
         except self._refusals:
             if not before:
-                self._forget(stage.name)
+                self._manifest.forget(stage.name)
             raise
         if missing := [name for name in stage.outputs if not (self._folder / name).exists()]:
             raise StageError(
@@ -124,7 +164,7 @@ class Pipeline:
             "seconds": round(time.monotonic() - began, 2),  # of the run that finished it
             "notes": notes or {},
         }
-        self._write(stage.name, entry)
+        self._manifest.write(stage.name, entry)
 
     def _is_done(self, stage: Stage) -> bool:
         """Whether the stage ran to its end, with these settings on these inputs, and left what is still there."""
@@ -165,22 +205,7 @@ class Pipeline:
         for pattern in (*stage.outputs, *stage.owns):
             for path in list(self._folder.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        manifest = self._manifest()
-        manifest.pop(name, None)
-        self._replace(manifest)
-
-    def _manifest(self) -> dict[str, Any]:
-        path = self._folder / MANIFEST
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def _write(self, name: str, entry: dict[str, Any]) -> None:
-        self._replace(self._manifest() | {name: entry})
-
-    def _replace(self, manifest: dict[str, Any]) -> None:
-        write_whole(self._folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        self._manifest.forget(name)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

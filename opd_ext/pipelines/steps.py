@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from opd_ext.errors import ConfigError
 from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
 from opd_ext.pipelines.settings import PipelineConfig, PromptsConfig, TrainConfig, plain
-from opd_ext.pipelines.stages import Stage
+from opd_ext.pipelines.stages import Manifest, Stage
 from opd_ext.sampling.config import Decoding
 from opd_ext.sampling.jobs import Engines, Job, sample
 from opd_ext.tokens.finetuning import FineTuning, fine_tune
@@ -25,18 +25,18 @@ _PLACEMENT = ("replicas", "tensor_parallel_size", "ranks", "tokens_per_gpu", "ma
 REFUSALS = (ConfigError, TableError)
 """How a stage says, before it has made anything, that its input will not do."""
 
+SAMPLER, FINE_TUNER = "opd_ext.bridge.sampler", "opd_ext.bridge.finetune"
+"""Modules that run in processes of their own."""
+
 SCORES = ["split", "temperature", "uid", "sample", "acc", "tokens", "truncated"]
 
 
 class Steps:
-    """A run's folder, its settings, and the stages that any pipeline may have.
-
-    ``digest_of`` maps a stage's name to a digest of its outputs, as the manifest has them when it is asked.
-    """
+    """A run's folder, its settings, and the stages that any pipeline may have."""
 
     def __init__(self, config: PipelineConfig):
         self.config, self.folder = config, Path(config.run_dir)
-        self.digest_of: Callable[[str], str] = lambda stage: ""
+        self.manifest = Manifest(self.folder)
         self.tokenizer = problems.load_tokenizer(config.model, config.trust_remote_code)
         self.stop_ids = problems.stop_ids(config.model, self.tokenizer)
 
@@ -47,7 +47,7 @@ class Steps:
 
         def run() -> dict[str, Any]:
             rows = problems.read_problems(settings)
-            rendered = problems.render(rows, self.tokenizer, settings)
+            rendered = problems.render_prompts(rows, self.tokenizer, settings)
             write_table(self.prompts(name), rendered, PROMPTS)
             lengths = rendered["prompt_ids"].map(len)
             return {"prompts": len(rows), "longest": int(lengths.max())}
@@ -66,7 +66,7 @@ class Steps:
         self, model: str, made_by: str | None, prompts: str, out: str, decoding: Decoding, n: int, max_tokens: int
     ) -> Job:
         """Samples of ``model``, which the stage ``made_by`` made, or which was there before."""
-        made = made_by and f"{self.digest_of(made_by)}/{Path(model).relative_to(self.folder)}"
+        made = made_by and f"{self.manifest.outputs_digest(made_by)}/{Path(model).relative_to(self.folder)}"
         return Job(
             model=model,
             weights=made or problems.fingerprint(model),
@@ -90,7 +90,7 @@ class Steps:
             longest = max(job.max_tokens for job in jobs if job.prompts == prompts)
             table = read_table(Path(prompts), PROMPTS)
             problems.check_lengths(table, longest, config.vllm.max_model_len, "max_tokens")
-        engines = Engines.vllm(config.vllm, config.trust_remote_code)
+        engines = Engines.vllm(SAMPLER, config.vllm, config.trust_remote_code)
         sample(jobs, engines, config.device, self.environment, self.folder / "logs", title)
 
     @property
@@ -142,7 +142,7 @@ class Steps:
                 raise TableError(
                     f"{task.samples} has {len(table)} rows, less than train.batch_size={size}; lower that."
                 )
-            fine_tune(task, self.environment, f"fine-tuning {name}")
+            fine_tune(task, FINE_TUNER, self.environment, f"fine-tuning {name}")
             lengths = table["prompt_ids"].map(len) + table["response_ids"].map(len)
             return {"rows": len(table), "cut": int((lengths > limit).sum())}
 
@@ -232,8 +232,3 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write a parquet file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, frame.to_parquet(index=False))
-
-
-def digest_of_record(record: dict[str, Any]) -> str:
-    """Of a stage's outputs, as the manifest has them."""
-    return hashlib.sha256(json.dumps(record.get("outputs"), sort_keys=True).encode()).hexdigest()[:16]

@@ -31,16 +31,27 @@ def describe(opd: OPDConfig) -> dict[str, str]:
     return {name: str(place) if present[name] else NOTHING for name, place in places.items()}
 
 
+def preset_files(config_dirs: Sequence[Path] = ()) -> dict[str, Path]:
+    """name -> file of every preset of this package and of ``config_dirs``."""
+    folders = (PRESETS, *config_dirs)
+    return {file.stem: file for folder in folders for file in sorted(Path(folder, "method").glob("*.yaml"))}
+
+
 def read_methods(config_dirs: Sequence[Path] = ()) -> dict[str, dict[str, str]]:
-    """name -> its five places, for the presets of this package and of ``config_dirs``."""
-    files = [file for folder in (PRESETS, *config_dirs) for file in sorted(Path(folder, "method").glob("*.yaml"))]
-    return {file.stem: describe(_preset(OmegaConf.load(file))) for file in files}
+    """name -> its five places, for the presets of this package and of ``config_dirs``.
+
+    Raises:
+        ConfigError: a module that a preset needs cannot be imported.
+    """
+    return {name: describe(preset(OmegaConf.load(file))) for name, file in preset_files(config_dirs).items()}
 
 
-def _preset(config: Any) -> OPDConfig:
+def preset(config: Any) -> OPDConfig:
     """The `opd` section of a method file on its own; what it takes from elsewhere is left at its default."""
     content = OmegaConf.to_container(config.opd, resolve=False)
-    return load(OmegaConf.create(_without_interpolations(content)))
+    opd = load(OmegaConf.create(_without_interpolations(content)))
+    opd.import_external_libs()  # the words of a user's piece are its own
+    return opd
 
 
 def _without_interpolations(value: Any) -> Any:

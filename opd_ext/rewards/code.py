@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from verl.utils.reward_score.prime_code.utils import check_correctness
+from opd_ext.bridge.graders import passes
 
 SECONDS = 6  # per test, as LiveCodeBench has it
 _BLOCK = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
@@ -47,7 +47,6 @@ def _first_failure(response: str, tests: dict[str, Any]) -> str | None:
         return "There is no closed block of code."
     for number, (given, wanted) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True), start=1):
         test = {**tests, "inputs": [given], "outputs": [wanted]}
-        results, _ = check_correctness(test, blocks[-1], timeout=SECONDS, debug=False)
-        if not all(result is True for result in results):
+        if not passes(blocks[-1], test, SECONDS):
             return f"Test {number} of {len(tests['inputs'])} fails."
     return None

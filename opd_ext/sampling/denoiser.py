@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from opd_ext.diffusion.denoise import Decoding, Generation, denoise
+from opd_ext.diffusion.denoise import Denoising, Generation, denoise
 from opd_ext.sampling.jobs import Job, sample_seed
-from opd_ext.sampling.worker import Request, Response, work
+from opd_ext.sampling.worker import Response, SamplingRequest, work
 
 
 @dataclasses.dataclass
@@ -74,9 +74,9 @@ class Denoiser:
         self._network.to(device).eval()
         self._model = model
 
-    def generate(self, job: Job, requests: list[Request], report: Callable[[int, int], None]) -> list[Response]:
+    def generate(self, job: Job, requests: list[SamplingRequest], report: Callable[[int, int], None]) -> list[Response]:
         """See :class:`opd_ext.sampling.worker.Generator`; top-k and top-p have no meaning here."""
-        decoding = Decoding(
+        decoding = Denoising(
             stop_ids=job.stop_ids,
             max_tokens=job.max_tokens,
             temperature=job.temperature,

@@ -91,7 +91,7 @@ def sample_seed(seed: int, uid: str, sample: int) -> int:
 
 @dataclass(frozen=True)
 class Engines:
-    """What generates: a module that works through shards as :mod:`opd_ext.bridge.sampler` does, and its settings."""
+    """What generates: a module that works through shards by :func:`~opd_ext.sampling.worker.work`, and its settings."""
 
     module: str
     settings: dict[str, Any]
@@ -99,11 +99,12 @@ class Engines:
     devices: int  # of each
 
     @classmethod
-    def vllm(cls, config: VLLMConfig, trust_remote_code: bool = False) -> "Engines":
+    def vllm(cls, module: str, config: VLLMConfig, trust_remote_code: bool = False) -> "Engines":
+        """Engines of ``module``, configured as vLLM is."""
         own = ("dtype", "max_model_len", "tensor_parallel_size")
         settings = {name: getattr(config, name) for name in own}
         settings |= {"trust_remote_code": trust_remote_code} | config.args
-        return cls("opd_ext.bridge.sampler", settings, config.replicas, config.tensor_parallel_size)
+        return cls(module, settings, config.replicas, config.tensor_parallel_size)
 
 
 def sample(

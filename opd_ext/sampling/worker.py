@@ -2,20 +2,20 @@
 """A process that works through its share of the shards."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 
+from opd_ext.files import write_whole
 from opd_ext.sampling.jobs import Job, progress_file
 from opd_ext.tokens.tables import PROMPTS, SAMPLES, content_key, read_table, write_table
 
 REPORT_EVERY = 20  # engine steps between reports of progress
 
 
-Request = tuple[str, int, list[int]]
+SamplingRequest = tuple[str, int, list[int]]
 """uid, sample, prompt ids."""
 
 
@@ -28,7 +28,7 @@ class Generator(Protocol):
 
     def load(self, model: str) -> None: ...
 
-    def generate(self, job: Job, requests: list[Request], report: Callable[[int, int], None]) -> list[Response]:
+    def generate(self, job: Job, requests: list[SamplingRequest], report: Callable[[int, int], None]) -> list[Response]:
         """One response per request, in their order; ``report`` takes how many are done and their tokens."""
         ...
 
@@ -45,9 +45,7 @@ def work(spec: Path, replica: int, replicas: int, start: Callable[[str, dict[str
     progress = progress_file(spec, replica)
 
     def report(done: int, of_them: int) -> None:
-        temporary = progress.with_suffix(".tmp")
-        temporary.write_text(f"{done} {tokens + of_them}")
-        os.replace(temporary, progress)
+        write_whole(progress, f"{done} {tokens + of_them}")
 
     for job in jobs:
         requests = job.requests(read_table(Path(job.prompts), PROMPTS))
@@ -64,10 +62,10 @@ def work(spec: Path, replica: int, replicas: int, start: Callable[[str, dict[str
             report(0, 0)  # the shard now counts as a file
 
 
-def _row(request: Request, response: Response) -> dict[str, Any]:
+def _row(request: SamplingRequest, response: Response) -> dict[str, Any]:
     (uid, sample, prompt), (ids, reason) = request, response
     if reason not in ("stop", "length"):
-        raise RuntimeError(f"Request {uid} was ended with '{reason}'.")
+        raise RuntimeError(f"SamplingRequest {uid} was ended with '{reason}'.")
     return {
         "uid": uid,
         "sample": sample,

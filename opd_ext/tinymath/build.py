@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from opd_ext.files import beside, put_in_place, write_whole
 from opd_ext.tinymath import shipped
 from opd_ext.tinymath.card import measure_model, render_card
 from opd_ext.tinymath.chats import chats, draw_chat, textbook
@@ -97,10 +94,10 @@ def build(
 
     say = print if progress else lambda *_: None
     if found is None or force:
-        with _beside(out) as folder:
+        with beside(out) as folder:
             _start_world(folder, settings, seed)
             _add_models(folder, models, make, say)
-            _put_in_place(folder, out)
+            put_in_place(folder, out)
         say(f"tinymath: {out}")
         return out
     _check_same(out, found, settings, models)
@@ -158,37 +155,9 @@ def _check_same(out: Path, found: dict, settings: dict, models: Sequence[str]) -
         )
 
 
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A scratch folder on the same file system as ``target``, gone afterwards unless it was renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename ``folder`` to ``target``; what was there stays whole until the moment of the exchange."""
-    if not target.exists():
-        os.rename(folder, target)
-        return
-    with _beside(target) as trash:
-        os.rename(target, trash / "old")
-        os.rename(folder, target)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def _write_record(world: Path, record: dict) -> None:
-    _write(world / "MODEL_CARD.md", render_card(record))
-    _write(world / "world.json", json.dumps(record, indent=2) + "\n")
+    write_whole(world / "MODEL_CARD.md", render_card(record))
+    write_whole(world / "world.json", json.dumps(record, indent=2) + "\n")
 
 
 def _start_world(folder: Path, settings: dict, seed: int) -> None:
@@ -207,9 +176,9 @@ def _add_models(
     """
     for name in names:
         began = time.perf_counter()
-        with _beside(world / name) as folder:
+        with beside(world / name) as folder:
             record, remark = make(world, folder, name)
-            _put_in_place(folder, world / name)
+            put_in_place(folder, world / name)
         found = json.loads((world / "world.json").read_text())
         found["models"][name] = record
         _write_record(world, found)

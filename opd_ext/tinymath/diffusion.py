@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from opd_ext.diffusion.denoise import Decoding, denoise
+from opd_ext.diffusion.denoise import Denoising, denoise
 from opd_ext.diffusion.masking import attention_argument, block_diffusion_mask, corrupt, fill_length
-from opd_ext.tinymath.pretrain import DiffusionSpec, Example, render_prompts
+from opd_ext.tinymath.pretrain import DiffusionSpec, Example, render_requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -117,12 +117,12 @@ def sample_denoised(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_tokens: int
 ) -> list[list[int]]:
     """One response per user message at temperature 0: token ids, with the end of turn where it was reached."""
-    decoding = Decoding(
+    decoding = Denoising(
         mask_token_id=model.config.mask_token_id,
         stop_ids=(tokenizer.eos_token_id,),
         max_tokens=max_tokens,
         attention=model.config.diffusion_attention,
         block_size=model.config.diffusion_block_size,
     )
-    shown = tokenizer(render_prompts(tokenizer, prompts)).input_ids
+    shown = tokenizer(render_requests(tokenizer, prompts)).input_ids
     return [response.ids for response in denoise(model, shown, decoding)]

@@ -12,7 +12,7 @@ import torch
 
 from opd_ext.tinymath.diffusion import sample_denoised
 from opd_ext.tinymath.grader import compute_score
-from opd_ext.tinymath.pretrain import render_prompts
+from opd_ext.tinymath.pretrain import render_requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -47,7 +47,7 @@ def sample(
     Returns token ids up to and including the end of turn, which is absent where ``MAX_NEW_TOKENS`` ran out.
     """
     torch.manual_seed(seed)
-    batch = tokenizer(render_prompts(tokenizer, prompts), return_tensors="pt", padding=True)
+    batch = tokenizer(render_requests(tokenizer, prompts), return_tensors="pt", padding=True)
     ids = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from opd_ext.context import render_text
 from opd_ext.progress import Progress
 from opd_ext.tinymath.chats import Chat, Corpus, chats, draw_chat, textbook
 from opd_ext.tinymath.problems import DIFFICULTIES, draw_question
@@ -148,10 +149,9 @@ def make_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -
     return model
 
 
-def render_prompts(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+def render_requests(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
     """User messages as text, through the chat template, up to where the assistant begins."""
-    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    return [render_text(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
 def make_corpus(
@@ -175,7 +175,7 @@ def _questions(rng: random.Random, count: int, held_out: set[str]) -> Iterator[t
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerFast, drawn: list[Chat]) -> list[Example]:
-    shown = tokenizer(render_prompts(tokenizer, [chat.prompt for chat in drawn])).input_ids
+    shown = tokenizer(render_requests(tokenizer, [chat.prompt for chat in drawn])).input_ids
     replies = tokenizer([chat.response + tokenizer.eos_token for chat in drawn]).input_ids
     return [Example(p + r, len(p)) for p, r in zip(shown, replies, strict=True)]
 

@@ -15,8 +15,6 @@ from opd_ext.files import write_whole
 from opd_ext.progress import Progress
 from opd_ext.tokens.dataset import Corruption
 
-WORKER = "opd_ext.bridge.finetune"
-
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning:
@@ -67,8 +65,11 @@ class FineTuning:
         return Path(self.out) / f"metrics-from-{step:06d}.jsonl"
 
 
-def fine_tune(task: FineTuning, environment: dict[str, str], title: str) -> None:
+def fine_tune(task: FineTuning, worker: str, environment: dict[str, str], title: str) -> None:
     """Fine-tune, or go on where an interrupted run left its last checkpoint; progress is shown on the console.
+
+    Args:
+        worker: the module that trains, in processes of its own: ``python -m WORKER finetuning.json``.
 
     Raises:
         LaunchError: a process failed.
@@ -80,7 +81,7 @@ def fine_tune(task: FineTuning, environment: dict[str, str], title: str) -> None
     spec = out / "finetuning.json"
     write_whole(spec, json.dumps(dataclasses.asdict(task), indent=2).encode())
     ranks = task.train["ranks"]
-    command = launch.Command(WORKER, [str(spec)], out / "log.txt", ranks, ranks, environment)
+    command = launch.Command(worker, [str(spec)], out / "log.txt", ranks, ranks, environment)
     with Progress(title, task.train["steps"], "steps") as progress:
         progress.update(note="starting verl")
 

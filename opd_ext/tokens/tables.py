@@ -7,7 +7,6 @@ rows are joined by a hash of their ids, never by position.
 """
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from opd_ext.files import whole
 
 _IDS = pa.list_(pa.int32())
 
@@ -66,14 +67,12 @@ def write_table(path: Path, rows: pd.DataFrame, schema: pa.Schema, **metadata: s
     table = pa.Table.from_pandas(rows, schema=schema, preserve_index=False)
     table = table.replace_schema_metadata({f"opd.{name}": value for name, value in metadata.items()})
     floats = [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.float32())]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Dictionaries would make the byte planes moot for floats, and pay for nothing else but ids.
     ids = [f"{field.name}.list.element" for field in schema if field.type == _IDS]
-    pq.write_table(
-        table, temporary, compression="zstd", use_dictionary=ids, use_byte_stream_split=floats, write_statistics=False
-    )
-    os.replace(temporary, path)
+    with whole(path) as scratch:
+        pq.write_table(
+            table, scratch, compression="zstd", use_dictionary=ids, use_byte_stream_split=floats, write_statistics=False
+        )
 
 
 def read_table(path: Path, schema: pa.Schema, metadata: dict[str, str] | None = None) -> pd.DataFrame:

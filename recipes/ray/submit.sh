@@ -60,7 +60,7 @@ passed_on = re.compile(r"(OPD|HF|WANDB)_(?!VENV$|TORCH_INDEX_URL$|WARM_PYTHON$)"
 runtime_env = {
     "env_vars": {name: value for name, value in os.environ.items() if passed_on.match(name) and value},
     "excludes": ["/.git/", "/.venv/", "/runs/", "/outputs/", "/data/", "/checkpoints/", "/wandb/",
-                 "__pycache__/", "*.safetensors", "*.pt", "*.parquet", "!/opd_ext/data/tinymath/shipped/**"],
+                 "__pycache__/", "*.safetensors", "*.pt", "*.parquet", "!/opd_ext/tinymath/shipped/**"],
 }
 json.dump(runtime_env, open(sys.argv[1], "w"))  # JSON is YAML
 EOF

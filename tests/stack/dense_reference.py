@@ -72,6 +72,7 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
 
     student, teacher = load(update.model), load(update.teacher or update.model)
     objective, samples = update.objective, [s for s in update.samples if s.response]
+    shapings = {shaping.name: shaping.args for shaping in objective.shapings}
     masks = [torch.tensor(s.mask, dtype=torch.float64) for s in samples]
     counted = [mask * (s.taught or update.denominator == "trained") for mask, s in zip(masks, samples, strict=True)]
     loss, sums, counts = torch.zeros((), dtype=torch.float64), {}, {}
@@ -87,17 +88,22 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
             start = len(sample.teacher_prompt) - 1 - shift
             w = logits[start : start + len(sample.response), : z.shape[1]]
             credit, value, parts = _distillation(update, sample, mask, z, w)
-            if objective.shaping is None:
+            if "teacher_ratio" not in shapings:
                 loss = loss + update.scale * (weight * credit * value).sum()
         logq = (z / objective.temperature).log_softmax(-1)
         sampled = logq.gather(-1, torch.tensor(sample.response)[:, None])[:, 0]
         if update.policy:
             advantage = torch.tensor(sample.advantage, dtype=torch.float64).expand(len(mask))
-            if objective.shaping is not None and sample.taught:
-                taught = (w / objective.temperature).log_softmax(-1)
+            if "teacher_ratio" in shapings and sample.taught:
+                taught, bound = (w / objective.temperature).log_softmax(-1), shapings["teacher_ratio"]["bound"]
                 gap = taught.gather(-1, torch.tensor(sample.response)[:, None])[:, 0] - _float64(sample.old_log_probs)
-                factor = (advantage.sign() * gap).exp().clamp(1 - objective.shaping, 1 + objective.shaping)
+                factor = (advantage.sign() * gap).exp().clamp(1 - bound, 1 + bound)
                 advantage = advantage * (1 - update.scale + update.scale * factor)
+            if "complement" in shapings:
+                gates = [update.gate if label in objective.active_spans else 1.0 for label in sample.spans]
+                advantage = advantage * _float64(gates)
+            if "untaught" in shapings and sample.taught:
+                advantage = advantage * 0.0
             surrogate = clipped_surrogate(
                 sampled,
                 _float64(sample.old_log_probs),

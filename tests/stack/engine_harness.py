@@ -80,6 +80,7 @@ class Update:
     scale: float = 1.0
     trust: float | None = None
     denominator: str = "trained"
+    gate: float = 1.0  # of the policy term on annotated spans
 
 
 # ---------------------------------------------------------------------- inputs
@@ -296,7 +297,7 @@ class Rank:
         share = len(update.samples) // self.world_size
         samples = update.samples[self.rank * share : (self.rank + 1) * share]
         flags = {"old_policy": update.old_policy, "policy": update.policy}
-        counts = {"global_batch_size": len(update.samples), "opd_scale": update.scale, "opd_gate": 1.0}
+        counts = {"global_batch_size": len(update.samples), "opd_scale": update.scale, "opd_gate": update.gate}
         return student, to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
 
     def gradients(self, update: Update) -> dict:

@@ -14,6 +14,7 @@ from opd_ext.divergence.config import Branch
 from opd_ext.divergence.sampled import Surrogate
 from opd_ext.objective.metrics import means
 from opd_ext.objective.objective import Objective
+from opd_ext.policy import Shaping
 from tests.stack.dense_reference import dense_update
 from tests.stack.engine_harness import LEARNING_RATE, WHOLE, Rank, Sample, Update, make_samples, run_ranks, save_models
 
@@ -31,6 +32,7 @@ EMPTY = Sample([5, 6, 7], [8, 9], [], [], [], [], [])
 NOTHING = [PADDING, UNTRAINED, EMPTY, PADDING]
 SAME_PROMPTS = [dataclasses.replace(s, teacher_prompt=s.prompt) for s in SAMPLES]
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+RATIO = (Shaping("teacher_ratio", {"bound": 0.2}),)
 SPLITS = {
     "whole": {"budget": WHOLE, "teacher_budget": WHOLE},
     "tight": {"budget": 40, "teacher_budget": 50},
@@ -62,8 +64,23 @@ METHODS = {
     "clipped spans": Update(SOME, objective=Objective(CLIPPED_SPANS, credit="spans")),
     "key spans": Update(SOME, objective=Objective(SPANS[:1], credit="spans")),
     "mixed": Update(SOME, policy=True, scale=0.1),
-    "gated spans": Update(SOME, objective=Objective(SPANS, credit="spans"), policy=True, scale=0.5),
-    "shaped": Update(SOME, objective=Objective(surrogate=Surrogate(), shaping=0.2), policy=True, scale=0.5),
+    "gated spans": Update(
+        SOME,
+        objective=Objective(
+            SPANS[:1], credit="spans", shapings=(Shaping("complement"),), active_spans=frozenset({SPANS[0].label})
+        ),
+        policy=True,
+        scale=0.5,
+        gate=0.3,
+    ),
+    "spans beside a policy": Update(SOME, objective=Objective(SPANS, credit="spans"), policy=True, scale=0.5),
+    "policy for the untaught": Update(SOME, objective=Objective(shapings=(Shaping("untaught"),)), policy=True),
+    "shaped": Update(
+        SOME,
+        objective=Objective(surrogate=Surrogate(), shapings=RATIO),
+        policy=True,
+        scale=0.5,
+    ),
     "trust region": Update(SAMPLES, trust=0.25),
     "external": Update(SAMPLES, teacher="wide"),
 }

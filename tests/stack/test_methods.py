@@ -42,7 +42,8 @@ SETTINGS = {
         "actor_rollout_ref.rollout.n=4",
         "data.train_batch_size=4",
     ],
-    "surprise": [f"--config-dir={EXAMPLE / 'config'}"],
+    # A user's own piece of every kind, in one file.
+    "surprise": [f"--config-dir={EXAMPLE / 'config'}", "opd.teacher.start=2", "data.train_batch_size=4"],
 }
 
 
@@ -174,3 +175,15 @@ def test_self_annotation_asks_the_rollout_servers_and_its_failures_are_grpo(run)
         assert line["annotation/calls"] > 0 and line["annotation/tokens_in"] > 500 * line["annotation/calls"] * 0.5
         assert line["annotation/tokens_out"] > 0
         assert not line["opd/skipped"], "without spans the policy term alone trains"
+
+
+def test_pieces_of_a_user_are_at_work_in_all_places(run):
+    lines, rows = metrics(run("surprise")), generations(run("surprise"), STEPS)
+    # Teacher `warm`: the initial model, a copy after step 2, a moving average from step 3 on.
+    assert [line["teacher/version"] for line in lines] == [0, 0, 2]
+    assert [line["teacher/refreshed"] for line in lines] == [0, 1, 1]
+    assert all("The reader is in a hurry." in row["teacher_prompt"] for row in rows)
+    assert all(0 < line["opd/divergence"] <= 1 for line in lines), "a squared Hellinger distance"
+    assert all(0 < line["opd/credit"] < 1 for line in lines), "some tokens surprise the teacher, and not all"
+    assert any(row["annotation"]["types"] == ["hesitation"] for row in rows)
+    assert all(math.isfinite(line["actor/pg_loss"]) for line in lines)

@@ -19,6 +19,7 @@ from opd_ext import launch
 from opd_ext.launch import PATH_VARIABLE
 from opd_ext.pipelines.settings import compose_pipeline
 from opd_ext.pipelines.stages import MANIFEST
+from opd_ext.pipelines.steps import SAMPLER
 from opd_ext.pipelines.t3s.config import T3SConfig
 from opd_ext.sampling.jobs import Engines, Job, sample
 from opd_ext.tokens.finetuning import FineTuning, read_metrics
@@ -165,7 +166,7 @@ def test_the_decoding_reaches_vllm(world, tmp_path, ray_cluster):
         return Job(out=str(tmp_path / f"{name}.parquet"), shard=shard, **{**common, **decoding, **settings})
 
     jobs = [job("greedy", 16, temperature=2.0, top_k=1), job("free", 16), job("other", 7)]
-    sample(jobs, Engines.vllm(config.vllm), "cpu", config.environment, tmp_path / "logs", "test")
+    sample(jobs, Engines.vllm(SAMPLER, config.vllm), "cpu", config.environment, tmp_path / "logs", "test")
     greedy, free, other = (read_table(Path(each.out), SAMPLES) for each in jobs)
     assert greedy.groupby("uid")["key"].nunique().max() == 1
     assert free.groupby("uid")["key"].nunique().mean() > 1.5

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd_ext.diffusion.denoise import Decoding, denoise
+from opd_ext.diffusion.denoise import Denoising, denoise
 from opd_ext.diffusion.masking import row_generator
 
 VOCABULARY, MASK, EOS = 23, 22, 2
@@ -58,8 +58,8 @@ class Oracle(torch.nn.Module):
 SURE, UNSURE, DOUBTFUL = 12.0, 4.0, 3.0  # probabilities of 0.9999, 0.71 and 0.48 among 23 tokens
 
 
-def decoding(**settings) -> Decoding:
-    return Decoding(MASK, (EOS,), **{"max_tokens": 8, "block_size": 4, **settings})
+def decoding(**settings) -> Denoising:
+    return Denoising(MASK, (EOS,), **{"max_tokens": 8, "block_size": 4, **settings})
 
 
 @pytest.mark.parametrize("attention", ["block", "full"])

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from opd_ext.credit.annotate.align import AlignmentError, TokenBytes, align, cap, runs
 from opd_ext.credit.annotate.config import AnnotatorConfig
@@ -113,6 +113,9 @@ class Found:
 class Annotator:
     """Marks spans in rollouts. A subclass says where they are (:meth:`find`).
 
+    Attributes:
+        options: names of ``config.args`` that it reads, for annotators of a user's own.
+
     Args:
         config: its options.
         tokenizer: of the student.
@@ -121,6 +124,8 @@ class Annotator:
     Raises:
         ValueError: the tokenizer is not byte-level.
     """
+
+    options: ClassVar[Sequence[str]] = ()
 
     def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None):
         self.config, self.tokenizer, self.generate = config, tokenizer, generate

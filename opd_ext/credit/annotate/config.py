@@ -7,7 +7,10 @@ from typing import Any
 
 @dataclass
 class AnnotatorConfig:
-    """Who marks the spans, how it is asked, and how much of a response may be marked."""
+    """Who marks the spans, how it is asked, and how much of a response may be marked.
+
+    Every other key is an option of a registered annotator.
+    """
 
     kind: str = "none"  # a registered annotator
     model: str | None = None  # api, server: name of the model at the endpoint
@@ -25,3 +28,4 @@ class AnnotatorConfig:
     paragraph: str = "blank"  # segments end at a blank line, or at every line (`line`)
     min_tokens: int = 8  # shorter segments are merged
     max_tokens_per_segment: int = 96  # longer paragraphs are split at sentence ends
+    args: dict[str, Any] = field(default_factory=dict)  # options of the annotator, by name

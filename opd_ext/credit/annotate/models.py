@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from opd_ext.credit.annotate.base import Annotator, Found, Generate, Request, Te
 from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.annotate.parse import parse
 from opd_ext.credit.annotate.prompts import TEMPLATE_VERSION, annotation_prompt, answer_schema
+from opd_ext.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,7 @@ class AnswerCache:
 
     def put(self, key: str, answer: Answer) -> None:
         """Keep an answer: whole or not at all."""
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as partial:
-            json.dump(dataclasses.asdict(answer), partial)
-        os.replace(partial.name, path)
+        write_whole(self._path(key), json.dumps(dataclasses.asdict(answer)))
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

@@ -18,7 +18,7 @@ from opd_ext.pipelines.ssd import report as ssd_report
 from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.ssd.target import is_stub
 from opd_ext.pipelines.stages import Pipeline, Stage
-from opd_ext.pipelines.steps import REFUSALS, Steps, digest_of_record
+from opd_ext.pipelines.steps import REFUSALS, Steps
 from opd_ext.sampling.config import Decoding
 from opd_ext.tokens.tables import SAMPLES, read_table, write_table
 
@@ -41,9 +41,7 @@ def build(config: SSDConfig) -> tuple[Pipeline, Steps]:
     stages += steps.evaluation_stages(models)
     if config.diagnose:
         stages.append(_diagnosis(steps, config, {arm: model for arm, (model, _) in models.items()}))
-    pipeline = Pipeline(Path(config.run_dir), stages, REFUSALS)
-    steps.digest_of = lambda stage: digest_of_record(pipeline.record(stage))
-    return pipeline, steps
+    return Pipeline(Path(config.run_dir), stages, REFUSALS), steps
 
 
 def _sampling(steps: Steps, config: SSDConfig, arm: str) -> Stage:

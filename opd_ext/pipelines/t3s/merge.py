@@ -2,7 +2,6 @@
 """Recovering residual transfer on checkpoints: ``base + (final - bottleneck)``, file by file."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from opd_ext.files import put_in_place
 from opd_ext.pipelines.t3s.selection import residual_transfer
 from opd_ext.progress import track
 
@@ -59,8 +59,7 @@ def recovering_residual_transfer(base: str, bottleneck: Path, final: Path, out: 
         index = json.loads((source / _INDEX).read_text())
         index["weight_map"] = {name: file.name for file, names in shards.items() for name in names}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(folder, out)
+    put_in_place(folder, out)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

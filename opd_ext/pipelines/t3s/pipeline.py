@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from opd_ext.pipelines.stages import Pipeline
-from opd_ext.pipelines.steps import REFUSALS, digest_of_record
+from opd_ext.pipelines.steps import REFUSALS
 from opd_ext.pipelines.t3s import diffusion as diffusion_pipeline
 from opd_ext.pipelines.t3s import report as t3s_report
 from opd_ext.pipelines.t3s.config import T3SConfig
@@ -31,21 +31,24 @@ def build(config: T3SConfig) -> tuple[Pipeline, T3S]:
     stages += [steps.score_stage(), steps.bottleneck_stage(), steps.confidence_stage(), steps.selection_stage()]
     tasks = {arm: steps.fine_tuning(arm, TRACES, flags=f"masks/{arm}.parquet") for arm in config.arms}
     stages += [steps.train(arm, task, ["traces", "select"]) for arm, task in tasks.items()]
+    if config.rrt:
+        stages.append(steps.rrt_stage())
+    models = evaluated(steps, config)
+    stages += steps.evaluation_stages(models)
+    if config.diffusion is not None:
+        stages += diffusion_pipeline.stages(steps, config, TRACES)
+    return Pipeline(Path(config.run_dir), stages, REFUSALS), steps
+
+
+def evaluated(steps: T3S, config: T3SConfig) -> dict[str, tuple[str, str | None]]:
+    """Every model that is compared: its path, and the stage that makes it."""
     models: dict[str, tuple[str, str | None]] = {
         BASE: (config.model, None),
         PLAIN: (str(steps.pilot.final), "train-pilot"),
     }
     if config.rrt:
-        stages.append(steps.rrt_stage())
         models[RRT] = (str(steps.folder / RRT), "rrt")
-    models |= {arm: (str(task.final), f"train-{arm}") for arm, task in tasks.items()}
-    stages += steps.evaluation_stages(models)
-    if config.diffusion is not None:
-        stages += diffusion_pipeline.stages(steps, config, TRACES)
-    steps.models = list(models)
-    pipeline = Pipeline(Path(config.run_dir), stages, REFUSALS)
-    steps.digest_of = lambda stage: digest_of_record(pipeline.record(stage))
-    return pipeline, steps
+    return models | {arm: (str(steps.fine_tuning(arm, TRACES).final), f"train-{arm}") for arm in config.arms}
 
 
 def write_report(config: T3SConfig, pipeline: Pipeline, steps: T3S) -> None:
@@ -61,7 +64,7 @@ def write_report(config: T3SConfig, pipeline: Pipeline, steps: T3S) -> None:
         json.loads((steps.folder / CHOICE).read_text()),
         json.loads((steps.folder / SELECTION).read_text()),
         losses,
-        {model: steps.scores(model) for model in steps.models},
+        {model: steps.scores(model) for model in evaluated(steps, config)},
         steps.difficulties,
         diffusion_pipeline.scores(steps) if config.diffusion else None,
         pipeline.record("select-diffusion").get("notes", {}).get("fraction"),

@@ -34,10 +34,9 @@ RRT = "rrt"
 
 
 class T3S(Steps):
-    """A run of T3S; ``models`` are those that are evaluated."""
+    """A run of T3S."""
 
     config: T3SConfig
-    models: list[str]
 
     @property
     def pilot(self) -> FineTuning:
@@ -61,7 +60,7 @@ class T3S(Steps):
 
     def _sample_teacher(self) -> dict[str, Any]:
         config, teacher = self.config, self._teacher
-        rendered = problems.render(problems.read_problems(config.prompts), teacher, config.prompts)
+        rendered = problems.render_prompts(problems.read_problems(config.prompts), teacher, config.prompts)
         write_table(self.prompts("teacher"), rendered, PROMPTS)
         job = self.job(
             config.teacher, None, "teacher", SAMPLED, config.traces, config.traces.n, config.traces.max_tokens

@@ -56,7 +56,7 @@ def test_a_save_that_is_killed_leaves_the_last_checkpoint_in_charge(tmp_path):
 def test_a_kill_between_rename_and_tracker_resumes_from_the_older_one_and_saves_again(tmp_path):
     write_checkpoint(tmp_path, 5)
     folder = checkpoint.begin(tmp_path, 6)
-    with patch.object(checkpoint, "_replace_text", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with patch.object(checkpoint, "write_whole", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         checkpoint.commit(folder, tmp_path, 6, None)
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "5"
     assert write_checkpoint(tmp_path, 6).exists()

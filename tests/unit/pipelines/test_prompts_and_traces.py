@@ -44,7 +44,7 @@ def test_duplicates_are_told_by_their_statement(file):
 
 def test_rendering_ends_where_the_assistant_begins(file, tokenizer):
     rows = problems.read_problems(PromptsConfig(file))
-    rendered = problems.render(rows, tokenizer, PromptsConfig(file))
+    rendered = problems.render_prompts(rows, tokenizer, PromptsConfig(file))
     text = tokenizer.decode(rendered["prompt_ids"][0])
     assert "What is 1+2?" in text and text == tokenizer.apply_chat_template(
         chat("What is 1+2?"), add_generation_prompt=True, tokenize=False

@@ -183,3 +183,12 @@ def test_a_stage_that_refuses_its_input_never_began(run):
         Pipeline(run.folder, [Stage("a", refuse, {"x": 1}, ["a.txt"])], (ValueError,)).run()
     run.pipeline.run(only="a")
     assert (run.folder / "a.txt").exists()
+
+
+def test_a_stage_of_an_older_release_counts_under_the_new_name_of_its_grader(run):
+    """A finished run folder keeps its value: `rewards.tinymath` became `tinymath.grader` after release 0.1."""
+    run.settings["reward"] = {"path": "pkg://opd_ext.rewards.tinymath"}
+    run.pipeline.run()
+    run.settings["reward"] = {"path": "pkg://opd_ext.tinymath.grader"}
+    run.pipeline.run()
+    assert run.ran == ["a", "b"]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from opd_ext.config.checks import check
 from opd_ext.config.compose import compose_config
+from opd_ext.errors import ConfigError
 from opd_ext.report.methods import read_methods
 
 ROOT = Path(__file__).parents[3]
@@ -15,7 +17,13 @@ EXPECTED = {
     "cispo": ("-", "-", "-", "-", "cispo, mean per prompt"),
     "crisp": ("periodic(50)", "instruction:v2", "reverse_kl, full", "uniform", "-"),
     "opsd": ("frozen", "solution", "forward_kl, full, clip 0.05, T 1.1", "uniform", "-"),
-    "sdpo": ("ema(0.05)", "feedback", "jsd(0.5), full", "uniform, importance cap 2, rollout cap 2", "-"),
+    "sdpo": (
+        "ema(0.05)",
+        "feedback",
+        "jsd(0.5), top-100 of the student",
+        "uniform, importance cap 2, rollout cap 2",
+        "-",
+    ),
 }
 
 
@@ -28,16 +36,33 @@ def test_the_table_is_that_of_the_design():
     assert "on key spans" in methods["trace"]["divergence"] and "0 after 40" in methods["trace"]["credit"]
 
 
-def test_presets_of_a_user_stand_beside_ours():
+def test_presets_of_a_user_stand_beside_ours(monkeypatch):
     folder = ROOT / "examples" / "custom_method" / "config"
-    assert read_methods([folder])["surprise"]["divergence"] == "hellinger, full"
+    monkeypatch.syspath_prepend(folder.parent)
+    found = read_methods([folder])["surprise"]
+    assert found["divergence"] == "hellinger, full"
+    assert found["teacher weights"] == "warm(from 20, 0.05)"
+    assert found["policy"] == "vanilla, advantages through unhesitating"
+
+
+def test_an_option_that_a_users_piece_does_not_have_is_refused_by_name(monkeypatch):
+    folder = ROOT / "examples" / "custom_method" / "config"
+    monkeypatch.syspath_prepend(folder.parent)
+    for key in (
+        "teacher.stop",
+        "context.notes",
+        "divergence.order",
+        "credit.share",
+        "credit.annotator.word",
+        "policy.factors",
+    ):
+        with pytest.raises(ConfigError, match=rf"opd\.{key} does not exist for .*: take it out"):
+            check(compose_config(["method=surprise", *PATHS, f"opd.{key}=1"], [folder]))
 
 
 @pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
 @pytest.mark.parametrize("method", sorted(read_methods()))
 def test_every_method_composes_at_every_scale(method, scale, presets_composed_once):
-    from opd_ext.config.checks import check
-
     opd = check(compose_config([f"method={method}", f"scale={scale}", *PATHS]))
     assert opd.method == method
 
@@ -56,8 +81,6 @@ def test_every_method_composes_at_every_scale(method, scale, presets_composed_on
 )
 def test_the_algebra_is_open(overrides, presets_composed_once):
     """Combinations that no paper has published compose without a line of code."""
-    from opd_ext.config.checks import check
-
     assert check(compose_config([*overrides, *PATHS]))
 
 

@@ -1,4 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Moved to opd_ext.context; this name goes with release 0.3."""
-
-from opd_ext.context.base import *  # noqa: F403

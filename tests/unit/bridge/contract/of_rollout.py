@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contracts of verl's agent loop: who calls our hooks, when, and what of a rollout reaches the queue."""
+
+import asyncio
+import inspect
+from types import SimpleNamespace
+from unittest.mock import AsyncMock, Mock
+
+import ray
+import torch
+from verl.experimental.agent_loop import agent_loop
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
+from verl.trainer.ppo.v1 import agent_loop_tq
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.workers.rollout.replica import TokenOutput
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from .seams import bare, parameters, says, seam
+
+TQ = "verl.trainer.ppo.v1.agent_loop_tq:"
+LOOP = "verl.experimental.agent_loop.agent_loop:AgentLoopWorker."
+PROMPT = [{"role": "user", "content": "1 + 1"}]
+
+
+def _worker(**attributes):
+    """verl's worker, which never saw its constructor."""
+    return bare(AgentLoopWorkerTQ.__ray_metadata__.modified_class, **attributes)
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="__ray_metadata__",
+    pins={f"{TQ}AgentLoopWorkerTQ": None, f"{TQ}AgentLoopManagerTQ": None},
+)
+def unwrapping():
+    """``AgentLoopWorkerTQ`` is a Ray actor class; the class inside can be subclassed and wrapped again."""
+    assert isinstance(AgentLoopWorkerTQ, ray.actor.ActorClass)
+    inside = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+    assert inspect.isclass(inside) and issubclass(inside, AgentLoopWorker)
+    assert isinstance(ray.remote(type("Probe", (inside,), {})), ray.actor.ActorClass)
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="OPDAgentLoopWorker.__init__ OPDAgentLoopWorker.config OPDAgentLoopWorker.tokenizer "
+    "OPDAgentLoopWorker.llm_client",
+    pins={
+        f"{LOOP}__init__": "self config llm_client teacher_client= reward_loop_worker_handles=",
+        "verl.workers.rollout.llm_server:LLMServerClient.generate": "self request_id * prompt_ids sampling_params "
+        "image_data= video_data= audio_data= mm_processor_kwargs= **kwargs",
+    },
+)
+def construction(config, monkeypatch):
+    """A worker has the whole configuration, the tokenizer, and the client of vLLM's servers; the queue is joined."""
+    joined = Mock()
+    monkeypatch.setattr(agent_loop_tq.tq, "init", joined)
+    worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class(config, client := SimpleNamespace())
+    joined.assert_called_once_with()
+    assert worker.config is config and worker.llm_client is client
+    assert isinstance(worker.tokenizer.eos_token_id, int)
+    assert TokenOutput(token_ids=[1, 2]).token_ids == [1, 2]
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="OPDAgentLoopWorker._run_agent_loop",
+    pins={f"{LOOP}_run_agent_loop": "self sampling_params trajectory * agent_name trace= **kwargs"},
+)
+def sessions(config, monkeypatch):
+    """Every session is one ``_run_agent_loop`` with the prompt, its number, and whether it validates, at which step."""
+    statuses, calls = [], []
+
+    async def put(key, partition_id, tag):
+        statuses.append((key, partition_id, tag["status"]))
+
+    async def run(sampling_params, **kwargs):
+        calls.append((sampling_params, kwargs))
+
+    monkeypatch.setattr(agent_loop_tq.tq, "async_kv_put", put)
+    config.actor_rollout_ref.rollout.n = 2
+    worker = _worker(config=config)
+    object.__setattr__(worker, "_run_agent_loop", run)
+    prompt = {"uid": "t1p0", "raw_prompt": PROMPT, "agent_name": "single_turn_agent", "global_steps": 3}
+    trajectory = {"step": 3, "sample_index": 0, "rollout_n": 0, "validate": False}
+    asyncio.run(worker._run_prompt(prompt, {"temperature": 1.0}, trajectory))
+    assert [kwargs["session_id"] for _, kwargs in calls] == [0, 1]
+    for params, kwargs in calls:
+        assert params == {"temperature": 1.0} and kwargs["trajectory"] == trajectory
+        assert kwargs["raw_prompt"] == PROMPT and kwargs["uid"] == "t1p0" and kwargs["global_steps"] == 3
+    assert statuses == [("t1p0", "train", "running"), ("t1p0", "train", "finished")]
+    found = asyncio.run(agent_loop.get_trajectory_info(3, [0], True))
+    assert found[0]["step"] == 3 and found[0]["validate"] is True
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="OPDAgentLoopWorker._compute_teacher_logprobs",
+    pins={
+        f"{LOOP}_compute_teacher_logprobs": "self output prompt_ids response_ids validate sample_kwargs=",
+        f"{TQ}AgentLoopWorkerTQ.__ray_metadata__.modified_class._agent_loop_postprocess": "self output validate "
+        "**kwargs",
+    },
+)
+def finished_rollout(config, monkeypatch, queue):
+    """``_compute_teacher_logprobs`` comes after the score and before the queue; ``extra_fields`` travel along."""
+    turns = []
+
+    async def score(outputs, kwargs):
+        turns.append("score")
+        outputs[-1].reward_score = 1.0
+        outputs[-1].extra_fields["reward_extra_info"] = {"acc": 1.0}
+
+    async def teacher(output, prompt_ids, response_ids, validate, sample_kwargs=None):
+        turns.append("teacher")
+        assert (prompt_ids, response_ids, validate) == ([1, 2], [3, 4], False)
+        assert sample_kwargs["raw_prompt"] == PROMPT and sample_kwargs["session_id"] == 1
+        assert output.reward_score == 1.0 and output.response_ids == [3, 4]
+        output.extra_fields["opd_annotation"] = {"runs": [(0, 1, 1)]}
+
+    async def put(keys, fields, tags, partition_id):
+        turns.append("put")
+        queue.kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id=partition_id)
+
+    monkeypatch.setattr(agent_loop_tq.tq, "async_kv_batch_put", put)
+    worker = _worker(config=config, processor=None, hf_model_type=None)
+    object.__setattr__(worker, "_compute_score", score)
+    object.__setattr__(worker, "_compute_teacher_logprobs", teacher)
+    output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
+    sample = {"uid": "t1p0", "session_id": 1, "raw_prompt": PROMPT, "global_steps": 1, "data_source": "d"}
+    sample |= {"extra_info": {"index": 5}, "reward_model": {"ground_truth": "2"}, "index": 5}
+    asyncio.run(worker._agent_loop_postprocess(output, False, **sample))
+    assert turns == ["score", "teacher", "put"]
+    ((key, tag),) = queue.kv_list("train")["train"].items()
+    assert key == "t1p0_1_0" and (tag["prompt_len"], tag["response_len"], tag["seq_len"]) == (2, 2, 4)
+    data = queue.kv_batch_get(keys=[key], partition_id="train")
+    tensors = {"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 2, 3], "prompts": [1, 2], "responses": [3, 4]}
+    tensors |= {"loss_mask": [1, 1], "response_mask": [1, 1], "rm_scores": [0.0, 1.0]}
+    assert {name: data[name].unbind()[0].tolist() for name in tensors} == tensors
+    from opd_ext.bridge.rollouts import read_rows
+
+    tokenizer = SimpleNamespace(eos_token_id=4, decode=lambda ids, skip_special_tokens: "text")
+    (row,) = read_rows(SimpleNamespace(keys=[key], partition_id="train"), tokenizer, max_tokens=8)
+    assert (row["uid"], row["sample"], row["index"], row["data_source"]) == ("t1p0", 1, 5, "d")
+    assert (row["score"], row["acc"], row["ground_truth"], row["truncated"]) == (1.0, 1.0, "2", False)
+    assert row["annotation"] == {"runs": [[0, 1, 1]]}, "tuples come back as lists"
+
+
+@seam(
+    "bridge/engine.py",
+    pins={f"{LOOP}_compute_score": "self outputs kwargs"},
+)
+def served_teacher():
+    """verl's teacher servers leave ``teacher_logprobs``, row j for token j + 1, and a last row of zeros."""
+    worker = _worker(distillation_enabled=True, teacher_key="data_source")
+    scored = torch.tensor([2]), torch.tensor([[-0.5]])
+    manager = SimpleNamespace(compute_teacher_logprobs_single=AsyncMock(return_value=scored))
+    object.__setattr__(worker, "teacher_server_manager", manager)
+    output = AgentLoopOutput(prompt_ids=[1], response_ids=[2], response_mask=[1], metrics={})
+    asyncio.run(worker._compute_teacher_logprobs(output, [1], [2], validate=False))
+    assert manager.compute_teacher_logprobs_single.await_args.kwargs["sequence_ids"] == [1, 2]
+    assert output.as_dict()["teacher_logprobs"].tolist() == [[-0.5]]
+    assert "teacher_logprobs" not in output.as_dict()["extra_fields"]
+    from verl.workers.rollout.vllm_rollout.utils import extract_prompt_logprobs
+
+    entry, found = {2: SimpleNamespace(logprob=-0.5, rank=1)}, {}
+    extract_prompt_logprobs(SimpleNamespace(prompt_logprobs=[None, entry]), 0, found)
+    assert found["prompt_logprobs"] == [[-0.5], [0.0]]
+
+
+@seam(
+    "bridge/agent_loop.py",
+    pins={"vllm.sampling_params:RequestOutputKind": None, "vllm:SamplingParams": None},
+)
+def sampling_parameters():
+    """A request's ``seed``, ``max_tokens``, ``detokenize`` and ``output_kind`` reach vLLM's ``SamplingParams``."""
+    ours = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "ignore_eos": False}
+    ours |= {"seed": 2**63 - 1, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY, "logprobs": None}
+    params = SamplingParams(max_tokens=7, **ours)
+    assert (params.seed, params.max_tokens, params.detokenize) == (2**63 - 1, 7, False)
+    assert params.output_kind is RequestOutputKind.FINAL_ONLY
+    # The server is an actor with an engine in it, so its two lines are read.
+    path = "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.generate"
+    says(path, 'max_tokens = sampling_params.pop("max_tokens")')
+    says(path, "SamplingParams(max_tokens=max_tokens, **sampling_params)")
+    says(
+        "verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run", "sampling_params=sampling_params"
+    )
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="OPDAgentLoopManager.__init__ OPDAgentLoopManager.agent_loop_workers_class",
+    pins={"verl.experimental.agent_loop.agent_loop:AgentLoopManager.__init__": None},
+)
+def manager(config, monkeypatch):
+    """The manager starts its workers from ``agent_loop_workers_class``, which may be set after its constructor."""
+    started = AgentLoopManagerTQ(config, "client", "teacher", "handles")
+    assert started.agent_loop_workers_class is AgentLoopWorkerTQ
+    started.agent_loop_workers_class = kind = Mock()
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "0" * 56, "Alive": True, "Resources": {"CPU": 1}}])
+    asyncio.run(started._init_agent_loop_workers())
+    kind.options.return_value.remote.assert_called_once_with(config, "client", "teacher", "handles")
+    says("verl.trainer.main_ppo:TaskRunnerV1.__ray_metadata__.modified_class.init_agent_loop_manager", "rollout.get(")
+    assert parameters(AgentLoopManagerTQ.generate_sequences) == "self prompts"
