@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the recipes of this folder share. A recipe sources it from its own folder, from .., or from the installed package;
-# it does nothing by itself.
+# What the recipes of this folder share. A recipe sources it from its own folder, from .. or from the installed package.
+# It does nothing by itself.
 #
 #   die SENTENCE              complain and end with status 2
 #   find_opd COMMAND          put `opd` on PATH; COMMAND is what installs it
@@ -13,8 +13,8 @@
 #   gpu_run ORIGINAL TRAIN EVAL ARGUMENTS...
 #                             find opd, check the inputs of a GPU recipe, whose data sets by default are TRAIN and EVAL
 #
-# The last two add to `inputs` what `opd train` is to be told; the script's own folder is `here`. What nobody asked for is
-# not among them: it stands in the recipe's YAML, opd_ext/config/recipe.
+# The last two add to `inputs` what `opd train` is to be told; the script's own folder is `here`, and TEACHER is an input
+# if `teacher_is_input` is set. What nobody asked for is not among them: it stands in the YAML, opd_ext/config/recipe.
 
 inputs=()
 
@@ -90,25 +90,27 @@ name_run() {
 }
 
 gpu_run() {
-    local original=$1 train eval name sets files=""
+    local original=$1 train eval folder name sets files=""
     train=$(input TRAIN "$2") eval=$(input EVAL "$3")
     shift 3
     find_opd "bash setup.sh --gpu"
     name_run "$original" "$@"
-    DATA_DIR=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/math")") GPUS=$(input GPUS 8)
-    read -ra sets <<<"$eval"
     take_model MODEL actor_rollout_ref.model.path "$@"
     if [[ -n ${teacher_is_input:-} ]]; then take_model TEACHER opd.teacher.path "$@"; fi
-    if ! only_plans "$@"; then
-        [[ " $*" == *" recipe="* ]] || check_data "$train" "${sets[@]}" # of another recipe `opd train` finds what is missing
-        check_gpus
-    fi
-    if given DATA_DIR; then inputs+=("opd.world='$DATA_DIR'"); fi
-    if given TRAIN; then inputs+=("data.train_files='$DATA_DIR/$train.parquet'"); fi
-    for name in "${sets[@]}"; do files+="${files:+,}'$DATA_DIR/$name.parquet'"; done
+
+    folder=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/math")")
+    read -ra sets <<<"$eval"
+    for name in "${sets[@]}"; do files+="${files:+,}'$folder/$name.parquet'"; done
+    if given DATA_DIR; then inputs+=("opd.world='$folder'"); fi
+    if given TRAIN; then inputs+=("data.train_files='$folder/$train.parquet'"); fi
     if given EVAL; then inputs+=("data.val_files=[$files]"); fi
-    if given GPUS; then inputs+=("trainer.n_gpus_per_node=$GPUS"); fi
+    if given GPUS; then inputs+=("trainer.n_gpus_per_node=$(input GPUS "")"); fi
     if given OUT; then inputs+=("opd.run_dir='$(realpath -m "$(input OUT "")")'"); fi
+
+    DATA_DIR=$folder GPUS=$(input GPUS 8) # what the checks read
+    if only_plans "$@"; then return; fi
+    [[ " $*" == *" recipe="* ]] || check_data "$train" "${sets[@]}" # another recipe's: `opd train` finds what is missing
+    check_gpus
 }
 
 given() { [[ -n $(input "$1" "") ]]; }

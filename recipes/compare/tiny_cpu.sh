@@ -52,15 +52,16 @@ run() {
     fi
 }
 
-failed=0
+failed=0 started=()
 for seed in $SEEDS; do
     for method in $METHODS; do
-        while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || failed=1; done
+        while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || true; done
         run "$method" "$seed" "$@" &
+        started+=($!)
         sleep 1
     done
 done
-while (($(jobs -rp | wc -l))); do wait -n || failed=1; done
+for process in "${started[@]}"; do wait "$process" || failed=1; done # one that has ended already is remembered, too
 ((failed == 0)) || die "some runs failed; start the script again to go on."
 
 pairs=()

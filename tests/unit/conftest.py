@@ -7,6 +7,8 @@ import gc
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -72,3 +74,67 @@ def opd_train():
     """
     with mock.patch.dict(os.environ):
         yield lambda *arguments: train.main(list(arguments))
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPE_INPUTS = ("MODEL", "TEACHER", "DATA_DIR", "TRAIN", "EVAL", "OUT", "GPUS", "RAY_ADDRESS")
+
+
+def _run_recipe(recipe: str | Path, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RECIPE_INPUTS and not name.startswith(("OPD_", "ANNOTATOR"))
+    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [str(RECIPES / recipe), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={**inherited, "PATH": path, **variables}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def run_recipe():
+    """``run_recipe(recipe, *arguments, cwd, **variables)`` runs a script of `recipes/`, or of an absolute path.
+
+    Our `opd` is first on its path, and it inherits nothing that a recipe or Ray would read.
+    """
+    return _run_recipe
+
+
+@pytest.fixture
+def arguments(tmp_path_factory, tmp_path):
+    """``arguments(recipe, *arguments, **variables)``: what the recipe's last command would tell `opd train`.
+
+    The recipe runs for real, in ``tmp_path``, up to `opd`, which only writes down its arguments.
+    """
+    recorder = tmp_path_factory.mktemp("bin") / "opd"
+    recorder.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\"\n")
+    recorder.chmod(0o755)
+
+    def record(recipe: str | Path, *arguments: str, **variables: str) -> list[str]:
+        path = f"{recorder.parent}:{os.environ['PATH']}"
+        answer = _run_recipe(recipe, "--cfg", *arguments, cwd=tmp_path, PATH=path, **variables)
+        assert answer.returncode == 0, answer.stderr
+        command, *rest = answer.stdout.split("\0")[:-1]
+        assert command == "train" and "--cfg" in rest
+        return [argument for argument in rest if argument != "--cfg"]
+
+    return record
+
+
+@pytest.fixture
+def composed(arguments, presets_composed_once, tmp_path, monkeypatch):
+    """Likewise the configuration: Hydra composes it here, which is quicker than a process that imports torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def of(*recipe: str | Path, **variables: str) -> DictConfig:
+        overrides = arguments(*recipe, **variables)
+        folders = []
+        if overrides[0] == "--config-dir":
+            _, folder, *overrides = overrides
+            folders = [folder]
+        with mock.patch.dict(os.environ, variables):  # as `opd` inherits them
+            return compose.compose_config(overrides, folders)
+
+    return of

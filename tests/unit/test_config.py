@@ -46,7 +46,7 @@ def test_the_node_carries_the_published_settings_of_crisp():
     config = train.compose_config(["method=crisp", "scale=node_8xh200", *PATHS])
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     assert (actor.optim.lr, actor.optim.weight_decay, list(actor.optim.betas)) == (1e-6, 0.01, [0.9, 0.999])
-    assert (actor.optim.lr_scheduler_type, actor.optim.lr_warmup_steps, actor.grad_clip) == ("constant", 0, 1.0)
+    assert (actor.optim.lr_scheduler_type, actor.optim.lr_warmup_steps, actor.optim.clip_grad) == ("constant", 0, 1.0)
     assert (config.data.train_batch_size, rollout.n, rollout.temperature, rollout.top_p) == (32, 1, 1.0, 1.0)
     assert (config.opd.teacher.interval, config.opd.max_pair_length) == (50, 10240)
     assert (config.opd.rollout.train_tokens, config.opd.rollout.val_tokens) == (8192, 30000)

@@ -59,6 +59,12 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
     assert set(files) <= there
 
 
+def test_the_recipes_are_in_the_wheel_without_their_figures(wheel):
+    there = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("opd_ext/recipes/")}
+    recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*") if path.suffix in (".sh", ".md")}
+    assert there == {f"opd_ext/{path}" for path in recipes}
+
+
 def test_methods_are_listed(opd):
     assert "crisp" in opd("methods") and "srpo" in opd("methods")
 
@@ -71,3 +77,9 @@ def test_the_miniature_world_unpacks_and_the_run_that_needs_it_is_planned(opd):
     assert "base ready in" in opd("data", "tinymath")
     plan = opd("train", "method=crisp", "scale=cpu_tiny", "--dry-run")
     assert "Nothing was started" in " ".join(plan.split())
+
+
+def test_a_published_recipe_is_copied_and_planned(opd):
+    answer = opd("new", "mine", "--from", "crisp")
+    assert "mine/qwen3_8b.sh trains into" in answer and "runs/mine-cpu_tiny" in answer
+    assert "method: mine" in opd("train", "--config-dir", "mine/config", "recipe=mine/qwen3_8b", "--cfg")
