@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ratios of probabilities: bounded, truncated, detached."""
 
+from jaxtyping import Float
 from torch import Tensor
 
 # exp(20) is far beyond any useful ratio; the bound keeps a broken log-prob from becoming inf.
 LOG_RATIO_BOUND = 20.0
 
 
-def importance_clip(logp: Tensor, old_logp: Tensor, cap: float) -> Tensor:
-    """Truncated importance weight ``min(exp(logp - old_logp), cap)``: [B, T], [B, T] -> [B, T], detached.
+def importance_clip(
+    logp: Float[Tensor, "*tokens"], old_logp: Float[Tensor, "*tokens"], cap: float
+) -> Float[Tensor, "*tokens"]:
+    """Truncated importance weight ``min(exp(logp - old_logp), cap)``, detached.
 
     One-sided and per token: SDPO (arXiv 2601.20802) uses cap 2, IW-OPD's trainer against its rollout engine
     cap 5. Positions without a trained token are the caller's to mask.

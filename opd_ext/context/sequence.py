@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def render(tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+def render(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a chat, generation prompt included: exactly what verl's agent loop sends to the model.
 
     Args:
