@@ -18,6 +18,10 @@ def importance_clip(
 
     Raises:
         ValueError: for a cap that is not positive.
+
+    >>> import torch
+    >>> importance_clip(torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-0.5, -1.0, -3.0]), cap=2.0)
+    tensor([0.6065, 1.0000, 2.0000])
     """
     if not cap > 0:
         raise ValueError(f"cap must be positive but is {cap}.")

@@ -88,6 +88,11 @@ def position_weights(
 
     Raises:
         ValueError: for a negative gamma or deadzone.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[-1.0, -1.0, -1.0, -1.0]]), torch.tensor([[-3.0, -2.0, -2.0, -1.0]])
+    >>> position_weights(student, teacher, torch.ones(1, 4))  # gaps 2, 1, 1, 0: half of them lie before token 1
+    tensor([[1.5000, 1.2500, 1.1250, 1.0000]])
     """
     if gamma < 0 or deadzone < 0:
         raise ValueError(f"gamma and deadzone must be >= 0 but are {gamma} and {deadzone}.")

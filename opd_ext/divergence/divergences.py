@@ -119,6 +119,13 @@ def reverse_kl(
 
     Mode-seeking; the loss of CRISP (arXiv 2603.05433). ``temperature`` divides both logits and the result is
     not multiplied by its square. Clipping as in :func:`forward_kl`.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> reverse_kl(student, teacher)  # 0.5 ln(0.5 / 0.9) + 0.5 ln(0.5 / 0.1)
+    tensor(0.5108)
+    >>> forward_kl(student, teacher)  # the weights are the teacher's
+    tensor(0.3681)
     """
     return _full("reverse_kl", student_logits, teacher_logits, None, entry_clip, entry_clip_mode, temperature)
 
@@ -148,6 +155,15 @@ def forward_kl(
 
     Raises:
         ValueError: for a bound that is not positive or an unknown mode.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([0.01, 0.99]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> forward_kl(student, teacher)
+    tensor(3.8206)
+    >>> forward_kl(student, teacher, entry_clip=0.05)  # the large term is capped, the negative one is not
+    tensor(-0.1793)
+    >>> forward_kl(student, teacher, entry_clip=0.05, entry_clip_mode="token_scale")
+    tensor(0.0500)
     """
     return _full("forward_kl", student_logits, teacher_logits, None, entry_clip, entry_clip_mode, temperature)
 
@@ -167,6 +183,13 @@ def jsd(
     ``beta`` is the teacher's share of the mixture, as in CRISP and as ``alpha`` in SDPO (arXiv 2601.20802).
     Published code disagrees on what 0 and 1 mean (zero loss, or one of the KLs), so both ends raise
     ``ValueError``.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> jsd(student, teacher, beta=0.5) == jsd(teacher, student, beta=0.5)  # only then is it symmetric
+    tensor(True)
+    >>> jsd(torch.tensor([100.0, 0.0]), torch.tensor([0.0, 100.0]), beta=0.5)  # at most ln 2
+    tensor(0.6931)
     """
     return _full("jsd", student_logits, teacher_logits, beta, entry_clip, entry_clip_mode, temperature)
 
@@ -242,6 +265,16 @@ def topk_divergence(
 
     Raises:
         ValueError: for k outside 1..V or an unknown choice.
+
+    >>> import torch
+    >>> student = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    >>> teacher = torch.tensor([0.7, 0.1, 0.1, 0.1]).log()
+    >>> forward_kl(student, teacher)
+    tensor(0.2126)
+    >>> def at(tail):
+    ...     return [round(topk_divergence(student, teacher, k, "forward_kl", tail=tail).item(), 3) for k in (1, 3, 4)]
+    >>> at("bucket"), at("renorm"), at("none")  # a lower bound; another quantity; not even a divergence
+    ([0.184, 0.213, 0.213], [0.0, 0.107, 0.213], [0.392, 0.322, 0.213])
     """
     terms = _terms_of(kind, beta)
     logq, logp = _restricted(student_logits, teacher_logits, k, support, tail, temperature)

@@ -78,6 +78,19 @@ def chunked_divergence(
 
     Raises:
         ValueError: for shapes that do not fit together or an unknown ``kind``.
+
+    >>> import torch
+    >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    >>> teacher_hidden, teacher_weight = torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0], [0.0], [0.0]])
+    >>> loss, per_token = chunked_divergence(hidden, weight, teacher_hidden, teacher_weight, torch.tensor([1.0, 0.0]))
+    >>> per_token
+    tensor([0.1120, 0.1233])
+    >>> loss  # the second token has no weight
+    tensor(0.1120, grad_fn=<_GradientInForwardBackward>)
+    >>> loss.backward()
+    >>> hidden.grad[1]
+    tensor([0., 0.])
     """
     out = divergence_head(
         hidden,

@@ -219,6 +219,11 @@ def teacher_version(step: int, interval: int) -> int:
 
     Raises:
         ValueError: for a step below 1 or a negative interval.
+
+    >>> [teacher_version(step, interval=50) for step in (1, 50, 51, 100, 101)]
+    [0, 0, 50, 50, 100]
+    >>> teacher_version(1000, interval=0)
+    0
     """
     if step < 1:
         raise ValueError(f"Steps count from 1; got {step}.")

@@ -34,6 +34,15 @@ def truncated_distribution(
 
     Raises:
         ValueError: a setting is out of its range.
+
+    >>> import torch
+    >>> logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    >>> truncated_distribution(logits, temperature=1.0, top_p=0.7)  # the least set that has 0.7, renormalised
+    tensor([0.6250, 0.3750, 0.0000, 0.0000])
+    >>> truncated_distribution(logits, temperature=0.5, top_k=2)
+    tensor([0.7353, 0.2647, 0.0000, 0.0000])
+    >>> truncated_distribution(logits, temperature=0.0)
+    tensor([1., 0., 0., 0.])
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it cannot be negative.")

@@ -67,6 +67,11 @@ def keep_mask(
 
     Returns:
         False outside ``mask``.
+
+    >>> import torch
+    >>> base, bottleneck = torch.tensor([-2.0, -2.0, -2.0, -2.0]), torch.tensor([-1.0, -3.0, -2.0, -3.0])
+    >>> keep_mask(base, bottleneck, torch.tensor([1, 1, 1, 0]))  # surer: an anchor; the last is no response token
+    tensor([False,  True,  True, False])
     """
     return mask.bool() & (logp_bottleneck - logp_base <= threshold)
 
