@@ -3,7 +3,9 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 ABSENT = "none"
 """What a place is called that a method leaves empty (``null`` in the configuration)."""
@@ -13,10 +15,18 @@ class ConfigError(ValueError):
     """One sentence: which key is wrong and what it may be."""
 
 
-def one_of(key: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raises ConfigError for a value that is not ``allowed``."""
+def present(value: T | None, sentence: str) -> T:
+    """``value``, in a place that is reached only where there is one; ``ValueError(sentence)`` for None."""
+    if value is None:
+        raise ValueError(sentence)
+    return value
+
+
+def one_of(key: str, value: Any, allowed: Iterable[T]) -> T:
+    """``value``, as one of ``allowed``; raises ConfigError for any other."""
     if value not in allowed:
-        raise ConfigError(f"{key}={value} does not exist; choose one of: {', '.join(sorted(allowed))}.")
+        raise ConfigError(f"{key}={value} does not exist; choose one of: {', '.join(sorted(map(str, allowed)))}.")
+    return value
 
 
 def positive(key: str, value: float, zero: bool = False, at_most: float | None = None, what: str = "") -> None:

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+E = TypeVar("E")
 T = TypeVar("T", bound=Callable[..., Any])
 
 
-class Registry:
-    """Functions or classes of one kind, by name.
+class Registry(Generic[E]):
+    """Functions or classes of one kind ``E``, by name.
 
     ``what`` is the singular noun of the error messages ("divergence", "teacher context", ...).
     """
 
-    def __init__(self, what: str):
+    def __init__(self, what: str) -> None:
         self.what = what
         self._entries: dict[str, Any] = {}
 
@@ -31,7 +32,7 @@ class Registry:
 
         return file
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> E:
         """What is filed under ``name``; ``ValueError`` with the known names otherwise."""
         if name not in self._entries:
             raise ValueError(f"Unknown {self.what} '{name}'; allowed: {', '.join(self.names())}.")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the suite is spread over processes, and in which order slow tests take their turns."""
+"""How the suite is spread over processes, and in which order slow tests take their turns.
+
+Shapes in signatures are checked at every call, here and nowhere else: production code carries no decorator.
+"""
 
 import hashlib
 import time
@@ -7,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.shapes import check_shapes
+
 TESTS = Path(__file__).parent
+
+check_shapes()
 
 
 def pytest_addoption(parser):

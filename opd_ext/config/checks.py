@@ -13,6 +13,7 @@ from opd_ext.config import verl_keys
 from opd_ext.config.schema import OPDConfig, load
 from opd_ext.credit.credits import CreditInputs, get_credit
 from opd_ext.errors import ConfigError, one_of, positive
+from opd_ext.objective.objective import DENOMINATORS
 from opd_ext.objective.reduction import REDUCTIONS
 from opd_ext.teacher.vocabulary import check_same_ids
 
@@ -31,7 +32,7 @@ def check(config: DictConfig) -> OPDConfig:
     one_of("opd.device", opd.device, ("cpu", "cuda"))
     one_of("opd.console", opd.console, ("table", "full"))
     one_of("opd.reduction", opd.reduction, REDUCTIONS)
-    one_of("opd.denominator", opd.denominator, ("trained", "distilled"))
+    one_of("opd.denominator", opd.denominator, DENOMINATORS)
     positive("opd.head.chunk_size", opd.head.chunk_size)
     if opd.distils:
         _check_distillation(opd, config)

@@ -28,7 +28,7 @@ def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> Di
     """
     # Located without importing it: verl settles its platform at import, and the platform is part of this config.
     verl = importlib.util.find_spec("verl")
-    if verl is None:
+    if verl is None or verl.origin is None:
         raise ConfigError("verl is not installed in this environment; run `bash setup.sh`.")
     folders = [Path(verl.origin).parent / "trainer" / "config", *(Path(folder).absolute() for folder in config_dirs)]
     search_path = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"

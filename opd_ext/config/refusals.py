@@ -42,8 +42,8 @@ def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], wher
         return f"{key} does not exist; {where} for the keys that do{added}."
     if isinstance(error, InterpolationKeyError):
         named = re.search(r"'([^']+)'", lines[0])
-        wanted = f"${{{named[1]}}}" if named else lines[0]
-        return f"{_key(error)} refers to {wanted}, which does not exist; {where} for the keys that do."
+        target = f"${{{named[1]}}}" if named else lines[0]
+        return f"{_key(error)} refers to {target}, which does not exist; {where} for the keys that do."
     if isinstance(error, OmegaConfBaseException) and lines[0].startswith("Key '"):
         return f"{_key(error)} does not exist; {where} for the keys that do."
     if isinstance(error, OmegaConfBaseException):

@@ -17,8 +17,9 @@ from opd_ext.context.config import ContextConfig
 from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.config import CreditConfig
 from opd_ext.divergence.config import DivergenceConfig, DivergenceTerm
-from opd_ext.errors import ABSENT, ConfigError
-from opd_ext.objective.objective import Objective
+from opd_ext.errors import ABSENT, ConfigError, one_of
+from opd_ext.objective.objective import DENOMINATORS, Objective
+from opd_ext.objective.reduction import REDUCTIONS
 from opd_ext.policy.config import PolicyConfig
 from opd_ext.spans import SPAN_LABELS
 from opd_ext.teacher.config import TeacherConfig
@@ -120,8 +121,8 @@ class OPDConfig:
             shapings=self.policy.shapings,
             active_spans=frozenset(self.divergence.active_spans),
             literal_spans=self.credit.inactive_span == "literal",
-            reduction=self.reduction,
-            denominator=self.denominator,
+            reduction=one_of("opd.reduction", self.reduction, REDUCTIONS),
+            denominator=one_of("opd.denominator", self.denominator, DENOMINATORS),
             temperature=temperature,
             chunk_size=self.head.chunk_size,
             fp32=self.head.fp32,
@@ -145,7 +146,7 @@ def load(section: DictConfig) -> OPDConfig:
     Raises:
         ConfigError: for a key that does not exist or a value of the wrong type.
     """
-    content = dict(OmegaConf.to_container(section))
+    content: Any = OmegaConf.to_container(section)
     for name, (kind, choice) in _PLACES.items():
         empty = {} if kind is CreditConfig else {choice: ABSENT}  # there is always a credit
         content[name] = {choice: getattr(kind(), choice), **(content.get(name) or empty)}
@@ -156,10 +157,11 @@ def load(section: DictConfig) -> OPDConfig:
         content["credit"].pop("annotator", None)
     _collect_options(content["credit"].get("annotator"), AnnotatorConfig)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OPDConfig), content))
+        opd: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OPDConfig), content))
     except OmegaConfBaseException as error:
         error.full_key = f"opd.{error.full_key}"
         raise refusal(error, (), "opd train") from None
+    return opd
 
 
 def _collect_options(section: dict[str, Any] | None, kind: type) -> None:

@@ -26,7 +26,7 @@ class TeacherContext:
 
     thinking: bool | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.thinking is not None and not isinstance(self.thinking, bool):
             raise ValueError(f"thinking={self.thinking!r} must be true, false or null (as the student)")
 
@@ -75,7 +75,7 @@ class NoContext(TeacherContext):
         return None
 
 
-_contexts = Registry("teacher context")
+_contexts: Registry[Any] = Registry("teacher context")
 register_context = _contexts.register
 get_context = _contexts.get
 context_names = _contexts.names

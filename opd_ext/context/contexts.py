@@ -20,7 +20,7 @@ from opd_ext.context.base import TeacherContext, copy_messages, last_user_messag
 class SameContext(TeacherContext):
     """The student's own messages: distillation from other weights, or the zero-loss check with equal ones."""
 
-    def messages(self, sample):
+    def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         return copy_messages(sample)
 
 
@@ -41,10 +41,10 @@ class InstructionContext(TeacherContext):
     text: str = "v2"
     strip_suffix: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         prompts.instruction(self.text)  # an unknown id is an error of the config, not of the first step
 
-    def messages(self, sample):
+    def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         messages = copy_messages(sample)
         request = last_user_message(messages, sample)
         question = prompts.strip_student_prompt(request["content"], self.strip_suffix)
@@ -67,7 +67,7 @@ class SolutionContext(TeacherContext):
 
     thinking: bool | None = None
 
-    def messages(self, sample):
+    def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         messages = copy_messages(sample)
         question, solution = (_required_text(sample, key) for key in ("question", "solution"))
         last_user_message(messages, sample)["content"] = prompts.opsd_teacher_prompt(question, solution)
@@ -89,7 +89,7 @@ class LabelContext(TeacherContext):
 
     thinking: bool | None = None
 
-    def messages(self, sample):
+    def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         types = list(sample["types"])
         if not types:
             return None

@@ -80,7 +80,7 @@ class FeedbackContext(TeacherContext):
     max_body_tokens: int | None = None
     tokenizer: Any = field(default=None, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.demonstration not in DEMONSTRATIONS:
             allowed = " or ".join(DEMONSTRATIONS)
             raise ValueError(f"demonstration={self.demonstration!r} does not exist: use {allowed}")
@@ -110,7 +110,7 @@ class FeedbackContext(TeacherContext):
         uses_feedback = available and not (self.feedback_only_without_solution and shown is not None)
         return Decision(bool(successes), shown, available, uses_feedback)
 
-    def messages(self, sample):
+    def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         solution, heard = (self._cut(body) for body in self._bodies(sample, self.decide(sample)))
         if solution is None and heard is None:
             return None
@@ -119,7 +119,7 @@ class FeedbackContext(TeacherContext):
         request["content"] = prompts.sdpo_prompt(request["content"], solution, heard)
         return messages
 
-    def describe(self, sample):
+    def describe(self, sample: Mapping[str, Any]) -> dict[str, float]:
         decision = self.decide(sample)
         cut = [body is not None and self._cut(body) != body for body in self._bodies(sample, decision)]
         return {
@@ -131,7 +131,7 @@ class FeedbackContext(TeacherContext):
             "truncated_sample_fraction": float(any(cut)),
         }
 
-    def metrics(self, samples):
+    def metrics(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Means over samples, except that ``success_group_fraction`` counts every group once."""
         succeeded = {str(sample["uid"]): float(self.decide(sample).group_succeeded) for sample in samples}
         return super().metrics(samples) | ({"success_group_fraction": fmean(succeeded.values())} if succeeded else {})
@@ -182,7 +182,7 @@ def remove_thinking(text: str) -> str:
     return _THINKING.sub("", text)
 
 
-def truncate(tokenizer, text: str, max_tokens: int) -> str:
+def truncate(tokenizer: Any, text: str, max_tokens: int) -> str:
     """The longest beginning of ``text`` that ends between two of its tokens and takes at most ``max_tokens``.
 
     A character that several tokens share (byte-level vocabularies) is kept whole or left out.

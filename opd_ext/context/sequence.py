@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def render(tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+def render(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a chat, generation prompt included: exactly what verl's agent loop sends to the model.
 
     Args:
@@ -26,12 +28,14 @@ def render(tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str,
     return [int(token) for token in (ids[0] if ids and isinstance(ids[0], list) else ids)]
 
 
-def render_text(tokenizer, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None) -> str:
+def render_text(tokenizer: Any, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None) -> str:
     """The text that :func:`render` turns into ids."""
     return _apply(tokenizer, messages, False, template_kwargs)
 
 
-def _apply(tokenizer, messages: Sequence[Mapping], tokenize: bool, template_kwargs: Mapping[str, Any] | None) -> Any:
+def _apply(
+    tokenizer: Any, messages: Sequence[Mapping], tokenize: bool, template_kwargs: Mapping[str, Any] | None
+) -> Any:
     """The one call of a chat template in this package: student, teacher and evaluation render alike."""
     chat = [dict(message) for message in messages]
     return tokenizer.apply_chat_template(chat, tokenize=tokenize, add_generation_prompt=True, **(template_kwargs or {}))

@@ -8,33 +8,34 @@ denominators stay plain token or sequence counts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from opd_ext.registry import Registry
 
-_credits = Registry("credit")
+_credits: Registry[Callable[..., Tensor]] = Registry("credit")
 register_credit = _credits.register
 get_credit = _credits.get
 credit_names = _credits.names
 
 
 class CreditInputs(NamedTuple):
-    """What a registered credit may look at: [B, T], detached; ``None`` where a run does not have it.
+    """What a registered credit may look at, detached; ``None`` where a run does not have it.
 
     A credit sees whole responses and must not let rows influence each other: which rows are here together is an
     accident of the micro-batch.
     """
 
-    mask: Tensor
-    student_log_prob: Tensor | None = None
-    teacher_log_prob: Tensor | None = None
-    student_entropy: Tensor | None = None
-    teacher_entropy: Tensor | None = None
-    divergence: Tensor | None = None
-    span_label: Tensor | None = None
+    mask: Shaped[Tensor, "B T"]
+    student_log_prob: Float[Tensor, "B T"] | None = None
+    teacher_log_prob: Float[Tensor, "B T"] | None = None
+    student_entropy: Float[Tensor, "B T"] | None = None
+    teacher_entropy: Float[Tensor, "B T"] | None = None
+    divergence: Float[Tensor, "B T"] | None = None
+    span_label: Int[Tensor, "B T"] | None = None
 
     def need(self, credit: str, *names: str) -> tuple[Tensor, ...]:
         """The named inputs; ``ValueError`` if this run lacks one that ``credit`` is made of."""
@@ -52,19 +53,20 @@ def known_beforehand(credit: C) -> C:
     Where the whole weight of a token is known before the forward pass, the head forms its gradient within that pass,
     which saves a second one over the vocabulary.
     """
-    credit.known_beforehand = True  # type: ignore[attr-defined]
+    marked: Any = credit
+    marked.known_beforehand = True
     return credit
 
 
 def position_weights(
-    student_logp: Tensor,
-    teacher_logp: Tensor,
-    mask: Tensor,
+    student_logp: Float[Tensor, "B T"],
+    teacher_logp: Float[Tensor, "B T"],
+    mask: Shaped[Tensor, "B T"],
     gamma: float = 0.5,
     signed: bool = False,
     exclude_last: bool = False,
     deadzone: float = 0.0,
-) -> Tensor:
+) -> Float[Tensor, "B T"]:
     """IW-OPD's weights: early tokens, before student and teacher have drifted apart, count more.
 
     ``w_t = 1 + gamma * (1 - sum_{k<t} d_k / (sum_k d_k + 1e-8))`` with ``d = |teacher_logp - student_logp|``
@@ -73,8 +75,8 @@ def position_weights(
     influence each other. Where the mask is 0 the weight is 1.
 
     Args:
-        student_logp, teacher_logp: log-probs of the sampled tokens [B, T]; ignored where the mask is 0.
-        mask: trained tokens [B, T], 0/1 or bool. Interior zeros (tool output) keep the running sum.
+        student_logp, teacher_logp: log-probs of the sampled tokens; ignored where the mask is 0.
+        mask: trained tokens, 0/1 or bool. Interior zeros (tool output) keep the running sum.
         gamma: strength, >= 0; 0 gives uniform weights.
         signed: the paper's ablation with ``d = teacher_logp - student_logp``, whose share may fall again.
         exclude_last: the sum below the fraction bar leaves out the last trained token, as the equation is printed;
@@ -82,10 +84,15 @@ def position_weights(
         deadzone: nats taken off every ``d``, for noise between two engines.
 
     Returns:
-        Detached weights [B, T], float32 (float64 for float64 input).
+        Detached weights, float32 (float64 for float64 input).
 
     Raises:
         ValueError: for a negative gamma or deadzone.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[-1.0, -1.0, -1.0, -1.0]]), torch.tensor([[-3.0, -2.0, -2.0, -1.0]])
+    >>> position_weights(student, teacher, torch.ones(1, 4))  # gaps 2, 1, 1, 0: half of them lie before token 1
+    tensor([[1.5000, 1.2500, 1.1250, 1.0000]])
     """
     if gamma < 0 or deadzone < 0:
         raise ValueError(f"gamma and deadzone must be >= 0 but are {gamma} and {deadzone}.")
@@ -103,8 +110,8 @@ def position_weights(
     return 1.0 + gamma * remaining * trained
 
 
-def keep_highest(scores: Tensor, mask: Tensor, share: float) -> Tensor:
-    """1 on the ``floor(share * n)`` trained tokens of each row with the highest score, at least one: [B, T] bool.
+def keep_highest(scores: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"], share: float) -> Bool[Tensor, "B T"]:
+    """True on the ``floor(share * n)`` trained tokens of each row with the highest score, at least one.
 
     Of equal scores the earlier token is kept.
 
@@ -123,30 +130,30 @@ def keep_highest(scores: Tensor, mask: Tensor, share: float) -> Tensor:
     return trained & (rank < budget)
 
 
-def _mean_one(weights: Tensor, mask: Tensor) -> Tensor:
+def _mean_one(weights: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Scaled so that the trained tokens of each row have mean 1."""
     trained = mask.bool()
     total = torch.where(trained, weights, 0.0).sum(dim=-1, keepdim=True)
     return weights * trained.sum(dim=-1, keepdim=True) / total.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-def _trained_index(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of each token among the trained ones of its row, from 0, and their number: [B, T], [B, 1]."""
+def _trained_index(mask: Shaped[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B 1"]]:
+    """Place of each token among the trained ones of its row, from 0, and their number."""
     trained = mask.bool().long()
     return trained.cumsum(dim=-1) - trained, trained.sum(dim=-1, keepdim=True)
 
 
 @register_credit("uniform")
 @known_beforehand
-def uniform(inputs: CreditInputs) -> Tensor:
-    """1 on every token: [B, T]. With ``opd.credit.weight`` the control of a constant weight."""
+def uniform(inputs: CreditInputs) -> Float[Tensor, "B T"]:
+    """1 on every token. With ``opd.credit.weight`` the control of a constant weight."""
     return torch.ones_like(inputs.mask, dtype=torch.float32)
 
 
 @register_credit("spans")
 @known_beforehand
-def spans(inputs: CreditInputs) -> Tensor:
-    """1 on annotated tokens, 0 elsewhere: [B, T] (TRACE, arXiv 2605.10194, eq. 1)."""
+def spans(inputs: CreditInputs) -> Float[Tensor, "B T"]:
+    """1 on annotated tokens, 0 elsewhere (TRACE, arXiv 2605.10194, eq. 1)."""
     (label,) = inputs.need("spans", "span_label")
     return (label != 0).float()
 
@@ -154,15 +161,15 @@ def spans(inputs: CreditInputs) -> Tensor:
 @register_credit("position")
 def position(
     inputs: CreditInputs, gamma: float = 0.5, signed: bool = False, exclude_last: bool = False, deadzone: float = 0.0
-) -> Tensor:
-    """:func:`position_weights` of the run's log-probs: [B, T]."""
+) -> Float[Tensor, "B T"]:
+    """:func:`position_weights` of the run's log-probs."""
     student, teacher = inputs.need("position", "student_log_prob", "teacher_log_prob")
     return position_weights(student, teacher, inputs.mask, gamma, signed, exclude_last, deadzone)
 
 
 @register_credit("position_linear")
-def position_linear(inputs: CreditInputs, gamma: float = 0.5) -> Tensor:
-    """IW-OPD's ablation that falls with the place alone: ``1 + gamma * (1 - i / n)``, i = 0 ... n - 1: [B, T]."""
+def position_linear(inputs: CreditInputs, gamma: float = 0.5) -> Float[Tensor, "B T"]:
+    """IW-OPD's ablation that falls with the place alone: ``1 + gamma * (1 - i / n)``, i = 0 ... n - 1."""
     index, count = _trained_index(inputs.mask)
     dtype = inputs.mask.dtype if inputs.mask.is_floating_point() else torch.float32
     return 1.0 + gamma * (1.0 - index.to(dtype) / count.clamp(min=1)) * inputs.mask.bool()
@@ -170,9 +177,13 @@ def position_linear(inputs: CreditInputs, gamma: float = 0.5) -> Tensor:
 
 @register_credit("position_part")
 def position_part(
-    inputs: CreditInputs, share: float = 0.3, side: str = "prefix", inside: float = 1.0, outside: float = 0.0
-) -> Tensor:
-    """IW-OPD's ablations: ``inside`` on the first (``suffix``: last) ``ceil(share * n)`` tokens: [B, T].
+    inputs: CreditInputs,
+    share: float = 0.3,
+    side: Literal["prefix", "suffix"] = "prefix",
+    inside: float = 1.0,
+    outside: float = 0.0,
+) -> Float[Tensor, "B T"]:
+    """IW-OPD's ablations: ``inside`` on the first (``suffix``: last) ``ceil(share * n)`` tokens.
 
     A hard prefix is (1, 0), the fixed amplification (1.5, 1).
 
@@ -188,8 +199,8 @@ def position_part(
 
 
 @register_credit("entropy")
-def entropy(inputs: CreditInputs, share: float = 0.2) -> Tensor:
-    """The forks: 1 on the share of a response's tokens at which the student is least sure, 0 elsewhere: [B, T].
+def entropy(inputs: CreditInputs, share: float = 0.2) -> Float[Tensor, "B T"]:
+    """The forks: 1 on the share of a response's tokens at which the student is least sure, 0 elsewhere.
 
     High-entropy minority tokens (arXiv 2506.01939) rank over a batch; here each response is ranked by itself, and kept
     tokens are scaled to mean 1, as in TIP (arXiv 2604.14084), so that the share does not change the size of a step.
@@ -199,8 +210,8 @@ def entropy(inputs: CreditInputs, share: float = 0.2) -> Tensor:
 
 
 @register_credit("tip")
-def tip(inputs: CreditInputs, share: float = 0.5) -> Tensor:
-    """TIP's Soft-OR of the student's entropy and the divergence (arXiv 2604.14084): ``h + d - h d``: [B, T].
+def tip(inputs: CreditInputs, share: float = 0.5) -> Float[Tensor, "B T"]:
+    """TIP's Soft-OR of the student's entropy and the divergence (arXiv 2604.14084): ``h + d - h d``.
 
     Both are scaled to [0, 1] over the response (the paper: over the batch, which would let micro-batches decide), h is
     clipped at its 98th percentile; the highest ``floor(share * n)`` tokens count, with mean 1.
@@ -211,8 +222,8 @@ def tip(inputs: CreditInputs, share: float = 0.5) -> Tensor:
 
 
 @register_credit("srpo")
-def srpo(inputs: CreditInputs, beta: float = 1.0) -> Tensor:
-    """SRPO's ``exp(-beta H(teacher))``, with mean 1 over the response (the paper: over the batch): [B, T].
+def srpo(inputs: CreditInputs, beta: float = 1.0) -> Float[Tensor, "B T"]:
+    """SRPO's ``exp(-beta H(teacher))``, with mean 1 over the response (the paper: over the batch).
 
     Source: arXiv 2604.02288. Tokens at which the teacher itself is unsure teach less.
     """
@@ -220,7 +231,9 @@ def srpo(inputs: CreditInputs, beta: float = 1.0) -> Tensor:
     return _mean_one(torch.exp(-beta * uncertain), inputs.mask)
 
 
-def _unit(values: Tensor, mask: Tensor, quantile: float | None = None) -> Tensor:
+def _unit(
+    values: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"], quantile: float | None = None
+) -> Float[Tensor, "B T"]:
     """Min-max scaled over the trained tokens of each row; a constant row becomes 0."""
     trained = mask.bool()
     if quantile is not None:

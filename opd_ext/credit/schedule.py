@@ -13,6 +13,9 @@ def trace_schedule(step: int, w0: float, t_start: int, t_decay: int) -> tuple[fl
 
     Raises:
         ValueError: for a negative argument or ``t_decay`` below 1.
+
+    >>> [trace_schedule(step, w0=0.5, t_start=10, t_decay=30) for step in (0, 10, 25, 40)]
+    [(0.5, 0.0), (0.5, 0.0), (0.25, 0.5), (0.0, 1.0)]
     """
     if step < 0 or w0 < 0 or t_start < 0 or t_decay < 1:
         raise ValueError(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-token divergences between student and teacher next-token distributions, as functions of their logits.
 
-Notation: ``q`` is the student's distribution and ``p`` the teacher's, both softmax over the last dimension.
-Each divergence is defined once, by its terms over the vocabulary (``_*_terms``); the full-vocabulary, top-K
-and clipped forms, and the chunked head, all sum those terms. Gradients come from autograd, so a divergence
-registered by a user needs no hand-written backward. Teacher logits are constants: they never receive a
-gradient.
+Notation: ``q`` is the student's distribution and ``p`` the teacher's, both softmax over the last dimension, ``V``;
+``*tokens`` are any number of axes in front of it, the same on both sides. Each divergence is defined once, by its
+terms over the vocabulary (``_*_terms``); the full-vocabulary, top-K and clipped forms, and the chunked head, all sum
+those terms. Gradients come from autograd, so a divergence registered by a user needs no hand-written backward. Teacher
+logits are constants: they never receive a gradient.
 
 Half-precision logits are upcast to float32 before the softmax; float32 and float64 stay what they are. Logits
 must be finite.
@@ -19,13 +19,16 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd_ext.registry import Registry
 
 ClipMode = Literal["vocab_max", "token_scale", "none"]
+SupportSide = Literal["student", "teacher"]
+Tail = Literal["bucket", "renorm", "none"]
 
-_divergences = Registry("divergence")
+_divergences: Registry[Callable[..., Tensor]] = Registry("divergence")
 register_divergence = _divergences.register
 get_divergence = _divergences.get
 divergence_names = _divergences.names
@@ -39,13 +42,13 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-softmax of ``logits / temperature`` in float32 or wider: [..., V] -> [..., V]."""
+def log_probs(logits: Float[Tensor, "*tokens V"], temperature: float = 1.0) -> Float[Tensor, "*tokens V"]:
+    """Log-softmax of ``logits / temperature`` in float32 or wider."""
     return torch.log_softmax(_scaled(logits, temperature), dim=-1)
 
 
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature) in nats: [..., V] -> [...]."""
+def entropy(logits: Float[Tensor, "*tokens V"], temperature: float = 1.0) -> Float[Tensor, "*tokens"]:
+    """Entropy of softmax(logits / temperature) in nats."""
     logq = log_probs(logits, temperature)
     return -(logq.exp() * logq).sum(dim=-1)
 
@@ -91,13 +94,13 @@ def _sum_terms(terms: Tensor, entry_clip: float | None, entry_clip_mode: ClipMod
 
 def _full(
     kind: str,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Float[Tensor, "*tokens V"],
+    teacher_logits: Float[Tensor, "*tokens V"],
     beta: float | None,
     entry_clip: float | None,
     entry_clip_mode: ClipMode,
     temperature: float,
-) -> Tensor:
+) -> Float[Tensor, "*tokens"]:
     logq = log_probs(student_logits, temperature)
     logp = log_probs(teacher_logits.detach(), temperature)
     return _sum_terms(_terms_of(kind, beta)(logq, logp), entry_clip, entry_clip_mode)
@@ -105,35 +108,41 @@ def _full(
 
 @register_divergence("reverse_kl")
 def reverse_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Float[Tensor, "*tokens V"],
+    teacher_logits: Float[Tensor, "*tokens V"],
     entry_clip: float | None = None,
     entry_clip_mode: ClipMode = "vocab_max",
     *,
     temperature: float = 1.0,
-) -> Tensor:
-    """KL(q || p) = sum_v q (log q - log p) in nats per token: [..., V], [..., V] -> [...].
+) -> Float[Tensor, "*tokens"]:
+    """KL(q || p) = sum_v q (log q - log p) in nats per token.
 
     Mode-seeking; the loss of CRISP (arXiv 2603.05433). ``temperature`` divides both logits and the result is
     not multiplied by its square. Clipping as in :func:`forward_kl`.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> reverse_kl(student, teacher)  # 0.5 ln(0.5 / 0.9) + 0.5 ln(0.5 / 0.1)
+    tensor(0.5108)
+    >>> forward_kl(student, teacher)  # the weights are the teacher's
+    tensor(0.3681)
     """
     return _full("reverse_kl", student_logits, teacher_logits, None, entry_clip, entry_clip_mode, temperature)
 
 
 @register_divergence("forward_kl")
 def forward_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Float[Tensor, "*tokens V"],
+    teacher_logits: Float[Tensor, "*tokens V"],
     entry_clip: float | None = None,
     entry_clip_mode: ClipMode = "vocab_max",
     *,
     temperature: float = 1.0,
-) -> Tensor:
-    """KL(p || q) = sum_v p (log p - log q) in nats per token: [..., V], [..., V] -> [...].
+) -> Float[Tensor, "*tokens"]:
+    """KL(p || q) = sum_v p (log p - log q) in nats per token.
 
     Args:
-        student_logits: [..., V], any floating dtype.
-        teacher_logits: [..., V], constants.
+        student_logits, teacher_logits: of any floating dtype; the teacher's are constants.
         entry_clip: bound ``c > 0`` in nats, or None for no clipping.
         entry_clip_mode: what the bound applies to.
             ``vocab_max``: each signed vocabulary term becomes ``min(term, c)`` before the sum (OPSD, arXiv
@@ -146,37 +155,57 @@ def forward_kl(
 
     Raises:
         ValueError: for a bound that is not positive or an unknown mode.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([0.01, 0.99]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> forward_kl(student, teacher)
+    tensor(3.8206)
+    >>> forward_kl(student, teacher, entry_clip=0.05)  # the large term is capped, the negative one is not
+    tensor(-0.1793)
+    >>> forward_kl(student, teacher, entry_clip=0.05, entry_clip_mode="token_scale")
+    tensor(0.0500)
     """
     return _full("forward_kl", student_logits, teacher_logits, None, entry_clip, entry_clip_mode, temperature)
 
 
 @register_divergence("jsd")
 def jsd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Float[Tensor, "*tokens V"],
+    teacher_logits: Float[Tensor, "*tokens V"],
     beta: float,
     entry_clip: float | None = None,
     entry_clip_mode: ClipMode = "vocab_max",
     *,
     temperature: float = 1.0,
-) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q: [..., V], [..., V] -> [...].
+) -> Float[Tensor, "*tokens"]:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
     ``beta`` is the teacher's share of the mixture, as in CRISP and as ``alpha`` in SDPO (arXiv 2601.20802).
     Published code disagrees on what 0 and 1 mean (zero loss, or one of the KLs), so both ends raise
     ``ValueError``.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> jsd(student, teacher, beta=0.5) == jsd(teacher, student, beta=0.5)  # only then is it symmetric
+    tensor(True)
+    >>> jsd(torch.tensor([100.0, 0.0]), torch.tensor([0.0, 100.0]), beta=0.5)  # at most ln 2
+    tensor(0.6931)
     """
     return _full("jsd", student_logits, teacher_logits, beta, entry_clip, entry_clip_mode, temperature)
 
 
-def _log_tail(logits: Tensor, logz: Tensor, support: Tensor) -> Tensor:
-    """Log mass outside ``support`` [..., K], summed over the complement: 1 - sum cancels in float32."""
+def _log_tail(
+    logits: Float[Tensor, "*tokens V"], logz: Float[Tensor, "*tokens 1"], support: Int[Tensor, "*tokens K"]
+) -> Float[Tensor, "*tokens 1"]:
+    """Log mass outside ``support``, summed over the complement: 1 - sum cancels in float32."""
     outside = logits.scatter(-1, support, torch.finfo(logits.dtype).min)
     return (torch.logsumexp(outside, dim=-1, keepdim=True) - logz).clamp(min=_LOG_TAIL_FLOOR)
 
 
-def _restrict(logits: Tensor, support: Tensor, tail: str) -> Tensor:
-    """Log-probs on ``support``, closed as ``tail`` says: [..., V] -> [..., K] or [..., K + 1]."""
+def _restrict(
+    logits: Float[Tensor, "*tokens V"], support: Int[Tensor, "*tokens K"], tail: Tail
+) -> Float[Tensor, "*tokens R"]:
+    """Log-probs on ``support``, closed as ``tail`` says; R is K, or K + 1 with a bucket."""
     logz = torch.logsumexp(logits, dim=-1, keepdim=True)
     head = logits.gather(-1, support) - logz
     if tail == "renorm":
@@ -187,9 +216,14 @@ def _restrict(logits: Tensor, support: Tensor, tail: str) -> Tensor:
 
 
 def _restricted(
-    student_logits: Tensor, teacher_logits: Tensor, k: int, support: str, tail: str, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of both sides on the K likeliest tokens of one: [..., V] -> [..., K] or [..., K + 1] each."""
+    student_logits: Float[Tensor, "*tokens V"],
+    teacher_logits: Float[Tensor, "*tokens V"],
+    k: int,
+    support: SupportSide,
+    tail: Tail,
+    temperature: float,
+) -> tuple[Float[Tensor, "*tokens R"], Float[Tensor, "*tokens R"]]:
+    """Log-probs of both sides on the K likeliest tokens of one; R is K, or K + 1 with a bucket."""
     vocabulary = student_logits.shape[-1]
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k={k} must lie between 1 and the vocabulary size {vocabulary}.")
@@ -204,19 +238,19 @@ def _restricted(
 
 
 def topk_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Float[Tensor, "*tokens V"],
+    teacher_logits: Float[Tensor, "*tokens V"],
     k: int,
     kind: str,
-    support: Literal["student", "teacher"] = "teacher",
-    tail: Literal["bucket", "renorm", "none"] = "bucket",
+    support: SupportSide = "teacher",
+    tail: Tail = "bucket",
     beta: float | None = None,
     entry_clip: float | None = None,
     entry_clip_mode: ClipMode = "vocab_max",
     *,
     temperature: float = 1.0,
-) -> Tensor:
-    """A divergence on the K likeliest tokens of one side: [..., V], [..., V] -> [...].
+) -> Float[Tensor, "*tokens"]:
+    """A divergence on the K likeliest tokens of one side.
 
     Args:
         k: size of the support, 1 <= k <= V. The choice of the support is not differentiated.
@@ -231,6 +265,16 @@ def topk_divergence(
 
     Raises:
         ValueError: for k outside 1..V or an unknown choice.
+
+    >>> import torch
+    >>> student = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    >>> teacher = torch.tensor([0.7, 0.1, 0.1, 0.1]).log()
+    >>> forward_kl(student, teacher)
+    tensor(0.2126)
+    >>> def at(tail):
+    ...     return [round(topk_divergence(student, teacher, k, "forward_kl", tail=tail).item(), 3) for k in (1, 3, 4)]
+    >>> at("bucket"), at("renorm"), at("none")  # a lower bound; another quantity; not even a divergence
+    ([0.184, 0.213, 0.213], [0.0, 0.107, 0.213], [0.392, 0.322, 0.213])
     """
     terms = _terms_of(kind, beta)
     logq, logp = _restricted(student_logits, teacher_logits, k, support, tail, temperature)
@@ -238,18 +282,18 @@ def topk_divergence(
 
 
 def clipped_fraction(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Float[Tensor, "*tokens V"],
+    teacher_logits: Float[Tensor, "*tokens V"],
     kind: str,
     entry_clip: float,
     beta: float | None = None,
     *,
     temperature: float = 1.0,
     k: int | None = None,
-    support: Literal["student", "teacher"] = "teacher",
-    tail: Literal["bucket", "renorm", "none"] = "bucket",
-) -> Tensor:
-    """Share of vocabulary terms above ``entry_clip``, to log beside ``vocab_max``: [..., V] -> [...].
+    support: SupportSide = "teacher",
+    tail: Tail = "bucket",
+) -> Float[Tensor, "*tokens"]:
+    """Share of vocabulary terms above ``entry_clip``, to log beside ``vocab_max``.
 
     With ``k``, the share among the terms of :func:`topk_divergence` with these arguments.
     """

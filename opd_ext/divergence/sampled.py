@@ -7,6 +7,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opd_ext.ratios import LOG_RATIO_BOUND
@@ -15,16 +16,19 @@ from opd_ext.ratios import LOG_RATIO_BOUND
 class SurrogateTerms(NamedTuple):
     """Per-token loss to minimise (differentiable), and, detached, the ratio and where either clip took its gradient."""
 
-    loss: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    dual_clipped: Tensor
+    loss: Float[Tensor, "*tokens"]
+    ratio: Float[Tensor, "*tokens"]
+    clipped: Bool[Tensor, "*tokens"]
+    dual_clipped: Bool[Tensor, "*tokens"]
 
 
 def sampled_advantage(
-    student_logp: Tensor, teacher_logp: Tensor, reference_logp: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
-    """``A_t = log p_T(y_t) - log p_S(y_t)`` of the sampled tokens, detached: [...], [...] -> [...].
+    student_logp: Float[Tensor, "*tokens"],
+    teacher_logp: Float[Tensor, "*tokens"],
+    reference_logp: Float[Tensor, "*tokens"] | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "*tokens"]:
+    """``A_t = log p_T(y_t) - log p_S(y_t)`` of the sampled tokens, detached.
 
     The score-function gradient with this advantage is that of the reverse KL at every visited state (IW-OPD, arXiv
     2606.22600, section 2). With a reference, G-OPD's ``scale (log p_T - log p_R) - (log p_S - log p_R)`` (arXiv
@@ -43,20 +47,20 @@ def sampled_advantage(
 
 
 def clipped_surrogate(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
+    log_prob: Float[Tensor, "*tokens"],
+    old_log_prob: Float[Tensor, "*tokens"],
+    advantage: Float[Tensor, "*tokens"],
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
 ) -> SurrogateTerms:
-    """PPO's clipped objective with the dual clip (arXiv 1707.06347, 1912.09729), negated, per token: [...].
+    """PPO's clipped objective with the dual clip (arXiv 1707.06347, 1912.09729), negated, per token.
 
     ``max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))``, and for negative advantages at most ``-A dual_clip``.
 
     Args:
         log_prob: of the current policy; the only argument that receives a gradient.
-        old_log_prob, advantage: constants, of the same shape.
+        old_log_prob, advantage: constants.
 
     Raises:
         ValueError: for a dual clip that is not above 1.
@@ -72,9 +76,11 @@ def clipped_surrogate(
 
 
 def sampled_kl(
-    student_log_prob: Tensor, teacher_log_prob: Tensor, estimator: Literal["k1", "k2", "k3"] = "k1"
-) -> Tensor:
-    """Single-sample estimates of KL(q || p) from the log-probs of the sampled token: [...], [...] -> [...].
+    student_log_prob: Float[Tensor, "*tokens"],
+    teacher_log_prob: Float[Tensor, "*tokens"],
+    estimator: Literal["k1", "k2", "k3"] = "k1",
+) -> Float[Tensor, "*tokens"]:
+    """Single-sample estimates of KL(q || p) from the log-probs of the sampled token.
 
     With ``d = log q - log p``: ``k1 = d`` (unbiased, signed), ``k2 = d^2 / 2`` (small bias, its gradient is
     the policy gradient's), ``k3 = exp(-d) - 1 + d`` (unbiased, non-negative). The teacher is a constant.

@@ -9,11 +9,12 @@ with these rows, both sides come out in the same order.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 
-def response_rows(prompt_len: int, response_len: int) -> Tensor:
-    """Rows [response_len] (int64) of one unpadded or right-padded sequence that predict its response tokens.
+def response_rows(prompt_len: int, response_len: int) -> Int64[Tensor, " {response_len}"]:
+    """Rows of one unpadded or right-padded sequence that predict its response tokens.
 
     Raises:
         ValueError: for an empty prompt, which leaves nothing to predict the first token from.
@@ -26,16 +27,18 @@ def response_rows(prompt_len: int, response_len: int) -> Tensor:
     return torch.arange(prompt_len - 1, prompt_len + response_len - 1)
 
 
-def packed_response_rows(cu_seqlens: Tensor, prompt_lens: Tensor, response_lens: Tensor) -> Tensor:
+def packed_response_rows(
+    cu_seqlens: Int[Tensor, " _bounds"], prompt_lens: Int[Tensor, " _B"], response_lens: Int[Tensor, " _B"]
+) -> Int64[Tensor, " R"]:
     """The same rows for sequences laid end to end without padding, sample by sample.
 
     Args:
-        cu_seqlens: start of each sequence and the total length [B + 1], integers.
-        prompt_lens, response_lens: token counts [B], integers. Call it once with the student's and once with
+        cu_seqlens: start of each sequence and the total length [B + 1].
+        prompt_lens, response_lens: token counts. Call it once with the student's and once with
             the teacher's ``cu_seqlens`` and ``prompt_lens``, and with the *same* ``response_lens``.
 
     Returns:
-        Row indices [sum(response_lens)], int64, on the device of ``cu_seqlens``.
+        Row indices, R = sum(response_lens), on the device of ``cu_seqlens``.
 
     Raises:
         ValueError: naming the first sample whose packed length is not prompt + response, as after one-sided

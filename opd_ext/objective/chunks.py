@@ -12,12 +12,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd_ext.divergence.divergences import clipped_fraction, entropy, log_probs
+from opd_ext.errors import present
+
+Output = Literal["divergence", "student_log_prob", "student_entropy", "teacher_log_prob", "teacher_entropy", "clipped"]
 
 # Bytes of one float32 logits buffer. Chunks: few enough on CPU that the buffers stay a few per cent of a
 # dense loss; bounded by chunk_size alone on accelerators, where small products waste the device. Blocks: a
@@ -29,56 +33,110 @@ _BLOCK_BYTES_ACCELERATOR = 64 << 20
 _WEIGHT_SLICE = 16384
 
 
-class Inputs(NamedTuple):
-    """hidden [N, H], weight [V, H], teacher_hidden [N, Ht], teacher_weight [V, Ht], labels [N]."""
+class Side(NamedTuple):
+    """What student or teacher bring along: last hidden states and the vocabulary projection that belongs to them."""
 
-    hidden: Tensor
-    weight: Tensor
-    teacher_hidden: Tensor | None
-    teacher_weight: Tensor | None
-    labels: Tensor | None
+    hidden: Float[Tensor, "N H"]
+    weight: Float[Tensor, "V H"]
+
+    @classmethod
+    def given(cls, hidden: Tensor | None, weight: Tensor | None) -> Side | None:
+        """The teacher's, which may be absent; ``ValueError`` for half of it."""
+        if hidden is None and weight is None:
+            return None
+        both = "Pass both teacher_hidden and teacher_weight, or neither."
+        return cls(present(hidden, both), present(weight, both))
+
+
+class Inputs(NamedTuple):
+    """Rows to compare, and the ids whose log-probs are wanted."""
+
+    student: Side
+    teacher: Side | None
+    labels: Int[Tensor, " N"] | None
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        labels: Tensor | None,
+    ) -> Inputs:
+        """From the flat list that autograd passes on."""
+        return cls(Side(hidden, weight), Side.given(teacher_hidden, teacher_weight), labels)
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """For autograd, which sees no tensor inside a tuple."""
+        return *self.student, *(self.teacher or (None, None)), self.labels
 
 
 class Result(NamedTuple):
     """One [N] tensor per output, and the gradients that were asked for."""
 
-    values: dict[str, Tensor]
-    d_hidden: Tensor | None
-    d_weight: Tensor | None
+    values: dict[Output, Tensor]
+    d_hidden: Float[Tensor, "N H"] | None
+    d_weight: Float[Tensor, "V H"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A registered divergence with its options; frozen and hashable, as a part of :class:`Terms`."""
+
+    kind: str
+    divergence: Callable[..., Tensor]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def caps_entries(self) -> bool:
+        """Whether a bound takes vocabulary terms their gradient."""
+        options = dict(self.options)
+        return options.get("entry_clip") is not None and options.get("entry_clip_mode", "vocab_max") == "vocab_max"
+
+    def __call__(self, z: Float[Tensor, "C V"], w: Float[Tensor, "C V"]) -> Float[Tensor, " C"]:
+        return self.divergence(z, w, **dict(self.options))
+
+    def clipped(self, z: Float[Tensor, "C V"], w: Float[Tensor, "C V"]) -> Float[Tensor, " C"]:
+        """Share of vocabulary terms that ``entry_clip`` caps."""
+        options = {name: value for name, value in self.options if name != "entry_clip_mode"}
+        return clipped_fraction(z, w, self.kind.removeprefix("topk_"), **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
     """What to compute from the logits of a block; frozen, so that its compiled form can be cached."""
 
-    outputs: tuple[str, ...]
-    divergence: Callable[..., Tensor] | None
-    kind: str | None
-    kind_args: tuple[tuple[str, Any], ...]
+    outputs: tuple[Output, ...]
+    comparison: Comparison | None
     temperature: float
 
     def needs_teacher(self) -> bool:
         return any(not name.startswith("student") for name in self.outputs)
 
-    def restricted_to(self, names: tuple[str, ...]) -> Terms:
+    def restricted_to(self, names: tuple[Output, ...]) -> Terms:
         return dataclasses.replace(self, outputs=names)
 
     def __call__(
-        self, z: Tensor, w: Tensor | None, labels: Tensor | None, differentiable: tuple[str, ...]
-    ) -> tuple[Tensor, ...]:
-        """Logits [C, V] of both sides and labels [C] -> one [C] tensor per output."""
+        self,
+        z: Float[Tensor, "C V"],
+        w: Float[Tensor, "C V"] | None,
+        labels: Int[Tensor, " C"] | None,
+        differentiable: tuple[Output, ...],
+    ) -> tuple[Float[Tensor, " C"], ...]:
+        """Logits of both sides and labels -> one tensor per output."""
         return tuple(self._term(name, z if name in differentiable else z.detach(), w, labels) for name in self.outputs)
 
-    def _term(self, name: str, z: Tensor, w: Tensor | None, labels: Tensor | None) -> Tensor:
-        if name == "divergence":
-            return self.divergence(z, w, **dict(self.kind_args))
-        if name == "clipped":
-            options = {name: value for name, value in self.kind_args if name != "entry_clip_mode"}
-            return clipped_fraction(z, w, self.kind.removeprefix("topk_"), **options)
-        logits = z if name.startswith("student") else w
+    def _term(self, name: Output, z: Tensor, w: Tensor | None, labels: Tensor | None) -> Tensor:
+        if name == "divergence" or name == "clipped":
+            comparison = present(self.comparison, f"The output {name} needs a divergence.")
+            teacher = present(w, f"The output {name} needs a teacher.")
+            return comparison(z, teacher) if name == "divergence" else comparison.clipped(z, teacher)
+        logits = z if name.startswith("student") else present(w, f"The output {name} needs a teacher.")
         if name.endswith("entropy"):
             return entropy(logits, self.temperature)
-        return log_probs(logits, self.temperature).gather(-1, labels[:, None])[:, 0]
+        chosen = present(labels, f"The output {name} needs labels.")
+        return log_probs(logits, self.temperature).gather(-1, chosen[:, None])[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,30 +152,30 @@ class Plan:
 class _Projection:
     """Logits of one side, chunk by chunk, in one buffer: on CPU fresh pages cost more than the softmax."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, rows: int):
-        self.hidden = hidden
-        self.weight = weight.to(dtype)
-        self.buffer = self.weight.new_empty(min(rows, hidden.shape[0]), weight.shape[0])
+    def __init__(self, side: Side, dtype: torch.dtype, rows: int) -> None:
+        self.hidden = side.hidden
+        self.weight = side.weight.to(dtype)
+        self.buffer = self.weight.new_empty(min(rows, len(self.hidden)), len(self.weight))
 
-    def rows(self, chunk: slice) -> Tensor:
+    def rows(self, chunk: slice) -> Float[Tensor, "C H"]:
         return self.hidden[chunk].to(self.weight.dtype)
 
-    def logits(self, chunk: slice) -> Tensor:
+    def logits(self, chunk: slice) -> Float[Tensor, "C V"]:
         return torch.mm(self.rows(chunk), self.weight.T, out=self.buffer[: chunk.stop - chunk.start])
 
 
-def run_chunks(plan: Plan, terms: Terms, inputs: Inputs, upstream: dict[str, Tensor]) -> Result:
+def run_chunks(plan: Plan, terms: Terms, inputs: Inputs, upstream: dict[Output, Float[Tensor, " N"]]) -> Result:
     """Values of ``terms`` for all rows and, where ``upstream`` [N] is given, d_hidden and d_weight."""
-    hidden, weight = inputs.hidden, inputs.weight
+    hidden, weight = inputs.student
     n, vocabulary, device = hidden.shape[0], weight.shape[0], hidden.device
     wide = torch.float64 if plan.matmul_dtype == torch.float64 else torch.float32
     values = {name: torch.empty(n, dtype=wide, device=device) for name in terms.outputs}
     d_hidden = torch.zeros_like(hidden) if upstream and plan.grad_hidden else None
     d_weight = torch.zeros_like(weight, dtype=wide) if upstream and plan.grad_weight else None
     chunk_rows, block_rows = _rows(plan.chunk_size, vocabulary, device.type)
-    student, teacher = _Projection(hidden, weight, plan.matmul_dtype, chunk_rows), None
-    if terms.needs_teacher():
-        teacher = _Projection(inputs.teacher_hidden, inputs.teacher_weight, plan.matmul_dtype, chunk_rows)
+    student = _Projection(inputs.student, plan.matmul_dtype, chunk_rows)
+    read = inputs.teacher if terms.needs_teacher() else None
+    teacher = _Projection(read, plan.matmul_dtype, chunk_rows) if read else None
     active = _active_blocks(upstream, block_rows, n)
     compute = _compiled(terms) if device.type == "cuda" else terms
 
@@ -136,7 +194,7 @@ def run_chunks(plan: Plan, terms: Terms, inputs: Inputs, upstream: dict[str, Ten
                 for name, value in zip(terms.outputs, block_values, strict=True):
                     values[name][block] = value
                 if upstream:
-                    z[local] = d_logits if block_active else 0
+                    z[local] = 0 if d_logits is None else d_logits
                     chunk_active |= block_active
             if chunk_active and d_hidden is not None:
                 d_hidden[chunk] = z @ student.weight
@@ -147,13 +205,13 @@ def run_chunks(plan: Plan, terms: Terms, inputs: Inputs, upstream: dict[str, Ten
 
 def _block(
     compute: Callable[..., tuple[Tensor, ...]],
-    outputs: tuple[str, ...],
-    z: Tensor,
-    w: Tensor | None,
-    labels: Tensor | None,
-    upstream: dict[str, Tensor],
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Values of one block [C] and, for a non-empty ``upstream``, the gradient for its logits [C, V]."""
+    outputs: tuple[Output, ...],
+    z: Float[Tensor, "C V"],
+    w: Float[Tensor, "C V"] | None,
+    labels: Int[Tensor, " C"] | None,
+    upstream: dict[Output, Float[Tensor, " C"]],
+) -> tuple[tuple[Float[Tensor, " C"], ...], Float[Tensor, "C V"] | None]:
+    """Values of one block and, for a non-empty ``upstream``, the gradient for its logits."""
     if not upstream:
         with torch.no_grad():
             return compute(z, w, labels, ()), None
@@ -178,8 +236,8 @@ def _compiled(terms: Terms) -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(compute, dynamic=True)
 
 
-def _accumulate(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """d_weight [V, H] += d_logits^T [V, C] hidden [C, H]; half-precision products are summed in float32."""
+def _accumulate(d_weight: Float[Tensor, "V H"], d_logits: Float[Tensor, "C V"], hidden: Float[Tensor, "C H"]) -> None:
+    """d_weight += d_logits^T hidden; half-precision products are summed in float32."""
     if d_weight.dtype == d_logits.dtype:
         d_weight.addmm_(d_logits.T, hidden)
         return
@@ -195,7 +253,7 @@ def _rows(chunk_size: int, vocabulary: int, device_type: str) -> tuple[int, int]
     return chunk - chunk % block, block
 
 
-def _active_blocks(upstream: dict[str, Tensor], block_rows: int, n: int) -> list[bool]:
+def _active_blocks(upstream: dict[Output, Float[Tensor, " N"]], block_rows: int, n: int) -> list[bool]:
     """Which blocks have a row with a non-zero upstream gradient; one transfer to the host per call."""
     if not upstream or n == 0:
         return []

@@ -7,25 +7,30 @@ vocabulary); here only a chunk of logits exists at a time. Two modes share the p
 each token is known beforehand; ``recompute`` returns differentiable per-token terms for a loss that is
 computed later, and repeats the chunk in the backward pass. Any registered divergence works in both: its
 derivative is taken by autograd, one block of rows at a time.
+
+An axis whose name begins with an underscore is compared by the code, which says what does not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_ext.divergence.divergences import get_divergence
-from opd_ext.objective.chunks import Inputs, Plan, Terms, run_chunks
+from opd_ext.objective.chunks import Comparison, Inputs, Output, Plan, Side, Terms, run_chunks
+
+Mode = Literal["forward", "recompute"]
 
 _DIFFERENTIABLE = ("divergence", "student_log_prob", "student_entropy")
 
 
 class HeadOutput(NamedTuple):
-    """Per-token terms [N], float32 (float64 for float64 inputs); ``None`` where the inputs do not define one.
+    """Per-token terms, float32 (float64 for float64 inputs); ``None`` where the inputs do not define one.
 
     ``loss`` is ``sum(token_weight * divergence)``, a differentiable scalar. In mode ``forward`` the other
     fields are detached; in mode ``recompute`` ``divergence``, ``student_log_prob`` and ``student_entropy``
@@ -33,25 +38,31 @@ class HeadOutput(NamedTuple):
     vocabulary terms that an ``entry_clip`` in mode ``vocab_max`` capped.
     """
 
-    loss: Tensor | None
-    divergence: Tensor | None
-    student_log_prob: Tensor | None
-    student_entropy: Tensor | None
-    teacher_log_prob: Tensor | None
-    teacher_entropy: Tensor | None
-    clipped: Tensor | None
+    loss: Float[Tensor, ""] | None
+    divergence: Float[Tensor, " N"] | None
+    student_log_prob: Float[Tensor, " N"] | None
+    student_entropy: Float[Tensor, " N"] | None
+    teacher_log_prob: Float[Tensor, " N"] | None
+    teacher_entropy: Float[Tensor, " N"] | None
+    clipped: Float[Tensor, " N"] | None
+
+    def need(self, *names: str) -> tuple[Tensor, ...]:
+        """The named terms; ``ValueError`` if the head was not asked for one of them."""
+        if missing := [name for name in names if getattr(self, name) is None]:
+            raise ValueError(f"This pass of the head has no {missing[0]}, which the loss is made of.")
+        return tuple(getattr(self, name) for name in names)
 
 
 def chunked_divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    token_weight: Tensor,
+    hidden: Float[Tensor, "N _H"],
+    weight: Float[Tensor, "_V _H"],
+    teacher_hidden: Float[Tensor, "_N _Ht"],
+    teacher_weight: Float[Tensor, "_V _Ht"],
+    token_weight: Float[Tensor, " _N"],
     kind: str = "reverse_kl",
     chunk_size: int = 1024,
     **kind_args: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
     """``sum_n token_weight[n] * D(softmax(W h_n), softmax(W_T h_T,n))``, its gradient formed on the way.
 
     Args:
@@ -67,6 +78,19 @@ def chunked_divergence(
 
     Raises:
         ValueError: for shapes that do not fit together or an unknown ``kind``.
+
+    >>> import torch
+    >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    >>> teacher_hidden, teacher_weight = torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0], [0.0], [0.0]])
+    >>> loss, per_token = chunked_divergence(hidden, weight, teacher_hidden, teacher_weight, torch.tensor([1.0, 0.0]))
+    >>> per_token
+    tensor([0.1120, 0.1233])
+    >>> loss  # the second token has no weight
+    tensor(0.1120, grad_fn=<_GradientInForwardBackward>)
+    >>> loss.backward()
+    >>> hidden.grad[1]
+    tensor([0., 0.])
     """
     out = divergence_head(
         hidden,
@@ -79,22 +103,23 @@ def chunked_divergence(
         chunk_size=chunk_size,
         with_entropy=False,
     )
-    return out.loss, out.divergence
+    loss, divergence = out.need("loss", "divergence")
+    return loss, divergence
 
 
 def divergence_head(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    hidden: Float[Tensor, "_N _H"],
+    weight: Float[Tensor, "_V _H"],
+    teacher_hidden: Float[Tensor, "_N _Ht"] | None = None,
+    teacher_weight: Float[Tensor, "_V _Ht"] | None = None,
     *,
-    labels: Tensor | None = None,
-    token_weight: Tensor | None = None,
+    labels: Int[Tensor, " _N"] | None = None,
+    token_weight: Float[Tensor, " _N"] | None = None,
     kind: str | None = "reverse_kl",
     kind_args: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     chunk_size: int = 1024,
-    mode: Literal["forward", "recompute"] = "forward",
+    mode: Mode = "forward",
     with_entropy: bool = True,
     matmul_dtype: torch.dtype | None = None,
 ) -> HeadOutput:
@@ -120,18 +145,14 @@ def divergence_head(
         ValueError: for shapes that do not fit together, an unknown ``kind`` or ``mode``, or a mode that
             cannot be used with what was passed.
     """
-    _check(hidden, weight, teacher_hidden, teacher_weight, labels, token_weight, chunk_size, mode)
+    student, teacher = Side(hidden, weight), Side.given(teacher_hidden, teacher_weight)
+    _check(student, teacher, labels, token_weight, chunk_size, mode)
     if mode == "forward" and kind is None:
         raise ValueError("Mode 'forward' needs a divergence; without one use mode='recompute'.")
-    if teacher_hidden is None:
-        kind = None
-    kind_args = dict(kind_args or {})
-    capped = kind_args.get("entry_clip") is not None and kind_args.get("entry_clip_mode", "vocab_max") == "vocab_max"
+    comparison = None if kind is None or teacher is None else _comparison(kind, kind_args or {})
     terms = Terms(
-        outputs=_outputs(kind, teacher_hidden is not None, labels is not None, with_entropy, capped),
-        divergence=None if kind is None else get_divergence(kind),
-        kind=kind,
-        kind_args=tuple(sorted(kind_args.items())),
+        outputs=_outputs(comparison, teacher is not None, labels is not None, with_entropy),
+        comparison=comparison,
         temperature=float(temperature),
     )
     plan = Plan(
@@ -140,21 +161,26 @@ def divergence_head(
         grad_hidden=torch.is_grad_enabled() and hidden.requires_grad,
         grad_weight=torch.is_grad_enabled() and weight.requires_grad,
     )
-    token_weight, teacher_hidden, teacher_weight = map(_detached, (token_weight, teacher_hidden, teacher_weight))
-    inputs = Inputs(hidden, weight, teacher_hidden, teacher_weight, labels)
+    teacher = None if teacher is None else Side(*(tensor.detach() for tensor in teacher))
+    token_weight = None if token_weight is None else token_weight.detach()
+    inputs = Inputs(student, teacher, labels).flat()
     if mode == "forward":
         loss, *values = _GradientInForward.apply(plan, terms, token_weight, *inputs)
         return HeadOutput(loss, **_by_name(terms.outputs, values))
-    values = _by_name(terms.outputs, _RecomputeInBackward.apply(plan, terms, *inputs))
-    return HeadOutput(_weighted_sum(values["divergence"], token_weight), **values)
+    found = _by_name(terms.outputs, _RecomputeInBackward.apply(plan, terms, *inputs))
+    divergence = found["divergence"]
+    loss = None if divergence is None or token_weight is None else _weighted_sum(divergence, token_weight)
+    return HeadOutput(loss, **found)
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: Plan, terms: Terms, token_weight: Tensor, *inputs: Tensor | None):
+    def forward(
+        ctx: Any, plan: Plan, terms: Terms, token_weight: Float[Tensor, " N"], *inputs: Any
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        upstream = {"divergence": token_weight} if plan.grad_hidden or plan.grad_weight else {}
-        result = run_chunks(plan, terms, Inputs(*inputs), upstream)
+        upstream: dict[Output, Tensor] = {"divergence": token_weight} if plan.grad_hidden or plan.grad_weight else {}
+        result = run_chunks(plan, terms, Inputs.of(*inputs), upstream)
         ctx.save_for_backward(result.d_hidden, result.d_weight)
         values = tuple(result.values[name] for name in terms.outputs)
         ctx.mark_non_differentiable(*values)
@@ -162,7 +188,7 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor | None, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         d_hidden = d_weight = None
         if grad_loss is not None:
             d_hidden, d_weight = (None if d is None else d * grad_loss.to(d.dtype) for d in ctx.saved_tensors)
@@ -171,54 +197,51 @@ class _GradientInForward(torch.autograd.Function):
 
 class _RecomputeInBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: Plan, terms: Terms, *inputs: Tensor | None):
+    def forward(ctx: Any, plan: Plan, terms: Terms, *inputs: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.terms = plan, terms
         ctx.save_for_backward(*inputs)
-        values = run_chunks(plan, terms, Inputs(*inputs), {}).values
+        values = run_chunks(plan, terms, Inputs.of(*inputs), {}).values
         ctx.mark_non_differentiable(*(value for name, value in values.items() if name not in _DIFFERENTIABLE))
         return tuple(values[name] for name in terms.outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor | None):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = {name: g for name, g in zip(ctx.terms.outputs, grads, strict=True) if g is not None}
         terms = ctx.terms.restricted_to(tuple(upstream))
-        result = run_chunks(ctx.plan, terms, Inputs(*ctx.saved_tensors), upstream)
+        result = run_chunks(ctx.plan, terms, Inputs.of(*ctx.saved_tensors), upstream)
         return None, None, result.d_hidden, result.d_weight, None, None, None
 
 
-def _weighted_sum(divergence: Tensor | None, token_weight: Tensor | None) -> Tensor | None:
-    if divergence is None or token_weight is None:
-        return None
+def _weighted_sum(divergence: Float[Tensor, " N"], token_weight: Float[Tensor, " N"]) -> Float[Tensor, ""]:
     return (token_weight.to(divergence.dtype) * divergence).sum()
 
 
-def _outputs(kind: str | None, teacher: bool, labels: bool, with_entropy: bool, clipped: bool) -> tuple[str, ...]:
-    wanted = {
-        "divergence": kind is not None,
+def _comparison(kind: str, kind_args: Mapping[str, Any]) -> Comparison:
+    return Comparison(kind, get_divergence(kind), tuple(sorted(kind_args.items())))
+
+
+def _outputs(comparison: Comparison | None, teacher: bool, labels: bool, with_entropy: bool) -> tuple[Output, ...]:
+    wanted: dict[Output, bool] = {
+        "divergence": comparison is not None,
         "student_log_prob": labels,
         "student_entropy": with_entropy,
         "teacher_log_prob": teacher and labels,
         "teacher_entropy": teacher and with_entropy,
-        "clipped": kind is not None and clipped,
+        "clipped": comparison is not None and comparison.caps_entries,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
 
-def _by_name(outputs: tuple[str, ...], values: Iterable[Tensor]) -> dict[str, Tensor | None]:
-    return {name: None for name in HeadOutput._fields[1:]} | dict(zip(outputs, values, strict=True))
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _by_name(outputs: tuple[Output, ...], values: Iterable[Tensor]) -> dict[str, Tensor | None]:
+    found = dict(zip(outputs, values, strict=True))
+    return {name: found.get(name) for name in get_args(Output)}
 
 
 def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
+    student: Side,
+    teacher: Side | None,
     labels: Tensor | None,
     token_weight: Tensor | None,
     chunk_size: int,
@@ -228,19 +251,24 @@ def _check(
         raise ValueError(f"chunk_size must be at least 1 but is {chunk_size}.")
     if mode not in ("forward", "recompute"):
         raise ValueError(f"Unknown mode '{mode}'; allowed: forward, recompute.")
-    if (teacher_hidden is None) != (teacher_weight is None):
-        raise ValueError("Pass both teacher_hidden and teacher_weight, or neither.")
-    if mode == "forward" and (teacher_hidden is None or token_weight is None):
+    if mode == "forward" and (teacher is None or token_weight is None):
         raise ValueError("Mode 'forward' needs a teacher and token_weight; policy terms need mode='recompute'.")
-    for name, h, w in (("hidden", hidden, weight), ("teacher_hidden", teacher_hidden, teacher_weight)):
-        if h is not None and (h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]):
-            raise ValueError(f"{name} must be [N, H] and its weight [V, H]; got {tuple(h.shape)} and {tuple(w.shape)}.")
-    if teacher_hidden is not None and teacher_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"Student and teacher heads must share one vocabulary but have {weight.shape[0]} and "
-            f"{teacher_weight.shape[0]} rows; slice padding rows off the larger one."
-        )
-    rows = {"teacher_hidden": teacher_hidden, "labels": labels, "token_weight": token_weight}
+    _check_side("hidden", student)
+    rows = {"labels": labels, "token_weight": token_weight}
+    if teacher is not None:
+        _check_side("teacher_hidden", teacher)
+        if len(teacher.weight) != len(student.weight):
+            raise ValueError(
+                f"Student and teacher heads must share one vocabulary but have {len(student.weight)} and "
+                f"{len(teacher.weight)} rows; slice padding rows off the larger one."
+            )
+        rows["teacher_hidden"] = teacher.hidden
     for name, per_row in rows.items():
-        if per_row is not None and per_row.shape[0] != hidden.shape[0]:
-            raise ValueError(f"{name} has {per_row.shape[0]} rows but hidden has {hidden.shape[0]}; align them first.")
+        if per_row is not None and len(per_row) != len(student.hidden):
+            raise ValueError(f"{name} has {len(per_row)} rows but hidden has {len(student.hidden)}; align them first.")
+
+
+def _check_side(name: str, side: Side) -> None:
+    h, w = side
+    if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]:
+        raise ValueError(f"{name} must be [N, H] and its weight [V, H]; got {tuple(h.shape)} and {tuple(w.shape)}.")

@@ -6,15 +6,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Bool, Float, Float64, Int, Shaped
 from torch import Tensor
 
 
-def position_buckets(response_index: Tensor, response_len: Tensor, edge: int = 100) -> dict[str, Tensor]:
+def position_buckets(
+    response_index: Int[Tensor, "*tokens"], response_len: Int[Tensor, "*#tokens"], edge: int = 100
+) -> dict[str, Bool[Tensor, "*tokens"]]:
     """Disjoint, exhaustive masks ``first`` / ``middle`` / ``last`` over response tokens.
 
     Args:
-        response_index: position of each token in its response, from 0: any shape.
-        response_len: length of that response, broadcastable to ``response_index``.
+        response_index: position of each token in its response, from 0.
+        response_len: length of that response.
         edge: length of the outer buckets; in a response shorter than twice that, ``first`` takes precedence.
     """
     first = response_index < edge
@@ -22,15 +25,21 @@ def position_buckets(response_index: Tensor, response_len: Tensor, edge: int = 1
     return {"first": first, "middle": ~(first | last), "last": last}
 
 
-def token_class_masks(labels: Tensor, token_ids: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """One mask per class of token ids, say ``{"think": [...], "eos": [...]}``; labels of any shape."""
+def token_class_masks(
+    labels: Int[Tensor, "*tokens"], token_ids: Mapping[str, list[int]]
+) -> dict[str, Bool[Tensor, "*tokens"]]:
+    """One mask per class of token ids, say ``{"think": [...], "eos": [...]}``."""
     return {name: torch.isin(labels, labels.new_tensor(ids)) for name, ids in token_ids.items()}
 
 
-def masked_sums(values: Tensor, mask: Tensor, groups: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """``{group: (sum of values, number of tokens)}`` over trained tokens, as detached float64 scalars.
+def masked_sums(
+    values: Float[Tensor, "*tokens"],
+    mask: Shaped[Tensor, "*tokens"],
+    groups: Mapping[str, Bool[Tensor, "*tokens"]],
+) -> dict[str, tuple[Float64[Tensor, ""], Float64[Tensor, ""]]]:
+    """``{group: (sum of values, number of tokens)}`` over trained tokens, detached.
 
-    ``values``, ``mask`` and each group share one shape. Add sums and counts over micro-batches and ranks,
+    Add sums and counts over micro-batches and ranks,
     then divide.
     """
     wide, sums = values.detach().double(), {}

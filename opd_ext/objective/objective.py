@@ -12,98 +12,104 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from opd_ext.credit.credits import CreditInputs, get_credit
 from opd_ext.divergence.config import Branch
 from opd_ext.divergence.sampled import Surrogate, clipped_surrogate, sampled_advantage
-from opd_ext.objective.head import HeadOutput, divergence_head
+from opd_ext.errors import present
+from opd_ext.objective.chunks import Side
+from opd_ext.objective.head import HeadOutput, Mode, divergence_head
 from opd_ext.objective.metrics import _COUNT, _SUM, masked_sums, position_buckets, token_class_masks
 from opd_ext.objective.reduction import Reduction, token_weights
 from opd_ext.policy.shapings import PolicyInputs, Shaping, replaces_divergence
 from opd_ext.ratios import importance_clip
 from opd_ext.spans import SPAN_LABELS
 
+Denominator = Literal["trained", "distilled"]
+DENOMINATORS: tuple[Denominator, ...] = ("trained", "distilled")
+
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
     """What the loss must know of a micro-batch besides its hidden states.
 
-    Per-token tensors are packed over the responses: [N], N = sum(lengths); ``sample_mask`` is [B]. The counts are
-    denominators over the global mini-batch.
+    Per-token tensors are packed over the responses: [N], N = sum(lengths). The counts are denominators over the global
+    mini-batch.
 
     Attributes:
-        labels: sampled token ids [N].
-        mask: trained tokens [N].
-        lengths: response lengths [B].
-        sample_mask: samples that have a teacher [B], bool; None: all.
-        span_label: class of each token [N]: 0 none, 1 key, 2 error; None: no annotation.
-        rollout_log_probs, old_log_probs: log-probs of the labels when they were sampled and before the update [N].
-        teacher_log_prob: the teacher's log-probs of the labels [N], where its hidden states are not at hand.
-        reference_log_prob: the reference's log-probs of the labels [N], for a surrogate that extrapolates.
+        labels: sampled token ids.
+        mask: trained tokens, 0/1 or bool.
+        lengths: response lengths.
+        sample_mask: samples that have a teacher; None: all.
+        span_label: class of each token: 0 none, 1 key, 2 error; None: no annotation.
+        rollout_log_probs, old_log_probs: log-probs of the labels when they were sampled and before the update.
+        teacher_log_prob: the teacher's log-probs of the labels, where its hidden states are not at hand.
+        reference_log_prob: the reference's log-probs of the labels, for a surrogate that extrapolates.
         scale: weight of the distillation term at this step (annealing).
         gate: what the annealing leaves to the policy term on annotated spans.
     """
 
-    labels: Tensor
-    mask: Tensor
-    lengths: Tensor
+    labels: Int[Tensor, " N"]
+    mask: Shaped[Tensor, " N"]
+    lengths: Int[Tensor, " B"]
     num_tokens: int
     num_sequences: int
     num_micro_batches: int
     dp_size: int
-    rollout_log_probs: Tensor | None = None
-    old_log_probs: Tensor | None = None
-    sample_mask: Tensor | None = None
-    span_label: Tensor | None = None
-    teacher_log_prob: Tensor | None = None
-    reference_log_prob: Tensor | None = None
+    rollout_log_probs: Float[Tensor, " N"] | None = None
+    old_log_probs: Float[Tensor, " N"] | None = None
+    sample_mask: Shaped[Tensor, " B"] | None = None
+    span_label: Int[Tensor, " N"] | None = None
+    teacher_log_prob: Float[Tensor, " N"] | None = None
+    reference_log_prob: Float[Tensor, " N"] | None = None
     scale: float = 1.0
     gate: float = 1.0
 
-    def padded(self, values: Tensor | None) -> Tensor | None:
-        """[N] -> [B, T], zeros behind each response."""
-        return None if values is None else pad_sequence(values.split(self.lengths.tolist()), batch_first=True)
+    def padded(self, values: Shaped[Tensor, " N"]) -> Shaped[Tensor, "B T"]:
+        """One row per response, zeros behind it."""
+        return pad_sequence(values.split(self.lengths.tolist()), batch_first=True)
 
-    def packed(self, values: Tensor) -> Tensor:
-        """[B, T] -> [N]."""
+    def packed(self, values: Shaped[Tensor, "B T"]) -> Shaped[Tensor, " N"]:
+        """The responses end to end."""
         return torch.cat([row[:length] for row, length in zip(values, self.lengths.tolist(), strict=True)])
 
-    def distilled(self) -> Tensor:
-        """Trained tokens of samples that have a teacher, [N] bool."""
+    def distilled(self) -> Bool[Tensor, " N"]:
+        """Trained tokens of samples that have a teacher."""
         mask = self.mask.bool()
         return mask if self.sample_mask is None else mask & self.sample_mask.bool().repeat_interleave(self.lengths)
 
 
-Shape = Callable[[Tensor], Tensor]
-"""Advantages [N] -> advantages [N]."""
+Shape = Callable[[Float[Tensor, " N"]], Float[Tensor, " N"]]
+"""Advantages -> advantages."""
 
-PolicyTerm = Callable[[Tensor, Tensor, "Shape | None"], Tensor]
-"""(log_prob [N], entropy [N], shape of the advantages) -> the policy loss of this micro-batch, scaled like ours.
+PolicyTerm = Callable[[Float[Tensor, " N"], Float[Tensor, " N"], "Shape | None"], Float[Tensor, ""]]
+"""(log_prob, entropy, shape of the advantages) -> the policy loss of this micro-batch, scaled like ours.
 
 Without a shape the advantages stay as they are.
 """
 
 
 class Terms(NamedTuple):
-    """The loss (differentiable scalar) and what its metrics are made of, detached [N] tensors.
+    """The loss, which is differentiable, and what its metrics are made of, detached.
 
     ``divergence``, ``teacher_log_prob``, ``teacher_entropy`` and ``credit`` mean something where ``distilled`` is true.
     """
 
-    loss: Tensor
-    student_log_prob: Tensor
-    student_entropy: Tensor
-    distilled: Tensor
-    divergence: Tensor | None = None
-    teacher_log_prob: Tensor | None = None
-    teacher_entropy: Tensor | None = None
-    credit: Tensor | None = None
-    clipped: Tensor | None = None
+    loss: Float[Tensor, ""]
+    student_log_prob: Float[Tensor, " N"]
+    student_entropy: Float[Tensor, " N"]
+    distilled: Bool[Tensor, " N"]
+    divergence: Float[Tensor, " N"] | None = None
+    teacher_log_prob: Float[Tensor, " N"] | None = None
+    teacher_entropy: Float[Tensor, " N"] | None = None
+    credit: Float[Tensor, " N"] | None = None
+    clipped: Float[Tensor, " N"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +143,7 @@ class Objective:
     active_spans: frozenset[int] = frozenset()
     literal_spans: bool = False
     reduction: Reduction = "token-mean"
-    denominator: str = "trained"
+    denominator: Denominator = "trained"
     temperature: float = 1.0
     chunk_size: int = 1024
     fp32: bool = False
@@ -151,89 +157,76 @@ class Objective:
     def __call__(
         self,
         batch: MicroBatch,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Tensor | None = None,
-        teacher_weight: Tensor | None = None,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"],
+        teacher_hidden: Float[Tensor, "N Ht"] | None = None,
+        teacher_weight: Float[Tensor, "V Ht"] | None = None,
         policy: PolicyTerm | None = None,
-        reference_hidden: Tensor | None = None,
+        reference_hidden: Float[Tensor, "N H"] | None = None,
     ) -> Terms:
         """Loss and per-token terms of one micro-batch.
 
         Args:
-            hidden, teacher_hidden: rows that predict the response tokens, [N, H] and [N, Ht]. No teacher: the policy
-                term alone.
-            weight, teacher_weight: vocabulary projections [V, H] and [V, Ht].
+            hidden, teacher_hidden: rows that predict the response tokens. No teacher: the policy term alone.
+            weight, teacher_weight: vocabulary projections.
             policy: the policy term, or None.
-            reference_hidden: rows of the reference that a surrogate extrapolates from, [N, H]; its head is ``weight``.
+            reference_hidden: rows of the reference that a surrogate extrapolates from; its head is ``weight``.
         """
+        student, teacher = Side(hidden, weight), Side.given(teacher_hidden, teacher_weight)
         if reference_hidden is not None:
             with torch.no_grad():
-                reference = self._head(reference_hidden, weight, None, None, labels=batch.labels, mode="recompute")
+                reference = self._head(Side(reference_hidden, weight), None, labels=batch.labels, mode="recompute")
             batch = dataclasses.replace(batch, reference_log_prob=reference.student_log_prob)
-        if teacher_hidden is None and batch.teacher_log_prob is None:
-            terms = self._without_teacher(batch, hidden, weight)
+        if teacher is None and batch.teacher_log_prob is None:
+            terms = self._without_teacher(batch, student)
         elif self.surrogate is None and self.branches[0].label is not None:
-            terms = self._on_spans(batch, hidden, weight, teacher_hidden, teacher_weight)
+            terms = self._on_spans(
+                batch, student, present(teacher, "Spans are compared by the teacher's hidden states.")
+            )
         else:
-            terms = self._everywhere(batch, hidden, weight, teacher_hidden, teacher_weight, policy is None)
+            terms = self._everywhere(batch, student, teacher, policy is None)
         if policy is not None:
             shape = self._shape(batch, terms) if self.shapings else None
             if shape is not None and any(replaces_divergence(shaping.name) for shaping in self.shapings):
                 terms = terms._replace(loss=terms.student_log_prob.sum() * 0.0)
             policy_loss = policy(terms.student_log_prob, terms.student_entropy, shape)
             terms = terms._replace(loss=terms.loss + policy_loss)
-        return Terms(terms.loss, *(None if term is None else term.detach() for term in terms[1:]))
+        found = {name: term for name, term in terms._asdict().items() if name != "loss" and term is not None}
+        return terms._replace(**{name: term.detach() for name, term in found.items()})
 
-    # ------------------------------------------------------------------ the three forms
+    # ------------------------------------------------------------------ the forms
 
-    def _without_teacher(self, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Terms:
-        out = self._head(hidden, weight, None, None, labels=batch.labels, mode="recompute")
+    def _without_teacher(self, batch: MicroBatch, student: Side) -> Terms:
+        out = self._head(student, None, labels=batch.labels, mode="recompute")
+        log_prob, entropy = out.need("student_log_prob", "student_entropy")
         # A loss of 0 that still reaches every parameter: all ranks must run the same backward pass.
-        nothing = torch.zeros_like(batch.mask, dtype=torch.bool)
-        return Terms(out.student_log_prob.sum() * 0.0, out.student_log_prob, out.student_entropy, nothing)
+        return Terms(log_prob.sum() * 0.0, log_prob, entropy, torch.zeros_like(batch.mask, dtype=torch.bool))
 
-    def _everywhere(
-        self,
-        batch: MicroBatch,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        alone: bool,
-    ) -> Terms:
+    def _everywhere(self, batch: MicroBatch, student: Side, teacher: Side | None, alone: bool) -> Terms:
         """One divergence, or the surrogate, for all tokens."""
-        distilled, weights = batch.distilled(), self._weights(batch)
-        branch = None if self.surrogate else self.branches[0]
-        caps = self.importance_cap or self.rollout_cap
         known = getattr(get_credit(self.credit), "known_beforehand", False)
-        beforehand = alone and branch is not None and known and not caps
-        if beforehand:
-            weights = weights * self._credit(batch, None)
-        out = self._head(
-            hidden,
-            weight,
-            teacher_hidden,
-            teacher_weight,
-            labels=batch.labels,
-            branch=branch,
-            token_weight=weights if beforehand else None,
-            mode="forward" if beforehand else "recompute",
-        )
+        if alone and known and self.surrogate is None and not (self.importance_cap or self.rollout_cap):
+            return self._at_once(batch, student, teacher)
+        branch = None if self.surrogate else self.branches[0]
+        out = self._head(student, teacher, labels=batch.labels, branch=branch, mode="recompute")
         if batch.teacher_log_prob is not None:
             out = out._replace(teacher_log_prob=batch.teacher_log_prob)
-        if beforehand:
-            credit, loss, divergence = None, out.loss, out.divergence
+        log_prob, entropy = out.need("student_log_prob", "student_entropy")
+        distilled, weights = batch.distilled(), self._weights(batch)
+        credit = self._credit(batch, out) * self._caps(batch, log_prob)
+        if self.surrogate is None:
+            (divergence,) = out.need("divergence")
+            per_token = divergence
         else:
-            credit = self._credit(batch, out) * self._caps(batch, out.student_log_prob)
-            divergence = out.divergence if branch else out.student_log_prob - out.teacher_log_prob
-            per_token = divergence if branch else self._surrogate(batch, out)
-            # Where nothing is distilled the terms mean nothing and may be infinite; 0 * inf would be NaN.
-            loss = (weights * credit * torch.where(distilled, per_token, 0.0)).sum()
+            (teacher_log_prob,) = out.need("teacher_log_prob")
+            divergence = log_prob - teacher_log_prob
+            per_token = _surrogate_loss(self.surrogate, batch, log_prob, teacher_log_prob)
+        # Where nothing is distilled the terms mean nothing and may be infinite; 0 * inf would be NaN.
+        loss = (weights * credit * torch.where(distilled, per_token, 0.0)).sum()
         return Terms(
             loss,
-            out.student_log_prob,
-            out.student_entropy,
+            log_prob,
+            entropy,
             distilled,
             divergence,
             out.teacher_log_prob,
@@ -242,56 +235,68 @@ class Objective:
             out.clipped,
         )
 
-    def _on_spans(
-        self, batch: MicroBatch, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
-    ) -> Terms:
+    def _at_once(self, batch: MicroBatch, student: Side, teacher: Side | None) -> Terms:
+        """One divergence for all tokens, whose weights are known: the head forms the gradient within its pass."""
+        weights = self._weights(batch) * self._credit(batch, None)
+        out = self._head(
+            student, teacher, labels=batch.labels, branch=self.branches[0], token_weight=weights, mode="forward"
+        )
+        loss, log_prob, entropy = out.need("loss", "student_log_prob", "student_entropy")
+        return Terms(
+            loss,
+            log_prob,
+            entropy,
+            batch.distilled(),
+            out.divergence,
+            out.teacher_log_prob if batch.teacher_log_prob is None else batch.teacher_log_prob,
+            out.teacher_entropy,
+            clipped=out.clipped,
+        )
+
+    def _on_spans(self, batch: MicroBatch, student: Side, teacher: Side) -> Terms:
         """A divergence per class of annotated tokens: only their rows meet the teacher."""
-        terms = self._without_teacher(batch, hidden, weight)
+        terms = self._without_teacher(batch, student)
         weights = self._weights(batch) * self._caps(batch, terms.student_log_prob)
         values = {name: torch.zeros_like(weights) for name in ("divergence", "teacher_log_prob", "teacher_entropy")}
-        loss, distilled = terms.loss, terms.distilled
         # Micro-batches report the same quantities whether or not they have a marked row: verl lines up their lists.
-        bounded = any(branch.kind_args.get("entry_clip") is not None for branch in self.branches)
-        clipped = torch.zeros_like(weights) if bounded else None
+        if any(branch.kind_args.get("entry_clip") is not None for branch in self.branches):
+            values["clipped"] = torch.zeros_like(weights)
+        loss, distilled = terms.loss, terms.distilled
         for branch in self.branches:
             rows = (batch.distilled() & (batch.span_label == branch.label)).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
             out = self._head(
-                hidden[rows],
-                weight,
-                teacher_hidden[rows],
-                teacher_weight,
+                Side(student.hidden[rows], student.weight),
+                Side(teacher.hidden[rows], teacher.weight),
                 labels=batch.labels[rows],
                 branch=branch,
                 token_weight=weights[rows],
                 mode="forward",
             )
-            loss = loss + out.loss
+            loss = loss + out.need("loss")[0]
             distilled = distilled.index_fill(0, rows, True)
             for name, value in values.items():
-                value[rows] = getattr(out, name).to(value.dtype)
-            if out.clipped is not None:
-                clipped[rows] = out.clipped.to(clipped.dtype)
-        return terms._replace(loss=loss, distilled=distilled, clipped=clipped, **values)
+                if (found := getattr(out, name)) is not None:
+                    value[rows] = found.to(value.dtype)
+        return terms._replace(loss=loss, distilled=distilled, **values)
 
     # ------------------------------------------------------------------ pieces
 
     def _head(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
+        student: Side,
+        teacher: Side | None,
         *,
-        labels: Tensor,
-        mode: str,
+        labels: Int[Tensor, " N"],
+        mode: Mode,
         branch: Branch | None = None,
-        token_weight: Tensor | None = None,
+        token_weight: Float[Tensor, " N"] | None = None,
     ) -> HeadOutput:
+        teacher_hidden, teacher_weight = teacher or (None, None)
         return divergence_head(
-            hidden,
-            weight,
+            student.hidden,
+            student.weight,
             teacher_hidden,
             teacher_weight,
             labels=labels,
@@ -304,8 +309,8 @@ class Objective:
             matmul_dtype=torch.float32 if self.fp32 else None,
         )
 
-    def _weights(self, batch: MicroBatch) -> Tensor:
-        """Reduction times annealing, 0 where nothing is distilled: [N]."""
+    def _weights(self, batch: MicroBatch) -> Float[Tensor, " N"]:
+        """Reduction times annealing, 0 where nothing is distilled."""
         weights = token_weights(
             batch.mask,
             self.reduction,
@@ -317,8 +322,8 @@ class Objective:
         )
         return weights * batch.distilled() * batch.scale
 
-    def _credit(self, batch: MicroBatch, out: HeadOutput | None) -> Tensor:
-        """The registered credit, [N]; it sees whole responses, so their packing does not matter."""
+    def _credit(self, batch: MicroBatch, out: HeadOutput | None) -> Float[Tensor, " N"]:
+        """The registered credit; it sees whole responses, so their packing does not matter."""
         found = {} if out is None else out._asdict()
         if batch.old_log_probs is not None:
             found["student_log_prob"] = batch.old_log_probs
@@ -328,8 +333,8 @@ class Objective:
         credit = get_credit(self.credit)(CreditInputs(batch.padded(batch.mask), **inputs), **self.credit_args)
         return batch.packed(credit)
 
-    def _caps(self, batch: MicroBatch, log_prob: Tensor) -> Tensor | float:
-        """Truncated importance weights, [N]: current to old policy, old policy to rollout engine."""
+    def _caps(self, batch: MicroBatch, log_prob: Float[Tensor, " N"]) -> Float[Tensor, " N"] | float:
+        """Truncated importance weights: current to old policy, old policy to rollout engine."""
         old = log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
         factor: Tensor | float = 1.0
         if self.importance_cap is not None:
@@ -339,12 +344,6 @@ class Objective:
                 raise ValueError("A rollout cap needs rollout log-probs: set rollout.calculate_log_probs=true.")
             factor = factor * importance_clip(old, batch.rollout_log_probs, self.rollout_cap)
         return factor
-
-    def _surrogate(self, batch: MicroBatch, out: HeadOutput) -> Tensor:
-        old = out.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
-        clip, dual_clip, scale = dataclasses.astuple(self.surrogate)
-        advantage = sampled_advantage(old, out.teacher_log_prob, batch.reference_log_prob, scale)
-        return clipped_surrogate(out.student_log_prob, old, advantage, clip, clip, dual_clip).loss
 
     def _shape(self, batch: MicroBatch, terms: Terms) -> Shape:
         old = terms.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
@@ -360,7 +359,7 @@ class Objective:
         }
         present = {name: batch.padded(value.detach()) for name, value in inputs.items() if value is not None}
 
-        def shape(advantages: Tensor) -> Tensor:
+        def shape(advantages: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
             for shaping in self.shapings:
                 seen = PolicyInputs(
                     batch.padded(advantages),
@@ -411,3 +410,16 @@ class Objective:
         start = torch.cumsum(batch.lengths, dim=0) - batch.lengths
         position = torch.arange(len(batch.mask), device=batch.mask.device) - start.repeat_interleave(batch.lengths)
         return position_buckets(position, batch.lengths.repeat_interleave(batch.lengths))
+
+
+def _surrogate_loss(
+    surrogate: Surrogate,
+    batch: MicroBatch,
+    log_prob: Float[Tensor, " N"],
+    teacher_log_prob: Float[Tensor, " N"],
+) -> Float[Tensor, " N"]:
+    """The clipped policy-gradient term whose advantage is the teacher's log-ratio on the sampled token."""
+    old = log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
+    clip, dual_clip, scale = dataclasses.astuple(surrogate)
+    advantage = sampled_advantage(old, teacher_log_prob, batch.reference_log_prob, scale)
+    return clipped_surrogate(log_prob, old, advantage, clip, clip, dual_clip).loss

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "official"]
-REDUCTIONS: tuple[str, ...] = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "official")
+REDUCTIONS: tuple[Reduction, ...] = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "official")
 
 
 class BatchCounts(NamedTuple):
@@ -26,22 +27,22 @@ class BatchCounts(NamedTuple):
     nonempty_sequences: int
 
 
-def batch_counts(mask: Tensor) -> BatchCounts:
-    """Trained tokens, rows, and rows with at least one trained token of a mask [B, T]."""
+def batch_counts(mask: Shaped[Tensor, "B T"]) -> BatchCounts:
+    """Trained tokens, rows, and rows with at least one trained token of a mask."""
     per_sequence = mask.bool().sum(dim=-1)
     return BatchCounts(int(per_sequence.sum()), mask.shape[0], int((per_sequence > 0).sum()))
 
 
 def token_weights(
-    mask: Tensor,
+    mask: Shaped[Tensor, "*tokens"],
     reduction: Reduction,
     *,
     num_tokens: int | None = None,
     num_sequences: int | None = None,
     num_micro_batches: int = 1,
     dp_size: int = 1,
-    sequence_lens: Tensor | None = None,
-) -> Tensor:
+    sequence_lens: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, "*tokens"]:
     """Weight of each token's divergence in the loss of this micro-batch.
 
     Args:
@@ -58,10 +59,10 @@ def token_weights(
         num_micro_batches: micro-batches per rank (``official``).
         dp_size: data-parallel ranks whose gradients are averaged; undoes that mean, as the denominators are
             global already (``official`` keeps it).
-        sequence_lens: rows of each sequence [B] in a packed mask.
+        sequence_lens: rows of each sequence in a packed mask.
 
     Returns:
-        Weights in the shape of ``mask`` and in its dtype if that is floating, else float32; zero, not NaN, if
+        Weights in the dtype of ``mask`` if that is floating, else float32; zero, not NaN, if
         nothing is trained.
 
     Raises:
@@ -86,7 +87,10 @@ def _required(count: int | None, name: str, reduction: str) -> int:
     return count
 
 
-def _tokens_of_own_sequence(trained: Tensor, sequence_lens: Tensor | None) -> Tensor:
+def _tokens_of_own_sequence(
+    trained: Float[Tensor, " ..."], sequence_lens: Int[Tensor, " B"] | None
+) -> Float[Tensor, " ..."]:
+    """Broadcastable to ``trained``."""
     if trained.ndim == 2:
         return trained.sum(dim=-1, keepdim=True)
     if sequence_lens is None:

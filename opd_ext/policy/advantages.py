@@ -6,15 +6,20 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+from jaxtyping import Float, Float32, Int, Shaped
 from torch import Tensor
 
 from opd_ext.ratios import LOG_RATIO_BOUND
 
 
 def span_gate(
-    advantages: Tensor, span_label: Tensor, gate: float, active: Collection[int], literal: bool = False
-) -> Tensor:
-    """Advantages times ``gate`` on annotated tokens, as they are elsewhere: [...], [...] -> [...].
+    advantages: Float[Tensor, "*tokens"],
+    span_label: Int[Tensor, "*tokens"],
+    gate: float,
+    active: Collection[int],
+    literal: bool = False,
+) -> Float[Tensor, "*tokens"]:
+    """Advantages times ``gate`` on annotated tokens, as they are elsewhere.
 
     A clipped surrogate is positively homogeneous in the advantage, so this weighs the policy term itself (TRACE, arXiv
     2605.10194, eq. 1).
@@ -31,8 +36,10 @@ def span_gate(
     return torch.where(annotated, gate * advantages, advantages)
 
 
-def prompt_mean_scale(groups: Sequence[str], mask: Tensor, mini_batches: int = 1) -> Tensor:
-    """Factors per row that turn a *sum* over tokens into the mean over prompts of token means: [B] float32.
+def prompt_mean_scale(
+    groups: Sequence[str], mask: Shaped[Tensor, "B T"], mini_batches: int = 1
+) -> Float32[Tensor, " B"]:
+    """Factors per row that turn a *sum* over tokens into the mean over prompts of token means.
 
     CISPO's normaliser (arXiv 2506.13585, eq. 4) counts the tokens of one prompt's group: multiply the advantages by
     ``mini_batches / (groups * tokens of the own group)`` and sum. However a batch is cut into mini-batches, every
@@ -40,7 +47,7 @@ def prompt_mean_scale(groups: Sequence[str], mask: Tensor, mini_batches: int = 1
 
     Args:
         groups: the prompt of each row.
-        mask: trained tokens [B, T].
+        mask: trained tokens, 0/1 or bool.
         mini_batches: optimiser steps that share the batch.
     """
     names = sorted(set(groups))
@@ -51,11 +58,15 @@ def prompt_mean_scale(groups: Sequence[str], mask: Tensor, mini_batches: int = 1
 
 
 def self_distilled_advantage(
-    advantage: Tensor, student_logp: Tensor, teacher_logp: Tensor, weight: float, bound: float = 0.2
-) -> Tensor:
+    advantage: Float[Tensor, "*tokens"],
+    student_logp: Float[Tensor, "*tokens"],
+    teacher_logp: Float[Tensor, "*tokens"],
+    weight: float,
+    bound: float = 0.2,
+) -> Float[Tensor, "*tokens"]:
     """RLSD's advantage (arXiv 2604.03128): the teacher decides how much a token counts, the reward its direction.
 
-    ``A [(1 - weight) + weight clip(exp(sign(A) (log p_T - log p_S)), 1 - bound, 1 + bound)]``, detached: [...].
+    ``A [(1 - weight) + weight clip(exp(sign(A) (log p_T - log p_S)), 1 - bound, 1 + bound)]``, detached.
 
     Args:
         advantage: of the reward, per token.

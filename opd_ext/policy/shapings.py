@@ -7,17 +7,18 @@ policy term itself. Shapings run inside the step's loss, where student and teach
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from opd_ext.policy.advantages import self_distilled_advantage, span_gate
 from opd_ext.registry import Registry
 
-_policies = Registry("policy shaping")
+_policies: Registry[Callable[..., Tensor]] = Registry("policy shaping")
 register_policy = _policies.register
 get_policy = _policies.get
 policy_names = _policies.names
@@ -26,13 +27,13 @@ RATIO_SHAPING = "teacher_ratio"
 
 
 class PolicyInputs(NamedTuple):
-    """What a registered shaping may look at: [B, T], detached; ``None`` where a run does not have it.
+    """What a registered shaping may look at, detached; ``None`` where a run does not have it.
 
     Attributes:
         advantages: verl's, times ``opd.policy.weight``.
-        mask: trained tokens.
-        taught: tokens of samples that have a teacher, bool.
-        distilled: tokens that the distillation term trains, bool.
+        mask: trained tokens, 0/1 or bool.
+        taught: tokens of samples that have a teacher.
+        distilled: tokens that the distillation term trains.
         student_log_prob: of the sampled tokens, before the update.
         teacher_log_prob: of the sampled tokens; means something where ``distilled``.
         span_label: 0 none, 1 key, 2 error.
@@ -42,13 +43,13 @@ class PolicyInputs(NamedTuple):
         literal_spans: spans of a class without divergence count as spans too (``opd.credit.inactive_span``).
     """
 
-    advantages: Tensor
-    mask: Tensor
-    taught: Tensor
-    distilled: Tensor
-    student_log_prob: Tensor
-    teacher_log_prob: Tensor | None = None
-    span_label: Tensor | None = None
+    advantages: Float[Tensor, "B T"]
+    mask: Shaped[Tensor, "B T"]
+    taught: Bool[Tensor, "B T"]
+    distilled: Bool[Tensor, "B T"]
+    student_log_prob: Float[Tensor, "B T"]
+    teacher_log_prob: Float[Tensor, "B T"] | None = None
+    span_label: Int[Tensor, "B T"] | None = None
     scale: float = 1.0
     gate: float = 1.0
     active_spans: Collection[int] = ()
@@ -62,8 +63,18 @@ class Shaping:
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, inputs: PolicyInputs) -> Tensor:
+    def __call__(self, inputs: PolicyInputs) -> Float[Tensor, "B T"]:
         return get_policy(self.name)(inputs, **self.args)
+
+
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def in_place_of_divergence(shaping: F) -> F:
+    """Mark a shaping that is all that the teacher does (:func:`replaces_divergence`)."""
+    marked: Any = shaping
+    marked.replaces_divergence = True
+    return shaping
 
 
 def replaces_divergence(name: str) -> bool:
@@ -72,8 +83,8 @@ def replaces_divergence(name: str) -> bool:
 
 
 @register_policy("complement")
-def complement(inputs: PolicyInputs) -> Tensor:
-    """TRACE (arXiv 2605.10194, eq. 1): the policy term grows on annotated spans as the divergence fades: [B, T].
+def complement(inputs: PolicyInputs) -> Float[Tensor, "B T"]:
+    """TRACE (arXiv 2605.10194, eq. 1): the policy term grows on annotated spans as the divergence fades.
 
     Raises:
         ValueError: the run has no annotated spans.
@@ -85,14 +96,15 @@ def complement(inputs: PolicyInputs) -> Tensor:
 
 
 @register_policy("untaught")
-def untaught(inputs: PolicyInputs) -> Tensor:
-    """The policy term alone where no teacher is, the teacher alone elsewhere: [B, T] (SRPO, arXiv 2604.02288)."""
+def untaught(inputs: PolicyInputs) -> Float[Tensor, "B T"]:
+    """The policy term alone where no teacher is, the teacher alone elsewhere (SRPO, arXiv 2604.02288)."""
     return inputs.advantages * ~inputs.taught
 
 
 @register_policy(RATIO_SHAPING)
-def teacher_ratio(inputs: PolicyInputs, bound: float = 0.2) -> Tensor:
-    """RLSD (arXiv 2604.03128): the teacher's ratio decides how much a token counts, the reward its direction: [B, T].
+@in_place_of_divergence
+def teacher_ratio(inputs: PolicyInputs, bound: float = 0.2) -> Float[Tensor, "B T"]:
+    """RLSD (arXiv 2604.03128): the teacher's ratio decides how much a token counts, the reward its direction.
 
     Raises:
         ValueError: the run has no log-probs of the teacher.
@@ -102,6 +114,3 @@ def teacher_ratio(inputs: PolicyInputs, bound: float = 0.2) -> Tensor:
     student, teacher = inputs.student_log_prob, inputs.teacher_log_prob
     shaped = self_distilled_advantage(inputs.advantages, student, teacher, inputs.scale, bound)
     return torch.where(inputs.distilled, shaped, inputs.advantages)
-
-
-teacher_ratio.replaces_divergence = True  # type: ignore[attr-defined]

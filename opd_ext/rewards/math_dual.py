@@ -57,6 +57,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     Raises:
         ValueError: the reference is missing or blank.
         RuntimeError: math-verify cannot be started, e.g. because it is not installed.
+
+    >>> graded = compute_score("math", "It is one half. Answer: 0.5", "1/2")
+    >>> graded["score"], graded["acc_answer_only"], graded["format_ok"]
+    (1.0, 1.0, 1.0)
+    >>> graded = compute_score("math", "I think it is 0.5", "1/2")  # right, found in the response as a whole
+    >>> graded["score"], graded["acc_answer_only"], graded["format_ok"]
+    (1.0, 0.0, 0.0)
     """
     gold = "" if ground_truth is None else str(ground_truth).strip()
     if not gold:

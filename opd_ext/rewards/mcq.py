@@ -46,6 +46,11 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
     Raises:
         ValueError: the reference is missing or blank.
+
+    >>> compute_score("mcq", "<answer>B</answer> No, wait. <answer>C</answer>", "C")
+    {'score': 1.0, 'acc': 1.0, 'feedback': '', 'format_ok': 1.0}
+    >>> compute_score("mcq", "The answer is C.", "C")["score"]
+    0.0
     """
     letter = "" if ground_truth is None else str(ground_truth).strip()
     if not letter:

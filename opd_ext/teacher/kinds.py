@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from opd_ext.errors import positive
+from opd_ext.errors import positive, present
 from opd_ext.registry import Registry
 
-_teachers = Registry("teacher")
+_teachers: Registry[type[Teacher]] = Registry("teacher")
 register_teacher = _teachers.register
 get_teacher = _teachers.get
 teacher_names = _teachers.names
@@ -27,12 +28,12 @@ class TeacherOutput(NamedTuple):
     """What a teacher says of a batch, in the compute dtype.
 
     Attributes:
-        rows: per sample, the hidden states that predict its response tokens, [R_i, H].
-        head: the vocabulary projection that belongs to them, [V, H].
+        rows: per sample, the hidden states that predict its response tokens.
+        head: the vocabulary projection that belongs to them.
     """
 
-    rows: list[Tensor]
-    head: Tensor
+    rows: list[Float[Tensor, "_R H"]]
+    head: Float[Tensor, "V H"]
 
 
 class Engine(Protocol):
@@ -81,8 +82,7 @@ class Teacher:
 
     def output(self, student: Engine, own: Engine | None, data: Any) -> TeacherOutput:
         """What this teacher says of a batch; ``own`` holds the weights of its own, if it needs such."""
-        assert own is not None, "a teacher with weights of its own has an engine for them"
-        return own.teacher_output(data)
+        return present(own, "A teacher with weights of its own has an engine for them.").teacher_output(data)
 
     def __str__(self) -> str:
         """Its options in a few words, for ``opd methods``."""
@@ -219,6 +219,11 @@ def teacher_version(step: int, interval: int) -> int:
 
     Raises:
         ValueError: for a step below 1 or a negative interval.
+
+    >>> [teacher_version(step, interval=50) for step in (1, 50, 51, 100, 101)]
+    [0, 0, 50, 50, 100]
+    >>> teacher_version(1000, interval=0)
+    0
     """
     if step < 1:
         raise ValueError(f"Steps count from 1; got {step}.")

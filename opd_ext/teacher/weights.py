@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
 @torch.no_grad()
-def copy_shards(src: Mapping[str, Tensor], dst: Mapping[str, Tensor]) -> None:
+def copy_shards(src: Mapping[str, Shaped[Tensor, " ..."]], dst: Mapping[str, Shaped[Tensor, " ..."]]) -> None:
     """Hard refresh, in place: ``dst <- src``, rounded to the storage dtype of ``dst``.
 
     Args:
@@ -29,7 +30,7 @@ def copy_shards(src: Mapping[str, Tensor], dst: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def ema_shards(src: Mapping[str, Tensor], dst: Mapping[str, Tensor], rate: float) -> None:
+def ema_shards(src: Mapping[str, Float[Tensor, " ..."]], dst: Mapping[str, Float[Tensor, " ..."]], rate: float) -> None:
     """Moving average, in place: ``dst <- (1 - rate) * dst + rate * src`` (SDPO, arXiv 2601.20802).
 
     Computed in float32 or wider and rounded once to the storage dtype of ``dst``. A bfloat16 teacher keeps 8

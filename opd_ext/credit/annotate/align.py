@@ -40,7 +40,7 @@ class TokenBytes:
         ValueError: the tokenizer is not a byte-level one.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         state = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {}
         if '"ByteLevel"' not in json.dumps(state.get("decoder")):

@@ -127,7 +127,7 @@ class Annotator:
 
     options: ClassVar[Sequence[str]] = ()
 
-    def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None):
+    def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None) -> None:
         self.config, self.tokenizer, self.generate = config, tokenizer, generate
         self._bytes = TokenBytes(tokenizer)
 
@@ -200,7 +200,7 @@ class Annotator:
             return Found("api_error")
 
 
-_annotators = Registry("annotator")
+_annotators: Registry[type[Annotator]] = Registry("annotator")
 register_annotator = _annotators.register
 get_annotator = _annotators.get
 annotator_names = _annotators.names

@@ -19,8 +19,15 @@ class NoAnnotator(Annotator):
         return Found("empty")
 
 
-def _of_base(config: AnnotatorConfig) -> AnnotatorConfig:
-    return dataclasses.replace(config, kind=config.base, base=None)
+def _base_of(config: AnnotatorConfig) -> tuple[type[Annotator], AnnotatorConfig]:
+    """The annotator whose types a control keeps, and its options.
+
+    Raises:
+        ValueError: none is named, or a control itself.
+    """
+    if not config.base or issubclass(get_annotator(config.base), _Control):
+        raise ValueError(f"annotator.kind={config.kind} needs annotator.base, whose types it keeps, e.g. self")
+    return get_annotator(config.base), dataclasses.replace(config, kind=config.base, base=None)
 
 
 class _Control(Annotator):
@@ -29,13 +36,13 @@ class _Control(Annotator):
     @classmethod
     def check(cls, config: AnnotatorConfig) -> None:
         super().check(config)
-        if not config.base or issubclass(get_annotator(config.base), _Control):
-            raise ValueError(f"annotator.kind={config.kind} needs annotator.base, whose types it keeps, e.g. self")
-        get_annotator(config.base).check(_of_base(config))
+        base, options = _base_of(config)
+        base.check(options)
 
-    def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None):
+    def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None) -> None:
         super().__init__(config, tokenizer, generate)
-        self._base = get_annotator(config.base)(_of_base(config), tokenizer, generate)
+        base, options = _base_of(config)
+        self._base = base(options, tokenizer, generate)
 
     async def find(self, request: Request, text: Text) -> Found:
         return await self._base.find(request, text)

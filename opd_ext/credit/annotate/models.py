@@ -31,7 +31,7 @@ class Answer:
 class AnswerCache:
     """Answers on disk, one file each, so that a run that is resumed or replayed asks nothing twice."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
 
     @staticmethod
@@ -58,7 +58,7 @@ class AnswerCache:
 class ModelAnnotator(Annotator):
     """Asks for JSON about numbered segments. A subclass says whom (:meth:`ask`)."""
 
-    def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None):
+    def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None) -> None:
         super().__init__(config, tokenizer, generate)
         self.cache = AnswerCache(config.cache_dir) if config.cache_dir else None
         self._turns = asyncio.Semaphore(config.max_concurrency)
@@ -120,7 +120,7 @@ class APIAnnotator(ModelAnnotator):
         if cls.needs_key and not os.environ.get(config.api_key_env):
             raise ValueError(f"annotator.kind={config.kind} reads its key from {config.api_key_env}: set that variable")
 
-    def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None):
+    def __init__(self, config: AnnotatorConfig, tokenizer: Any, generate: Generate | None = None) -> None:
         super().__init__(config, tokenizer, generate)
         from openai import AsyncOpenAI
 
@@ -132,15 +132,16 @@ class APIAnnotator(ModelAnnotator):
     async def ask(self, messages: list[dict], schema: dict) -> Answer:
         from openai import APITimeoutError
 
+        question: dict[str, Any] = {
+            "model": self.config.model,
+            "messages": messages,
+            "temperature": 0.0,
+            "max_tokens": self.config.max_tokens,
+            "extra_body": {**self._without_thinking(), **self.config.extra_body},
+            **self._constraint(schema),
+        }
         try:
-            reply = await self._client.chat.completions.create(
-                model=self.config.model,
-                messages=messages,
-                temperature=0.0,
-                max_tokens=self.config.max_tokens,
-                extra_body={**self._without_thinking(), **self.config.extra_body},
-                **self._constraint(schema),
-            )
+            reply = await self._client.chat.completions.create(**question)
         except APITimeoutError as error:
             raise TimeoutError from error
         usage = reply.usage

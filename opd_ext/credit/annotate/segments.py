@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 MAX_SEGMENTS = 256
 
@@ -59,7 +59,7 @@ def segment(
     return pieces
 
 
-def _split(text: str, start: int, end: int, tokens, limit: int) -> list[Interval]:
+def _split(text: str, start: int, end: int, tokens: Callable[[int, int], int], limit: int) -> list[Interval]:
     """Greedy pieces of whole sentences within the limit; a longer sentence stays whole."""
     if tokens(start, end) <= limit:
         return [(start, end)]

@@ -9,12 +9,15 @@ population target is ``q = truncate(p_0^(1/T))``, and everything that the method
 import dataclasses
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 STUB_CHARACTERS = 10
 
 
-def truncated_distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def truncated_distribution(
+    logits: Float[Tensor, "*states V"], temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Float[Tensor, "*states V"]:
     """What a sampler draws from: temperature, then top-k, then top-p among the survivors, renormalised.
 
     vLLM's order and rules: everything at least as likely as the k-th token stays, so ties survive top-k; top-p drops
@@ -22,16 +25,24 @@ def truncated_distribution(logits: Tensor, temperature: float, top_k: int = 0, t
     likeliest token always stays.
 
     Args:
-        logits: [..., V], float.
         temperature: 0 is greedy decoding: all mass on the likeliest token, the first of equals.
         top_k: number of tokens; 0 or less: all.
         top_p: mass, in (0, 1].
 
     Returns:
-        [..., V] in the dtype of ``logits``: probabilities, exactly 0 outside the support.
+        Probabilities in the dtype of ``logits``, exactly 0 outside the support.
 
     Raises:
         ValueError: a setting is out of its range.
+
+    >>> import torch
+    >>> logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    >>> truncated_distribution(logits, temperature=1.0, top_p=0.7)  # the least set that has 0.7, renormalised
+    tensor([0.6250, 0.3750, 0.0000, 0.0000])
+    >>> truncated_distribution(logits, temperature=0.5, top_k=2)
+    tensor([0.7353, 0.2647, 0.0000, 0.0000])
+    >>> truncated_distribution(logits, temperature=0.0)
+    tensor([1., 0., 0., 0.])
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it cannot be negative.")
@@ -61,28 +72,26 @@ class LossSplit:
     ``constant``: of the target alone.
     """
 
-    support: Tensor
-    shape: Tensor
-    alignment: Tensor
-    constant: Tensor
+    support: Float[Tensor, "*states"]
+    shape: Float[Tensor, "*states"]
+    alignment: Float[Tensor, "*states"]
+    constant: Float[Tensor, "*states"]
 
     @property
-    def total(self) -> Tensor:
+    def total(self) -> Float[Tensor, "*states"]:
         return self.support + self.shape + self.alignment + self.constant
 
 
-def split_loss(student_logits: Tensor, target: Tensor, temperature: float) -> LossSplit:
+def split_loss(
+    student_logits: Float[Tensor, "*states V"], target: Float[Tensor, "*states V"], temperature: float
+) -> LossSplit:
     """Cross entropy of the student under ``target``, split exactly (arXiv 2604.01193, section on the loss).
 
     ``CE = -log p(S) + (1 - T) H_{1/T}(pi) + T KL(q || Temper_T(pi)) + T H(q)`` with pi the student on the support S of
     the target, renormalised, Temper_T(pi) ~ pi^(1/T), and H_a the Rényi entropy.
 
     Args:
-        student_logits: [..., V].
-        target: [..., V], from :func:`truncated_distribution` at the same ``temperature``.
-
-    Returns:
-        Four tensors [...].
+        target: from :func:`truncated_distribution` at the same ``temperature``.
     """
     inside = target > 0
     logp = student_logits.log_softmax(-1)
@@ -99,8 +108,8 @@ def split_loss(student_logits: Tensor, target: Tensor, temperature: float) -> Lo
     )
 
 
-def kept_mass(logits: Tensor, target: Tensor) -> Tensor:
-    """Probability at temperature 1 that a model gives to the support of a target, [..., V] -> [...]."""
+def kept_mass(logits: Float[Tensor, "*states V"], target: Float[Tensor, "*states V"]) -> Float[Tensor, "*states"]:
+    """Probability at temperature 1 that a model gives to the support of a target."""
     return (logits.softmax(-1) * (target > 0)).sum(-1)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 NOISE = 1e-3  # nats; below it a change of confidence may be rounding
@@ -51,24 +52,39 @@ def pick_bottleneck(steps: Sequence[int], accuracy: Sequence[float], min_dip: fl
     return Bottleneck(steps[lowest], dip, has_dip=dip > min_dip, at_end=lowest == len(steps) - 1)
 
 
-def keep_mask(logp_base: Tensor, logp_bottleneck: Tensor, mask: Tensor, threshold: float = 0.0) -> Tensor:
+def keep_mask(
+    logp_base: Float[Tensor, "*tokens"],
+    logp_bottleneck: Float[Tensor, "*tokens"],
+    mask: Shaped[Tensor, "*tokens"],
+    threshold: float = 0.0,
+) -> Bool[Tensor, "*tokens"]:
     """Tokens that stay in the loss: those whose confidence did not rise from base to bottleneck (section 2).
 
     Args:
-        logp_base, logp_bottleneck: [...] natural log-probs of the same tokens under teacher forcing.
-        mask: [...] which of them are response tokens.
+        logp_base, logp_bottleneck: natural log-probs of the same tokens under teacher forcing.
+        mask: which of them are response tokens, 0/1 or bool.
         threshold: nats; a token is an anchor if its change is strictly greater.
 
     Returns:
-        [...] bool, False outside ``mask``.
+        False outside ``mask``.
+
+    >>> import torch
+    >>> base, bottleneck = torch.tensor([-2.0, -2.0, -2.0, -2.0]), torch.tensor([-1.0, -3.0, -2.0, -3.0])
+    >>> keep_mask(base, bottleneck, torch.tensor([1, 1, 1, 0]))  # surer: an anchor; the last is no response token
+    tensor([False,  True,  True, False])
     """
     return mask.bool() & (logp_bottleneck - logp_base <= threshold)
 
 
-def restore_mask(logp_base: Tensor, logp_bottleneck: Tensor, mask: Tensor, tau: float = 0.2) -> Tensor:
+def restore_mask(
+    logp_base: Float[Tensor, "*tokens"],
+    logp_bottleneck: Float[Tensor, "*tokens"],
+    mask: Shaped[Tensor, "*tokens"],
+    tau: float = 0.2,
+) -> Bool[Tensor, "*tokens"]:
     """Tokens that a masked-diffusion model must always restore: those that lost more than ``tau`` nats.
 
-    Arguments as for :func:`keep_mask`. Returns [...] bool.
+    Arguments as for :func:`keep_mask`.
     """
     return mask.bool() & (logp_bottleneck - logp_base < -tau)
 
@@ -128,7 +144,9 @@ def fraction_below_base(logp_base: Sequence[np.ndarray], logp: Sequence[np.ndarr
     return float((np.concatenate(list(logp)) < np.concatenate(list(logp_base))).mean())
 
 
-def residual_transfer(base: Tensor, bottleneck: Tensor, final: Tensor) -> Tensor:
+def residual_transfer(
+    base: Shaped[Tensor, "*shape"], bottleneck: Shaped[Tensor, "*shape"], final: Shaped[Tensor, "*shape"]
+) -> Shaped[Tensor, "*shape"]:
     """Recovering residual transfer of one parameter: ``base + (final - bottleneck)`` in float32, in base's dtype.
 
     It throws away what training did up to the bottleneck and keeps what it did afterwards. Integer buffers are the
