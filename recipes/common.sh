@@ -13,8 +13,8 @@
 #   gpu_run ORIGINAL TRAIN EVAL ARGUMENTS...
 #                             find opd, check the inputs of a GPU recipe, whose data sets by default are TRAIN and EVAL
 #
-# The last two add to `inputs` what `opd train` is to be told; the script's own folder is `here`, and TEACHER is an input
-# if `teacher_is_input` is set. What nobody asked for is not among them: it stands in the YAML, opd_ext/config/recipe.
+# The last two add to `inputs` what `opd train` is to be told; the script's own folder is `here`, and TEACHER is an
+# input if `teacher_is_input` is set. What nobody asked for is not among them: it stands in opd_ext/config/recipe.
 
 inputs=()
 
@@ -109,7 +109,7 @@ gpu_run() {
 
     DATA_DIR=$folder GPUS=$(input GPUS 8) # what the checks read
     if only_plans "$@"; then return; fi
-    [[ " $*" == *" recipe="* ]] || check_data "$train" "${sets[@]}" # another recipe's: `opd train` finds what is missing
+    [[ " $*" == *" recipe="* ]] || check_data "$train" "${sets[@]}" # another's data: `opd train` looks itself
     check_gpus
 }
 
