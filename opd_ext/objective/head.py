@@ -57,7 +57,7 @@ def chunked_divergence(
     hidden: Float[Tensor, "N _H"],
     weight: Float[Tensor, "_V _H"],
     teacher_hidden: Float[Tensor, "_N _Ht"],
-    teacher_weight: Float[Tensor, "_V _Ht"],
+    teacher_weight: Float[Tensor, "_VT _Ht"],
     token_weight: Float[Tensor, " _N"],
     kind: str = "reverse_kl",
     chunk_size: int = 1024,
@@ -68,7 +68,8 @@ def chunked_divergence(
     Args:
         hidden: student's last hidden states [N, H]; the row that predicts response token j.
         weight: student's LM head [V, H]; may be frozen, or tied to the embedding.
-        teacher_hidden, teacher_weight: the teacher's [N, Ht] and [V, Ht], constants.
+        teacher_hidden, teacher_weight: the teacher's [N, Ht] and [V, Ht], constants. Models of one tokenizer may pad
+            their heads differently: both are cut to the rows that they have in common, since no id names the others.
         token_weight: [N], constant; rows with weight 0 add nothing to the loss or to any gradient.
         kind, kind_args: a registered divergence and its keyword arguments.
         chunk_size: upper bound on the rows whose logits exist at once.
@@ -92,11 +93,12 @@ def chunked_divergence(
     >>> hidden.grad[1]
     tensor([0., 0.])
     """
+    common = min(len(weight), len(teacher_weight))
     out = divergence_head(
         hidden,
-        weight,
+        weight[:common],
         teacher_hidden,
-        teacher_weight,
+        teacher_weight[:common],
         token_weight=token_weight,
         kind=kind,
         kind_args=kind_args,

@@ -34,7 +34,7 @@ def test_the_guides_teacher_is_one(monkeypatch):
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     (code,) = re.findall(r"```python\n(.*?)```", read("CONTRIBUTING.md"), re.DOTALL)
     exec(compile(code, "CONTRIBUTING.md", "exec"), {"__name__": "guide"})
-    teacher = get_teacher("warm")(start=10)
+    teacher = get_teacher("late")(start=10)
     assert [teacher.share(step, updates=1) for step in (9, 10, 11)] == [0.0, 0.05, 0.05]
     assert teacher.share(11, updates=0) == 0.0
 

@@ -315,3 +315,21 @@ def test_wrong_input_is_named(change, message):
     arguments = dict(zip(names, problem.sides, strict=True)) | {"token_weight": problem.token_weight} | change
     with pytest.raises(ValueError, match=message):
         divergence_head(**arguments)
+
+
+@pytest.mark.parametrize("higher", ["student", "teacher"])
+def test_heads_of_different_height_are_cut_to_the_common_rows(higher):
+    """One tokenizer, other padding: the value and the gradients are those of the rows that both have."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4)
+    teacher_hidden, teacher_weight, ones = torch.randn(5, 3), torch.randn(11, 3), torch.ones(5)
+    short = 9
+    cut = [weight[:short], teacher_weight] if higher == "teacher" else [weight, teacher_weight[:short]]
+    own, theirs = cut[0].clone().requires_grad_(), cut[1]
+    loss, per_token = chunked_divergence(hidden, own, teacher_hidden, theirs, ones, chunk_size=2)
+    (gradient,) = torch.autograd.grad(loss, own)
+    same = weight[:short].clone().requires_grad_()
+    expected, each = chunked_divergence(hidden, same, teacher_hidden, teacher_weight[:short], ones, chunk_size=2)
+    (wanted,) = torch.autograd.grad(expected, same)
+    assert torch.equal(per_token, each) and torch.equal(gradient[:short], wanted)
+    assert not gradient[short:].any(), "rows that only one has do not train"
