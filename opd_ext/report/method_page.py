@@ -69,7 +69,7 @@ def choices(opd: OPDConfig) -> list[Choice]:
 
 
 def _choice(key: str, name: str, piece: Any) -> Choice:
-    plain = piece.func if isinstance(piece, functools.partial) else piece
+    plain = inspect.unwrap(piece.func if isinstance(piece, functools.partial) else piece)
     doc = (inspect.getdoc(plain) or "").split("\n\n")[0]
     return Choice(key, name, _where(plain), " ".join(doc.split()))
 
