@@ -74,4 +74,16 @@ def put_in_place(folder: Path, target: Path) -> None:
         return
     with beside(target) as trash:
         os.rename(target, trash / "old")
-        os.rename(folder, target)
+        try:
+            os.rename(folder, target)
+        except BaseException:
+            os.rename(trash / "old", target)
+            raise
+
+
+def undo_exchange(target: Path) -> None:
+    """Take back what a process that was killed within :func:`put_in_place` had moved away, and remove its scratch."""
+    for scratch in target.parent.glob(f".{target.name}.*"):
+        if (scratch / "old").exists() and not target.exists():
+            os.rename(scratch / "old", target)
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 from opd_ext.errors import ConfigError
+from opd_ext.files import write_whole
 
 PACKAGE = Path(__file__).parent
 SCALES = ("cpu_tiny", "node_8xh200")
@@ -57,8 +58,7 @@ def copy_recipe(name: str, source: str, out: Path, force: bool = False) -> Path:
         raise ConfigError(f"{folder} exists; choose another name or --out, or write into it with --force.")
     for path, text in _files(name, source).items():
         target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
+        write_whole(target, text)
         if target.suffix == ".sh" and target.name != "common.sh":
             target.chmod(0o755)
     return folder

@@ -23,6 +23,7 @@ from opd_ext.bridge.warm_python import warm_python
 from opd_ext.config import checks, schema
 from opd_ext.config.compose import compose_config
 from opd_ext.errors import ConfigError
+from opd_ext.files import write_whole
 from opd_ext.launch import PATH_VARIABLE
 from opd_ext.progress import STARTED
 
@@ -157,7 +158,7 @@ def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
 
     run_dir = Path(opd.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, run_dir / "config.yaml")
+    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(config))
     console = run_dir / "console.log"
     console.touch()
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes

@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from opd_ext.files import put_in_place, write_whole
+from opd_ext.files import put_in_place, undo_exchange, write_whole
 
 STATE_FILE = "state.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -46,9 +46,16 @@ class TrainerState:
         write_whole(folder / STATE_FILE, json.dumps(dataclasses.asdict(self), indent=2))
 
 
+def mend(root: Path) -> None:
+    """Put back a checkpoint that a killed run had moved away to write it anew."""
+    for scratch in root.glob(".global_step_*"):
+        undo_exchange(root / scratch.name[1:].partition(".")[0])
+
+
 def begin(root: Path, step: int) -> Path:
     """An empty temporary folder for the checkpoint of ``step``; what a killed run left there is removed."""
     root.mkdir(parents=True, exist_ok=True)
+    mend(root)
     for leftover in root.glob(".incomplete_global_step_*"):
         shutil.rmtree(leftover)
     folder = root / f".incomplete_global_step_{step}"

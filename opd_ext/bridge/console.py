@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers for a terminal or a log: one aligned line per training step, and the before/after table."""
+"""Numbers for a terminal or a log: one aligned line per training step."""
 
 import math
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
 
-import pandas as pd
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 
@@ -92,43 +89,6 @@ class StepPrinter:
             return "-"
         mean = sum(self._recent_seconds) / len(self._recent_seconds)
         return str(timedelta(seconds=round(mean * max(self._total - step, 0))))
-
-
-def comparison_table(table: pd.DataFrame, title: str) -> Table:
-    """The before/after comparison for a terminal; ``table`` is that of ``run_report.before_after``."""
-    steps = f"step {table.attrs['first_step']} to {table.attrs['last_step']}"
-    shown = Table(
-        title=f"{title}: {steps}, mean [95 % interval]",
-        title_justify="left",
-        box=box.HORIZONTALS,
-        padding=(0, 1, 0, 0),
-    )
-    shown.add_column("group")
-    for heading in (
-        "problems",
-        "accuracy % before",
-        "after",
-        "change, points",
-        "tokens before",
-        "after",
-        "reduction %",
-    ):
-        shown.add_column(heading, justify="right")
-    for _, row in table.iterrows():
-        shown.add_row(
-            row["group"],
-            str(row["problems"]),
-            *(_with_interval(row, key) for key in ("accuracy_before", "accuracy_after")),
-            _with_interval(row, "accuracy_change", sign="+"),
-            *(_with_interval(row, key) for key in ("tokens_before", "tokens_after", "tokens_reduction_pct")),
-        )
-    return shown
-
-
-def _with_interval(row: Mapping, key: str, sign: str = "") -> str:
-    """``value`` over ``[low, high]``, one decimal each, for a row of the comparison."""
-    value, low, high = (format(row[f"{key}{end}"], f"{sign}.1f") for end in ("", "_low", "_high"))
-    return f"{value}\n[{low}, {high}]"
 
 
 def _number(value: float | None, decimals: int, scale: float = 1) -> str:

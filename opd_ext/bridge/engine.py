@@ -193,8 +193,10 @@ class OPDEngine(FSDPEngineWithLMHead):
                 yield
             return
         self.module.eval()
-        yield
-        self.module.train()
+        try:
+            yield
+        finally:
+            self.module.train()
 
     def _ask_teacher(self, data: TensorDict) -> None:
         """Fill what the student's micro-batches need: teacher rows per sample and the teacher's head."""

@@ -168,7 +168,9 @@ class OPDTrainer(PPOTrainerSync):
                 self._update_with_teacher(batch, metrics, scale, gate) if taught else self._update_alone(batch, metrics)
             )
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
-            self._refresh_teacher(metrics, self.actor_rollout_wg.count_updates()[0])
+            # Of a teacher without weights of its own nothing moves, so nobody need be asked.
+            updates = self.actor_rollout_wg.count_updates()[0] if self.opd.needs_teacher_engine else 0
+            self._refresh_teacher(metrics, updates)
         self._guard_teacher(metrics)
         return batch
 
@@ -331,6 +333,7 @@ class OPDTrainer(PPOTrainerSync):
         self.checkpoint_callback.on_save(trainer=self, global_step=step, checkpoint_dir=str(final), async_save=False)
 
     def _load_checkpoint(self) -> None:
+        checkpoint.mend(Path(self.config.trainer.default_local_dir))
         super()._load_checkpoint()
         files.drop_lines_after(self.run_dir / "metrics.jsonl", self.global_steps)
         if self.global_steps == 0:

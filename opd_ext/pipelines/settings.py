@@ -105,8 +105,6 @@ class PipelineConfig:
         one_of("device", self.device, ("cpu", "cuda"))
         if not self.model:
             raise ConfigError("model is missing: set it to a folder with a model, or its hub id.")
-        if "base" in getattr(self, "arms", ()):
-            raise ConfigError("arms=base is the name of the model itself: choose another name.")
         positive("vllm.replicas", self.vllm.replicas)
         positive("vllm.shard", self.vllm.shard)
         check_training("train", self.train)

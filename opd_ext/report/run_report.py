@@ -6,15 +6,17 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
-from opd_ext.bridge.console import comparison_table
 from opd_ext.files import write_whole
 from opd_ext.report.bootstrap import LEVEL, RESAMPLES, SEED, estimate, resampled_means
 from opd_ext.report.curves import draw_curves
@@ -290,3 +292,40 @@ def _read_jsonl(path: Path, cut_off_end: bool = False) -> list[dict]:
 def _plain(value):
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def comparison_table(table: pd.DataFrame, title: str) -> Table:
+    """The before/after comparison for a terminal; ``table`` is that of :func:`before_after`."""
+    steps = f"step {table.attrs['first_step']} to {table.attrs['last_step']}"
+    shown = Table(
+        title=f"{title}: {steps}, mean [95 % interval]",
+        title_justify="left",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+    )
+    shown.add_column("group")
+    for heading in (
+        "problems",
+        "accuracy % before",
+        "after",
+        "change, points",
+        "tokens before",
+        "after",
+        "reduction %",
+    ):
+        shown.add_column(heading, justify="right")
+    for _, row in table.iterrows():
+        shown.add_row(
+            row["group"],
+            str(row["problems"]),
+            *(_with_interval(row, key) for key in ("accuracy_before", "accuracy_after")),
+            _with_interval(row, "accuracy_change", sign="+"),
+            *(_with_interval(row, key) for key in ("tokens_before", "tokens_after", "tokens_reduction_pct")),
+        )
+    return shown
+
+
+def _with_interval(row: Mapping, key: str, sign: str = "") -> str:
+    """``value`` over ``[low, high]``, one decimal each, for a row of the comparison."""
+    value, low, high = (format(row[f"{key}{end}"], f"{sign}.1f") for end in ("", "_low", "_high"))
+    return f"{value}\n[{low}, {high}]"

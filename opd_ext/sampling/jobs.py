@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from opd_ext import launch
+from opd_ext.files import write_whole
 from opd_ext.progress import Progress
 from opd_ext.sampling.config import VLLMConfig
 from opd_ext.seeds import request_seed
@@ -127,8 +128,7 @@ def sample(
         job.parts.mkdir(parents=True, exist_ok=True)
     spec = logs / f"{title.replace(' ', '-')}.json"
     content = {"jobs": [asdict(job) for job in jobs], "engine": engines.settings, "device": device}
-    spec.parent.mkdir(parents=True, exist_ok=True)
-    spec.write_text(json.dumps(content))
+    write_whole(spec, json.dumps(content))
     commands = [
         launch.Command(
             engines.module,

@@ -19,6 +19,8 @@ class SSDConfig(PipelineConfig):
 
     def check(self) -> None:
         super().check()
+        if "base" in self.arms:
+            raise ConfigError("arms=base is the name of the model itself: choose another name.")
         if "control" not in self.arms:
             raise ConfigError(
                 f"arms={list(self.arms)} must have one that is named control: temperature 1, no truncation."

@@ -63,6 +63,31 @@ def test_a_kill_between_rename_and_tracker_resumes_from_the_older_one_and_saves_
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "6"
 
 
+def test_a_checkpoint_that_makes_room_for_a_new_one_comes_back_if_that_fails(tmp_path):
+    (write_checkpoint(tmp_path, 5) / "mark").touch()
+    folder, rename = checkpoint.begin(tmp_path, 5), os.rename
+    turns = iter([rename, KeyboardInterrupt, rename])
+
+    def second_fails(source, target):
+        if (turn := next(turns)) is KeyboardInterrupt:
+            raise turn
+        turn(source, target)
+
+    with patch.object(files.os, "rename", second_fails), pytest.raises(KeyboardInterrupt):
+        checkpoint.commit(folder, tmp_path, 5, None)
+    assert (tmp_path / "global_step_5" / "mark").exists()
+
+
+def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(tmp_path):
+    """What a kill leaves: the old one in the scratch folder, and nothing under its name."""
+    (write_checkpoint(tmp_path, 5) / "mark").touch()
+    scratch = tmp_path / ".global_step_5.k1ll_ed"
+    scratch.mkdir()
+    os.rename(tmp_path / "global_step_5", scratch / "old")
+    checkpoint.mend(tmp_path)
+    assert (tmp_path / "global_step_5" / "mark").exists() and not scratch.exists()
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     for step in (2, 4, 10):
         write_checkpoint(tmp_path, step, keep=2)
