@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of the pipelines: types, defaults, and what is refused before anything starts.
 
-Composed by Hydra from ``opd_ext/config/offline``: ``ssd.yaml`` or ``t3s.yaml``, a ``scale`` and, if asked for, a
-published ``preset``.
+Composed by Hydra from ``opd_ext/config/pipelines``: ``ssd.yaml`` or ``t3s.yaml``, a ``scale`` and, if asked for, a
+published ``preset`` or a ``recipe``.
 """
 
 import json
@@ -21,7 +21,7 @@ from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.sampling.config import VLLMConfig
 
-CONFIG_DIR = Path(__file__).parents[1] / "config" / "offline"
+CONFIG_DIR = Path(__file__).parents[1] / "config" / "pipelines"
 
 
 @dataclass
@@ -133,7 +133,7 @@ class PipelineConfig:
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-_GROUPS = ("scale", "preset", "tuning")
+_GROUPS = ("scale", "preset", "tuning", "recipe")
 _Config = TypeVar("_Config", bound=PipelineConfig)
 
 
