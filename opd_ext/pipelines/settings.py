@@ -153,7 +153,7 @@ def compose_pipeline(name: str, kind: type[_Config], overrides: Sequence[str]) -
             composed: DictConfig = compose(name, overrides=[_addable(override) for override in overrides])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
     except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error, overrides, f"opd {name}") from None
+        raise refusal(error, overrides, f"opd {name}", CONFIG_DIR / "recipe") from None
     _make_paths_absolute(config)
     config.check()
     return config
