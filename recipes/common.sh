@@ -124,3 +124,40 @@ take_model() { # NAME KEY ARGUMENTS...
     only_plans "${@:3}" || check_model "$1"
     inputs+=("$2='$model'")
 }
+
+# Of the pipelines, `opd ssd` and `opd t3s`, which have no trainer and name each of their models and data sets:
+#
+#   name_pipeline ORIGINAL ARGUMENTS...
+#                             name_run for them: a copy gets a run folder of its own
+#   pipeline_inputs FOLDER NAME=KEY... NAME=KEY=SET... -- ARGUMENTS...
+#                             inputs of a GPU recipe: models with the keys that they set, and data sets with those and
+#                             with the SET that is the default, in FOLDER of OPD_HOME; besides, DATA_DIR, OUT and GPUS
+
+name_pipeline() {
+    local named
+    named=$(inputs=() && name_run "$@" && printf '%s' "${inputs[*]-}")
+    if [[ -n $named ]]; then inputs+=("run_dir='${OPD_RUNS:-runs}/${named#*=}'"); fi
+}
+
+pipeline_inputs() {
+    local folder=$1 name key set sets=()
+    folder=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/$1")")
+    while shift && [[ $1 != -- ]]; do
+        IFS='=' read -r name key set <<<"$1"
+        if [[ -z $set ]]; then
+            take_model "$name" "$key" "$@"
+            continue
+        fi
+        set=$(input "$name" "$set")
+        sets+=("$set")
+        if given DATA_DIR || given "$name"; then inputs+=("$key='$folder/$set.parquet'"); fi
+    done
+    shift
+    if given OUT; then inputs+=("run_dir='$(realpath -m "$(input OUT "")")'"); fi
+    if given GPUS; then inputs+=("vllm.replicas=$(input GPUS "")" "train.ranks=$(input GPUS "")"); fi
+
+    DATA_DIR=$folder GPUS=$(input GPUS 8) # what the checks read
+    if only_plans "$@"; then return; fi
+    [[ " $*" == *" recipe="* ]] || check_data "${sets[@]}" # another's data: `opd` looks itself
+    check_gpus
+}

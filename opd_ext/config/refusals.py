@@ -10,25 +10,28 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from opd_ext.errors import ConfigError
 
+RECIPES = Path(__file__).parent / "recipe"
 
-def refusal(error: Exception, overrides: Sequence[str], command: str) -> ConfigError:
+
+def refusal(error: Exception, overrides: Sequence[str], command: str, recipes: Path = RECIPES) -> ConfigError:
     """The refusal that says of ``error`` what a user can act on.
 
     Args:
         error: of Hydra or OmegaConf.
         overrides: what the user wrote.
         command: whose ``--cfg`` shows the keys that exist, e.g. ``opd train``.
+        recipes: the folder of the command's recipes.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ConfigError(_sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`"))
+    return ConfigError(_sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", recipes))
 
 
-def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], where: str) -> str:
+def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], where: str, recipes: Path) -> str:
     if isinstance(error, MissingConfigException) and (wanted := re.search(r"'([^']+)/([^'/]+)'", lines[0])):
         group, name = wanted.groups()
         available = _available(lines)
         if group.split("/")[0] == "recipe":  # Hydra does not look into its folders
-            group, name, available = "recipe", wanted[0].strip("'").removeprefix("recipe/"), _recipes()
+            group, name, available = "recipe", wanted[0].strip("'").removeprefix("recipe/"), _names(recipes)
         return f"{group}={name} does not exist; choose one of: {', '.join(available) or 'none is there'}."
     if isinstance(error, OverrideParseException):
         return (
@@ -59,9 +62,8 @@ def _available(lines: list[str]) -> list[str]:
     return names[:end]
 
 
-def _recipes() -> list[str]:
-    folder = Path(__file__).parent / "recipe"
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob("*/*.yaml"))
+def _names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
 def _key(error: OmegaConfBaseException) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of the pipelines: types, defaults, and what is refused before anything starts.
 
-Composed by Hydra from ``opd_ext/config/offline``: ``ssd.yaml`` or ``t3s.yaml``, a ``scale`` and, if asked for, a
-published ``preset``.
+Composed by Hydra from ``opd_ext/config/pipelines``: ``ssd.yaml`` or ``t3s.yaml``, a ``scale`` and, if asked for, a
+published ``preset`` or a ``recipe``.
 """
 
 import json
@@ -21,7 +21,7 @@ from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.sampling.config import VLLMConfig
 
-CONFIG_DIR = Path(__file__).parents[1] / "config" / "offline"
+CONFIG_DIR = Path(__file__).parents[1] / "config" / "pipelines"
 
 
 @dataclass
@@ -131,7 +131,7 @@ class PipelineConfig:
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-_GROUPS = ("scale", "preset", "tuning")
+_GROUPS = ("scale", "preset", "tuning", "recipe")
 _Config = TypeVar("_Config", bound=PipelineConfig)
 
 
@@ -151,7 +151,7 @@ def compose_pipeline(name: str, kind: type[_Config], overrides: Sequence[str]) -
             composed: DictConfig = compose(name, overrides=[_addable(override) for override in overrides])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
     except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error, overrides, f"opd {name}") from None
+        raise refusal(error, overrides, f"opd {name}", CONFIG_DIR / "recipe") from None
     _make_paths_absolute(config)
     config.check()
     return config

@@ -13,10 +13,14 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -r $here/../common.sh ]] ||
-    { echo "${0##*/}: ../common.sh is missing; keep this folder within recipes/." >&2; exit 2; }
-. "$here/../common.sh"
+common=$here/common.sh
+[[ -r $common ]] || common=$here/../common.sh
+[[ -r $common ]] || common=$(opd new --recipes 2>/dev/null || true)/common.sh # a folder outside recipes/
+[[ -r $common ]] ||
+    { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
+. "$common"
 
 find_opd "bash setup.sh"
 only_plans "$@" || build_world base large diffusion
-exec opd t3s scale=cpu_tiny preset=diffusion_tiny "run_dir='${OPD_RUNS:-runs}/t3s_diffusion-cpu_tiny'" "$@"
+name_pipeline t3s/tiny_diffusion_cpu "$@"
+exec opd t3s scale=cpu_tiny preset=diffusion_tiny "${inputs[@]}" "$@"

@@ -92,6 +92,11 @@ REFUSED = {
     "ranks": ("t3s", ["train.ranks=3"], "train.batch_size=64.*multiple of train.ranks"),
     "no teacher": ("t3s", ["teacher=null"], "teacher is missing: set it to a model, or traces_column"),
     "ratio": ("t3s", ["preset=diffusion_tiny", "diffusion.ratio=[0.8,0.3]"], r"diffusion.ratio=\[0.8, 0.3\]"),
+    "recipe": (
+        "ssd",
+        ["recipe=t3s/none"],
+        "recipe=t3s/none does not exist; choose one of: gpt_oss_20b, llada2_mini, ",
+    ),
     "scale": ("ssd", ["scale=none"], "scale=none does not exist; choose one of: cpu_tiny, node_8xh200"),
 }
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes of the pipelines carry the published settings and refuse missing inputs."""
+"""Recipes of the pipelines carry the published settings, refuse missing inputs and can be copied."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from opd_ext.cli import app
 from opd_ext.pipelines import problems
-from opd_ext.pipelines.settings import PipelineConfig, RewardConfig, compose_pipeline
+from opd_ext.pipelines.settings import CONFIG_DIR, PipelineConfig, compose_pipeline
 from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.t3s.config import T3SConfig
 from opd_ext.sampling.config import Decoding
@@ -46,7 +47,7 @@ def recorded(tmp_path_factory, tmp_path):
     recorder.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" \"$PYTHONPATH\"\nprintf '\\1'\n")
     recorder.chmod(0o755)
 
-    def record(recipe: str, *arguments: str, **variables: str) -> list[list[str]]:
+    def record(recipe: str | Path, *arguments: str, **variables: str) -> list[list[str]]:
         path = f"{recorder.parent}:{os.environ['PATH']}"
         answer = run([str(RECIPES / recipe), *arguments], tmp_path, **({"PATH": path} | variables))
         assert answer.returncode == 0, answer.stderr
@@ -60,9 +61,13 @@ def composed(recorded, tmp_path, monkeypatch):
     """Likewise the configuration, composed in this process: it is what the recipe's ``--cfg`` would print."""
     monkeypatch.chdir(tmp_path)
 
-    def compose(recipe: str, *arguments: str, **variables: str) -> PipelineConfig:
+    def compose(recipe: str | Path, *arguments: str, **variables: str) -> PipelineConfig:
         ((name, *overrides, _),) = recorded(recipe, "--cfg", *arguments, **variables)
-        assert name == recipe.split("/")[0] and "--cfg" in overrides
+        assert name in KINDS and "--cfg" in overrides
+        for variable in ("OPD_HOME", "OPD_RUNS"):  # what the settings themselves read
+            monkeypatch.delenv(variable, raising=False)
+            if variable in variables:
+                monkeypatch.setenv(variable, variables[variable])
         return compose_pipeline(name, KINDS[name], [override for override in overrides if override != "--cfg"])
 
     return compose
@@ -231,6 +236,9 @@ def test_missing_inputs_are_refused_in_one_sentence(tmp_path):
     assert "DIFFUSION=nothing is neither a folder" in refusal("t3s/llada2_mini.sh", DIFFUSION="nothing")
     assert "rstar_coder_passed.parquet is missing; make it as the recipe's" in refusal("ssd/qwen3_4b_instruct.sh")
     assert "boba200.parquet is missing" in refusal("t3s/qwen3_8b.sh")
+    for name in ("s1k", "aime"):
+        (tmp_path / f"{name}.parquet").touch()
+    assert "PyTorch sees 0 GPUs, 8 are wanted" in refusal("t3s/llada2_mini.sh", CUDA_VISIBLE_DEVICES="")
     assert "opd is not installed" in refusal("t3s/qwen3_8b.sh", PATH="/usr/bin:/bin", OPD_VENV=str(tmp_path))
 
 
@@ -251,8 +259,82 @@ def test_the_command_takes_what_a_recipe_passes_on(recipe, recorded):
     assert OmegaConf.create(answer.stdout).seed == 3
 
 
-def test_the_grader_of_programs_is_found_beside_the_recipe(recorded, monkeypatch):
-    ((*arguments, path),) = recorded("ssd/qwen3_4b_instruct.sh", "--cfg")
-    monkeypatch.syspath_prepend(path)
-    (grader,) = [value for value in arguments if value.startswith("reward.path=")]
-    assert callable(problems.load_grader(RewardConfig(grader.removeprefix("reward.path="))))
+def test_the_grader_of_programs_is_found_wherever_the_recipe_is_started(composed):
+    assert callable(problems.load_grader(composed("ssd/qwen3_4b_instruct.sh").reward))
+
+
+# ---------------------------------------------------------------------- one home for the settings
+
+SCRIPTS = {name: "ssd/qwen3_4b_instruct.sh" for name in PRESETS}
+SCRIPTS |= {"qwen3_8b": "t3s/qwen3_8b.sh", "llada2_mini": "t3s/llada2_mini.sh"}
+
+
+def test_every_recipe_has_a_script():
+    assert {path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml")} == SCRIPTS.keys()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_that_is_asked_for_nothing_is_its_recipe(name, recorded):
+    ((pipeline, *arguments, _),) = recorded(SCRIPTS[name], "--cfg", PRESET=name)
+    assert (pipeline, arguments) == (SCRIPTS[name].split("/")[0], [f"recipe={name}", "--cfg"])
+
+
+@pytest.mark.parametrize("recipe", GPU)
+def test_the_data_sets_that_a_script_checks_are_those_of_its_recipe(recipe, composed, tmp_path):
+    """Their names stand in both: with another folder the script's count, with another name the recipe's folder."""
+    home = str(tmp_path / "home")
+    plain, moved, named = (composed(recipe, OPD_HOME=home, **more) for more in ({}, {"DATA_DIR": "/d"}, {"EVAL": "e"}))
+
+    def files(config: PipelineConfig) -> list[Path]:
+        return [Path(file) for file in (config.prompts.file, config.evaluate.file, config.evaluate.select_file) if file]
+
+    assert [file.name for file in files(moved)] == [file.name for file in files(plain)]
+    assert {file.parent for file in files(moved)} == {Path("/d")}
+    assert {file.parent for file in files(plain)} == {file.parent for file in files(named)}
+    assert Path(named.evaluate.file).name == "e.parquet" and Path(plain.run_dir).parent == tmp_path / "runs"
+
+
+# ---------------------------------------------------------------------- copies
+
+
+def test_a_copied_folder_works_beside_the_others_and_has_run_folders_of_its_own(composed, tmp_path):
+    shutil.copytree(RECIPES, tmp_path / "recipes")
+    shutil.copytree(RECIPES / "ssd", tmp_path / "recipes/mine")
+    shutil.copytree(RECIPES / "t3s", tmp_path / "recipes/yours")
+
+    def run_folder(recipe: str, *arguments: str, **variables: str) -> str:
+        return composed(tmp_path / "recipes" / recipe, *arguments, **variables).run_dir
+
+    runs = str(tmp_path / "runs")
+    assert run_folder("mine/qwen3_4b_instruct.sh") == f"{runs}/mine-qwen3-4b-instruct"
+    assert run_folder("mine/qwen3_4b_instruct.sh", PRESET="gpt_oss_20b") == f"{runs}/mine-qwen3-4b-instruct-gpt_oss_20b"
+    assert run_folder("mine/tiny_cpu.sh", OPD_RUNS="/a b") == "/a b/mine-cpu_tiny"
+    assert run_folder("yours/qwen3_8b.sh") == f"{runs}/yours-qwen3-8b"
+    assert run_folder("yours/qwen3_8b.sh", OUT="here") == str(tmp_path / "here")
+    assert run_folder("yours/llada2_mini.sh", "run_dir=/there") == "/there"
+    assert run_folder("yours/tiny_diffusion_cpu.sh") == f"{runs}/yours-tiny-diffusion-cpu"
+    assert run_folder("t3s/tiny_diffusion_cpu.sh") == f"{runs}/t3s_diffusion-cpu_tiny"
+    assert run_folder("ssd/tiny_cpu.sh") == f"{runs}/ssd-cpu_tiny"
+
+
+@pytest.mark.parametrize("recipe", [*TINY, *GPU])
+def test_a_copied_folder_works_elsewhere_with_what_the_installation_has(recipe, tmp_path):
+    """Likewise with a common.sh of its own; without either it says what is missing."""
+    copy = shutil.copytree((RECIPES / recipe).parent, tmp_path / "elsewhere/mine") / Path(recipe).name
+    opd = tmp_path / "bin/opd"
+    opd.parent.mkdir()
+
+    def started(installed: str) -> subprocess.CompletedProcess:
+        opd.write_text(f'#!/usr/bin/env bash\n[[ $* == "new --recipes" ]] && echo "{installed}" || echo "$@"\n')
+        opd.chmod(0o755)
+        return run([str(copy), "--cfg"], tmp_path, PATH=f"{opd.parent}:/usr/bin:/bin")
+
+    answer = started("")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr == (
+        f"{copy.name}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh.\n"
+    )
+    from_installation = started(str(RECIPES))
+    shutil.copy(RECIPES / "common.sh", copy.parent)
+    assert from_installation.stderr == "" and "run_dir='runs/mine-" in from_installation.stdout
+    assert started("").stdout == from_installation.stdout
