@@ -42,16 +42,16 @@ class TrainConfig:
     steps: int = 50  # optimiser steps
     batch_size: int = 64  # samples, over all ranks
     lr: float = 1e-5  # learning rate; its peak where the schedule is cosine
-    min_lr: float = 0.0  # cosine only
-    schedule: str = "constant"  # constant | cosine
+    min_lr: float = 0.0  # where the learning rate ends; cosine only
+    schedule: str = "constant"  # of the learning rate: constant | cosine
     warmup_steps: int = 0  # steps in which the learning rate rises from 0
-    weight_decay: float = 0.0  # AdamW
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
+    weight_decay: float = 0.0  # of AdamW
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
     clip_grad: float = 1.0  # the gradient's norm at most
     max_length: int = 4096  # tokens; what is longer loses its end, and is counted
-    tokens_per_gpu: int = 8192  # in one micro-batch
+    tokens_per_gpu: int = 8192  # tokens in one micro-batch
     save_every: int = 25  # steps between checkpoints
-    normalisation: str = "kept-token-mean"  # kept-token-mean | all-token-mean
+    normalisation: str = "kept-token-mean"  # tokens that the loss is divided by: kept-token-mean | all-token-mean
     ranks: int = 1  # data-parallel processes
     verl: dict[str, Any] = field(default_factory=dict)  # any further key of verl's sft_trainer_engine.yaml
 
@@ -61,15 +61,15 @@ class RewardConfig:
     """A grader with verl's signature; without a path verl's own, chosen by ``data_source``."""
 
     path: str | None = None  # Python file, or pkg://module; null: verl's own grader
-    name: str = "compute_score"  # of the function
+    name: str = "compute_score"  # name of the function in it
 
 
 @dataclass
 class EvaluationConfig:
     """Problems that models are compared on."""
 
-    file: str | None = None  # reported
-    select_file: str | None = None  # where temperatures are chosen; null: the first one is reported as it is
+    file: str | None = None  # the problems that are reported
+    select_file: str | None = None  # problems on which temperatures are chosen; null: the first temperature is reported
     count: int | None = None  # the first so many problems; null: all
     n: int = 4  # responses per problem and temperature
     max_tokens: int = 1024  # of a response

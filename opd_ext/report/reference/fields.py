@@ -111,20 +111,12 @@ def owner_of(kind: type, name: str) -> type:
     return next(cls for cls in kind.__mro__ if name in cls.__dict__.get("__annotations__", {}))
 
 
-def default_of(kind: type, name: str) -> Any:
-    """The default of a field; :data:`dataclasses.MISSING` if it has none."""
-    entry = kind.__dataclass_fields__[name]
-    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-
-
 def value_words(value: Any) -> str:
     """A value as YAML writes it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}" if value else "0.0"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(value_words, value))}]"
     if isinstance(value, dict):
