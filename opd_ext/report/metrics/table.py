@@ -336,7 +336,7 @@ SECTIONS: tuple[Section, ...] = (
             Metric("generated", "1000 tokens", "sampled in training"),
             Metric("seconds annotator_calls", "", "summed over the steps of a run"),
             Metric("baseline", "", "what a pair's method is compared with"),
-            Metric("target steps baseline_steps", "", "the baseline's final accuracy, and the steps at which both reach it"),
+            Metric("target steps baseline_steps", "", "the baseline's final accuracy, and when both reach it"),
         ),
         COMPARISON,
     ),

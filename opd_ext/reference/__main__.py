@@ -2,8 +2,8 @@
 """Write the reference pages anew."""
 
 from opd_ext.files import write_whole
-from opd_ext.report.reference import metrics_page, settings_page
-from opd_ext.report.reference.fields import PACKAGE
+from opd_ext.reference import metrics_page, settings_page
+from opd_ext.reference.fields import PACKAGE
 
 FOLDER = PACKAGE.parent / "docs" / "reference"
 PAGES = {"settings.md": settings_page.page, "metrics.md": metrics_page.page}

@@ -23,10 +23,10 @@ from opd_ext.pipelines.settings import PipelineConfig
 from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.t3s.config import T3SConfig
 from opd_ext.policy.shapings import get_policy, policy_names
-from opd_ext.report.reference import fields
-from opd_ext.report.reference.fields import PACKAGE
-from opd_ext.report.reference.readers import package
-from opd_ext.report.reference.text import names, wrap
+from opd_ext.reference import fields
+from opd_ext.reference.fields import PACKAGE
+from opd_ext.reference.readers import package
+from opd_ext.reference.text import names, wrap
 from opd_ext.teacher import get_teacher, teacher_names
 
 CHECKED_ONLY = {
@@ -49,7 +49,7 @@ _DIVERGENCE_KEYS = {"entry_clip": "clip", "entry_clip_mode": "clip_mode", "suppo
 _INTRO = """\
 # Settings
 
-Made by `python -m opd_ext.report.reference` from the dataclasses; do not edit.
+Made by `python -m opd_ext.reference` from the dataclasses; do not edit.
 Files are relative to `opd_ext/`.
 
 A key is set on the command line, `opd train method=crisp opd.teacher.interval=30`, or in a YAML

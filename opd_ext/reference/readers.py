@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
-from opd_ext.report.reference.fields import PACKAGE, source_file
+from opd_ext.reference.fields import PACKAGE, source_file
 
 # An instance of a class, or a list or mapping of such: ("one" | "many", key of the class, "file:name").
 Kind = tuple[str, str]

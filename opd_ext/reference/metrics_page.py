@@ -3,14 +3,14 @@
 
 from collections.abc import Iterator
 
+from opd_ext.reference.text import names, wrap
 from opd_ext.report.metrics import SECTIONS, Metric
 from opd_ext.report.metrics.entries import LOG
-from opd_ext.report.reference.text import names, wrap
 
 _INTRO = """\
 # Metrics
 
-Made by `python -m opd_ext.report.reference` from `opd_ext/report/metrics/table.py`; do not edit.
+Made by `python -m opd_ext.reference` from `opd_ext/report/metrics/table.py`; do not edit.
 
 `metrics.jsonl` in a run folder has one line per step (`phase` train) and per validation (`phase` val),
 with `step`, `time` in unix seconds, and the metrics below; TensorBoard has them under the same names.
