@@ -56,16 +56,16 @@ SECTIONS: tuple[Section, ...] = (
                 "falls slowly; near 0 the run has collapsed"),
             Metric("opd/distilled_student_entropy", "nats", "the same on distilled tokens alone", _TAUGHT),
             Metric("opd/teacher_entropy", "nats", "entropy of the teacher per distilled token", f"{_TAUGHT}; colocated",
-                "below the student's; near log V the teacher's weights are lost"),
+                "near log V the teacher's weights are lost"),
             Metric("opd/student_log_prob", "nats", "log-prob of the sampled tokens, student", _TAUGHT, "rises slowly"),
             Metric("opd/teacher_log_prob", "nats", "log-prob of the sampled, distilled tokens, teacher", _TAUGHT,
-                "approaches the student's"),
+                "the student's comes closer"),
             Metric("opd/distilled_tokens", "share", "trained tokens that are distilled", _TAUGHT,
                 "near 1 without spans"),
             Metric("opd/credit", "", "mean credit of distilled tokens, caps included",
                 f"{_TAUGHT}; not where all is known before the pass", "stable"),
-            Metric("opd/clipped", "share", "distilled tokens at which opd.divergence.clip binds",
-                f"{_TAUGHT}; with a clip", "small; near 1 the bound is the loss"),
+            Metric("opd/clipped", "share", "vocabulary entries that opd.divergence.clip bounds, mean over distilled "
+                "tokens", f"{_TAUGHT}; with a clip", "small"),
             Metric("opd/rollout_gap", "nats", "mean absolute difference of the sampler's and the trainer's log-probs",
                 f"{_TAUGHT}, with the sampler's log-probs", "below 1e-4 in fp32; growth: weights out of step"),
         ),
@@ -142,7 +142,7 @@ SECTIONS: tuple[Section, ...] = (
             Metric("annotation/tokens_in annotation/tokens_out", "tokens", "read and written by language models",
                 _LABELLED),
             Metric("annotation/ok annotation/empty annotation/skipped", "share",
-                "requests that found spans, found none, or were not worth asking (truncated, empty)", _LABELLED),
+                "requests that found spans, found none, or were not asked (truncated, empty, too long)", _LABELLED),
             Metric("annotation/wrong_schema annotation/parse_error annotation/timeout annotation/api_error "
                 "annotation/align_failure", "share", "requests that failed, by reason", _LABELLED, "0"),
             Metric("spans/rollouts", "share", "rollouts with spans", _LABELLED, "well above 0"),
@@ -157,7 +157,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Time", "bridge/trainer.py",
         (
-            Metric("timing_s/gen", "s", "waiting for rollouts, rewards and annotation", "", "most of a step"),
+            Metric("timing_s/gen", "s", "waiting for rollouts, rewards and annotation"),
             Metric("timing_s/teacher_context", "s", "building the teacher's sequences", "with a teacher", "small"),
             Metric("timing_s/old_log_prob", "s", "log-probs before the update", "where the loss needs them"),
             Metric("timing_s/ref", "s", "log-probs of verl's reference policy", "with a KL term"),
@@ -184,7 +184,7 @@ SECTIONS: tuple[Section, ...] = (
         "verl's policy term", "verl/trainer/ppo/core_algos.py",
         (
             Metric("actor/ppo_kl", "nats", "estimate of KL between the policy before and after the update", _RL,
-                "near 0; 0 with one update per batch"),
+                "about 0 with one update per batch"),
             Metric("actor/pg_clipfrac actor/pg_clipfrac_lower", "share",
                 "tokens whose ratio is clipped; the lower bound for negative advantages", f"{_RL}, by loss",
                 "a few percent"),
