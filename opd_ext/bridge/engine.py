@@ -311,7 +311,7 @@ def _micro_batch(data: TensorDict, lengths: torch.Tensor, rows: torch.Tensor) ->
         span_label=packed("span_label"),
         # Row j of what a server returns scores token j + 1, as row j of the logits does.
         teacher_log_prob=data["teacher_logprobs"].values()[rows, 0] if "teacher_logprobs" in data else None,
-        scale=data["opd_scale"],
+        distillation_weight=data["opd_distillation_weight"],
         gate=data["opd_gate"],
     )
 

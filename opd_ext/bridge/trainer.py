@@ -137,9 +137,9 @@ class OPDTrainer(PPOTrainerSync):
             batch = self._compute_reward_colocate(batch, metrics=metrics)
         rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens)
         metrics.update(rollouts.summarise(rows, "rollout"))
-        scale, gate = self.opd.schedule(self.global_steps)
+        weight, gate = self.opd.schedule(self.global_steps)
         taught = False
-        if scale > 0:
+        if weight > 0:
             with marked_timer("teacher_context", timing_raw, color="olive"):
                 batch, taught = self._add_teacher_inputs(batch, rows, metrics)
         files.write_jsonl(self.run_dir / "generations" / f"train_{self.global_steps}.jsonl", rows)
@@ -165,7 +165,9 @@ class OPDTrainer(PPOTrainerSync):
                 weigh_advantages(batch, self.opd.policy, self._mini_batches())
         with marked_timer("update_actor", timing_raw, color="red"):
             batch = (
-                self._update_with_teacher(batch, metrics, scale, gate) if taught else self._update_alone(batch, metrics)
+                self._update_with_teacher(batch, metrics, weight, gate)
+                if taught
+                else self._update_alone(batch, metrics)
             )
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
             # Of a teacher without weights of its own nothing moves, so nobody need be asked.
@@ -240,7 +242,7 @@ class OPDTrainer(PPOTrainerSync):
             metrics[f"memory/{name}"] = metrics.pop(f"actor/perf/{name}")
         return batch
 
-    def _update_with_teacher(self, batch: KVBatchMeta, metrics: dict, scale: float, gate: float) -> KVBatchMeta:
+    def _update_with_teacher(self, batch: KVBatchMeta, metrics: dict, weight: float, gate: float) -> KVBatchMeta:
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         mini_batch_size = actor.ppo_mini_batch_size * rollout.n
         served = self.opd.teacher.backend == "server"
@@ -257,7 +259,7 @@ class OPDTrainer(PPOTrainerSync):
             batch.fields += ["response_mask", "advantages", *(["rollout_is_weights"] if weighted else [])]
         batch.extra_info.update(
             {
-                "opd_scale": scale,
+                "opd_distillation_weight": weight,
                 "opd_gate": gate,
                 "calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0,
                 "global_batch_size": mini_batch_size,
@@ -274,7 +276,7 @@ class OPDTrainer(PPOTrainerSync):
         metrics.update({name: float(value) for name, value in output.items() if name.startswith("actor/")})
         if "opd/teacher_entropy" in metrics:  # absent if no token of the batch is distilled
             metrics["opd/entropy_diff"] = metrics["opd/distilled_student_entropy"] - metrics["opd/teacher_entropy"]
-        metrics["opd/scale"] = scale
+        metrics["opd/scale"] = weight
         metrics["opd/response_tokens"] = float(output["student_entropy:count"] * self._dp_size())
         for name in ("loss", "grad_norm", "lr"):
             metrics[f"opd/{name}"] = float(output[name])

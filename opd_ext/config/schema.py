@@ -29,17 +29,17 @@ from opd_ext.teacher.config import TeacherConfig
 class HeadConfig:
     """The chunked LM head (memory and precision, never the result)."""
 
-    chunk_size: int = 1024
-    fp32: bool = False
+    chunk_size: int = 1024  # rows of the vocabulary projection held at a time; does not change results
+    fp32: bool = False  # vocabulary projection in fp32 instead of the model's compute dtype
 
 
 @dataclass
 class RolloutConfig:
     """Limits of generation per phase (tokens) and the polling of finished rollouts (seconds)."""
 
-    train_tokens: int = 8192
-    val_tokens: int = 8192
-    poll_interval: float = 0.05
+    train_tokens: int = 8192  # new tokens at most, per training rollout
+    val_tokens: int = 8192  # new tokens at most, per validation rollout
+    poll_interval: float = 0.05  # seconds between looks into the replay buffer (verl: 2.0)
 
 
 @dataclass
@@ -49,28 +49,36 @@ class OPDConfig:
     A place that a method leaves empty is there all the same, and does nothing: nobody asks whether it is None.
     """
 
-    run_dir: str = "runs/opd"
-    method: str = "crisp"
-    scale: str = "cpu_tiny"
-    device: str = "cuda"
+    run_dir: str = "runs/opd"  # config, metrics, generations, checkpoints, report
+    method: str = "crisp"  # name of the preset in config/method that is composed; runs are compared by it
+    scale: str = "cpu_tiny"  # name of the preset in config/scale that is composed
+    device: str = "cuda"  # what trains: cpu | cuda (set by the scale)
     world: str | None = None  # folder of the data sets of a world (config/world), the miniature world's models included
-    seed: int = 1
-    world_lib: str | None = None
-    external_lib: Any = None
-    console: str = "table"
-    warm_python: bool = False
-    reduction: str = "token-mean"
+    seed: int = 1  # decides data order and, with step, prompt and session, the seed of every rollout request
+    world_lib: str | None = None  # what the world of a scale registers, imported like external_lib
+    external_lib: Any = None  # Python module(s) to import in every process: your own @register_... classes
+    console: str = "table"  # table: one readable row per step; full: also everything verl, Ray and vLLM print
+    warm_python: bool = False  # fork Ray's and vLLM's processes from one that has imported the stack (CPU, one machine)
+    reduction: str = "token-mean"  # token-mean | seq-mean-token-mean | seq-mean-token-sum | official (parity only)
     denominator: str = "trained"
+    """Whose tokens or sequences a mean counts: trained (all) | distilled (those with a teacher)."""
     max_pair_length: int | None = None
+    """Tokens of prompt + response; a pair that is longer, student's or teacher's, is dropped."""
     max_teacher_entropy: float | None = 0.95
+    """A teacher with more than this share of log V has lost its weights: stop; null: off."""
     stop_on_success: float | None = None
+    """A score: the run ends at the first rollout that reaches it (test-time self-distillation)."""
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(weights=ABSENT))
+    """First place: whose weights teach; null: nobody's."""
     context: ContextConfig = field(default_factory=lambda: ContextConfig(kind=ABSENT))
+    """Second place: what the teacher sees that the student does not; null: no teacher."""
     divergence: DivergenceConfig = field(default_factory=lambda: DivergenceConfig(kind=ABSENT))
-    credit: CreditConfig = field(default_factory=CreditConfig)
+    """Third place: what is compared, on what support; null: no distillation term."""
+    credit: CreditConfig = field(default_factory=CreditConfig)  # fourth place: which tokens count, and how much
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(loss=ABSENT))
-    head: HeadConfig = field(default_factory=HeadConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Fifth place: the RL term that goes along; null: none."""
+    head: HeadConfig = field(default_factory=HeadConfig)  # the chunked LM head
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)  # limits of generation
 
     @property
     def external_libs(self) -> list[str]:

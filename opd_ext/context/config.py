@@ -14,7 +14,7 @@ class ContextConfig:
     """What the teacher sees that the student does not; every other key is an option of that context."""
 
     kind: str = "same"  # a registered context: same, instruction, solution, feedback, label, ...
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)  # options of the context; write them beside `kind`
 
     @property
     def present(self) -> bool:

@@ -23,7 +23,7 @@ class CreditConfig:
     rollout_cap: float | None = None  # cap of old policy to rollout engine (IW-OPD: 5)
     inactive_span: str = "nonspan"  # spans of a class without divergence: nonspan (plain policy term) | literal (gated)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)  # who marks spans, if anybody
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)  # options of the credit; write them beside `kind`
 
     @property
     def annotates(self) -> bool:

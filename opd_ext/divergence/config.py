@@ -30,6 +30,7 @@ class DivergenceTerm:
     clip_mode: str = "vocab_max"  # vocab_max: each vocabulary entry | token_scale: the token, direction kept | none
     temperature: float = 1.0  # divides both logits in the loss, whatever the rollout temperature was
     args: dict[str, Any] = field(default_factory=dict)
+    """Options of a registered divergence that are no keys here; write them beside `kind`."""
 
     @property
     def registered(self) -> str:

@@ -26,24 +26,24 @@ def sampled_advantage(
     student_logp: Float[Tensor, "*tokens"],
     teacher_logp: Float[Tensor, "*tokens"],
     reference_logp: Float[Tensor, "*tokens"] | None = None,
-    scale: float = 1.0,
+    extrapolation: float = 1.0,
 ) -> Float[Tensor, "*tokens"]:
     """``A_t = log p_T(y_t) - log p_S(y_t)`` of the sampled tokens, detached.
 
     The score-function gradient with this advantage is that of the reverse KL at every visited state (IW-OPD, arXiv
-    2606.22600, section 2). With a reference, G-OPD's ``scale (log p_T - log p_R) - (log p_S - log p_R)`` (arXiv
-    2602.12125): scale 1 gives the same for any reference, ExOPD extrapolates with more.
+    2606.22600, section 2). With a reference, G-OPD's ``lambda (log p_T - log p_R) - (log p_S - log p_R)`` (arXiv
+    2602.12125), lambda being ``extrapolation``: 1 gives the same for any reference, ExOPD has more.
 
     Raises:
-        ValueError: for another scale than 1 without a reference.
+        ValueError: for another ``extrapolation`` than 1 without a reference.
     """
     student, teacher = student_logp.detach(), teacher_logp.detach()
-    if scale == 1.0:
+    if extrapolation == 1.0:
         return teacher - student
     if reference_logp is None:
-        raise ValueError(f"scale={scale} extrapolates from a reference: pass reference_logp.")
+        raise ValueError(f"extrapolation={extrapolation} starts from a reference: pass reference_logp.")
     reference = reference_logp.detach()
-    return scale * (teacher - reference) - (student - reference)
+    return extrapolation * (teacher - reference) - (student - reference)
 
 
 def clipped_surrogate(
@@ -100,10 +100,10 @@ class Surrogate:
     """Reverse KL on the sampled token as a policy gradient (IW-OPD, arXiv 2606.22600; G-OPD, arXiv 2602.12125).
 
     The advantage is ``log p_T - log p_S`` of the sampled token, constant; ``clip`` and ``dual_clip`` bound the ratio
-    of current to old policy, which is 1 while there is one optimiser step per batch. With another ``scale`` than 1 it
-    extrapolates from a reference (ExOPD).
+    of current to old policy, which is 1 while there is one optimiser step per batch. With another
+    ``extrapolation`` than 1 it starts from a reference (ExOPD).
     """
 
     clip: float = 0.2
     dual_clip: float = 3.0
-    scale: float = 1.0
+    extrapolation: float = 1.0

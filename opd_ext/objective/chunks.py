@@ -82,7 +82,7 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A registered divergence with its options; frozen and hashable, as a part of :class:`Terms`."""
+    """A registered divergence with its options; frozen and hashable, as a part of :class:`Computation`."""
 
     kind: str
     divergence: Callable[..., Tensor]
@@ -104,7 +104,7 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
+class Computation:
     """What to compute from the logits of a block; frozen, so that its compiled form can be cached."""
 
     outputs: tuple[Output, ...]
@@ -114,7 +114,7 @@ class Terms:
     def needs_teacher(self) -> bool:
         return any(not name.startswith("student") for name in self.outputs)
 
-    def restricted_to(self, names: tuple[Output, ...]) -> Terms:
+    def restricted_to(self, names: tuple[Output, ...]) -> Computation:
         return dataclasses.replace(self, outputs=names)
 
     def __call__(
@@ -164,7 +164,7 @@ class _Projection:
         return torch.mm(self.rows(chunk), self.weight.T, out=self.buffer[: chunk.stop - chunk.start])
 
 
-def run_chunks(plan: Plan, terms: Terms, inputs: Inputs, upstream: dict[Output, Float[Tensor, " N"]]) -> Result:
+def run_chunks(plan: Plan, terms: Computation, inputs: Inputs, upstream: dict[Output, Float[Tensor, " N"]]) -> Result:
     """Values of ``terms`` for all rows and, where ``upstream`` [N] is given, d_hidden and d_weight."""
     hidden, weight = inputs.student
     n, vocabulary, device = hidden.shape[0], weight.shape[0], hidden.device
@@ -225,7 +225,7 @@ def _block(
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(terms: Terms) -> Callable[..., tuple[Tensor, ...]]:
+def _compiled(terms: Computation) -> Callable[..., tuple[Tensor, ...]]:
     """Fuses softmax, divergence and their backward into few kernels, for any number of rows."""
 
     def compute(*args: Any) -> tuple[Tensor, ...]:

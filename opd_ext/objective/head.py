@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_ext.divergence.divergences import get_divergence
-from opd_ext.objective.chunks import Comparison, Inputs, Output, Plan, Side, Terms, run_chunks
+from opd_ext.objective.chunks import Comparison, Computation, Inputs, Output, Plan, Side, run_chunks
 
 Mode = Literal["forward", "recompute"]
 
@@ -152,7 +152,7 @@ def divergence_head(
     if mode == "forward" and kind is None:
         raise ValueError("Mode 'forward' needs a divergence; without one use mode='recompute'.")
     comparison = None if kind is None or teacher is None else _comparison(kind, kind_args or {})
-    terms = Terms(
+    terms = Computation(
         outputs=_outputs(comparison, teacher is not None, labels is not None, with_entropy),
         comparison=comparison,
         temperature=float(temperature),
@@ -178,7 +178,7 @@ def divergence_head(
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, terms: Terms, token_weight: Float[Tensor, " N"], *inputs: Any
+        ctx: Any, plan: Plan, terms: Computation, token_weight: Float[Tensor, " N"], *inputs: Any
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         upstream: dict[Output, Tensor] = {"divergence": token_weight} if plan.grad_hidden or plan.grad_weight else {}
@@ -199,7 +199,7 @@ class _GradientInForward(torch.autograd.Function):
 
 class _RecomputeInBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, terms: Terms, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, terms: Computation, *inputs: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.terms = plan, terms
         ctx.save_for_backward(*inputs)

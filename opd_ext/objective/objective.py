@@ -2,7 +2,7 @@
 """The loss of one micro-batch, composed from its places, and the sums from which a step's metrics are made.
 
     loss = policy(log_prob)
-         + sum_t token_weight_t * scale * credit_t * clip_t * D_t        D_t: one divergence, or one per span class
+         + sum_t token_weight_t * lambda * credit_t * clip_t * D_t        D_t: one divergence, or one per span class
 
 ``D`` is a divergence of two distributions, or, on the sampled token, the clipped policy-gradient surrogate whose
 advantage is the teacher's log-ratio. Everything but ``D`` and the policy term is a constant of the gradient.
@@ -51,7 +51,7 @@ class MicroBatch:
         rollout_log_probs, old_log_probs: log-probs of the labels when they were sampled and before the update.
         teacher_log_prob: the teacher's log-probs of the labels, where its hidden states are not at hand.
         reference_log_prob: the reference's log-probs of the labels, for a surrogate that extrapolates.
-        scale: weight of the distillation term at this step (annealing).
+        distillation_weight: of the distillation term at this step (`opd.credit.weight`, annealed).
         gate: what the annealing leaves to the policy term on annotated spans.
     """
 
@@ -68,7 +68,7 @@ class MicroBatch:
     span_label: Int[Tensor, " N"] | None = None
     teacher_log_prob: Float[Tensor, " N"] | None = None
     reference_log_prob: Float[Tensor, " N"] | None = None
-    scale: float = 1.0
+    distillation_weight: float = 1.0
     gate: float = 1.0
 
     def padded(self, values: Shaped[Tensor, " N"]) -> Shaped[Tensor, "B T"]:
@@ -152,7 +152,7 @@ class Objective:
     @property
     def extrapolates(self) -> bool:
         """Whether the loss needs a reference beside the teacher (ExOPD)."""
-        return self.surrogate is not None and self.surrogate.scale != 1.0
+        return self.surrogate is not None and self.surrogate.extrapolation != 1.0
 
     def __call__(
         self,
@@ -320,7 +320,7 @@ class Objective:
             dp_size=batch.dp_size,
             sequence_lens=batch.lengths,
         )
-        return weights * batch.distilled() * batch.scale
+        return weights * batch.distilled() * batch.distillation_weight
 
     def _credit(self, batch: MicroBatch, out: HeadOutput | None) -> Float[Tensor, " N"]:
         """The registered credit; it sees whole responses, so their packing does not matter."""
@@ -364,7 +364,7 @@ class Objective:
                 seen = PolicyInputs(
                     batch.padded(advantages),
                     **present,
-                    scale=batch.scale,
+                    distillation_weight=batch.distillation_weight,
                     gate=batch.gate,
                     active_spans=self.active_spans,
                     literal_spans=self.literal_spans,
@@ -420,6 +420,6 @@ def _surrogate_loss(
 ) -> Float[Tensor, " N"]:
     """The clipped policy-gradient term whose advantage is the teacher's log-ratio on the sampled token."""
     old = log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
-    clip, dual_clip, scale = dataclasses.astuple(surrogate)
-    advantage = sampled_advantage(old, teacher_log_prob, batch.reference_log_prob, scale)
+    clip, dual_clip, extrapolation = dataclasses.astuple(surrogate)
+    advantage = sampled_advantage(old, teacher_log_prob, batch.reference_log_prob, extrapolation)
     return clipped_surrogate(log_prob, old, advantage, clip, clip, dual_clip).loss

@@ -28,7 +28,7 @@ CONFIG_DIR = Path(__file__).parents[1] / "config" / "pipelines"
 class PromptsConfig:
     """A parquet file in verl's format, and what is taken from it."""
 
-    file: str | None = None
+    file: str | None = None  # the parquet file
     count: int | None = None  # the first so many, after duplicates are gone; null: all
     deduplicate: bool = True  # one prompt per statement, compared with normalised white space
     system: str | None = None  # a system message put before the conversation
@@ -41,59 +41,59 @@ class TrainConfig:
 
     steps: int = 50  # optimiser steps
     batch_size: int = 64  # samples, over all ranks
-    lr: float = 1e-5
-    min_lr: float = 0.0  # cosine only
-    schedule: str = "constant"  # constant | cosine
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    clip_grad: float = 1.0
+    lr: float = 1e-5  # learning rate; its peak where the schedule is cosine
+    min_lr: float = 0.0  # where the learning rate ends; cosine only
+    schedule: str = "constant"  # of the learning rate: constant | cosine
+    warmup_steps: int = 0  # steps in which the learning rate rises from 0
+    weight_decay: float = 0.0  # of AdamW
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
+    clip_grad: float = 1.0  # the gradient's norm at most
     max_length: int = 4096  # tokens; what is longer loses its end, and is counted
-    tokens_per_gpu: int = 8192  # in one micro-batch
+    tokens_per_gpu: int = 8192  # tokens in one micro-batch
     save_every: int = 25  # steps between checkpoints
-    normalisation: str = "kept-token-mean"  # kept-token-mean | all-token-mean
+    normalisation: str = "kept-token-mean"  # tokens that the loss is divided by: kept-token-mean | all-token-mean
     ranks: int = 1  # data-parallel processes
-    verl: dict[str, Any] = field(default_factory=dict)
+    verl: dict[str, Any] = field(default_factory=dict)  # any further key of verl's sft_trainer_engine.yaml
 
 
 @dataclass
 class RewardConfig:
     """A grader with verl's signature; without a path verl's own, chosen by ``data_source``."""
 
-    path: str | None = None
-    name: str = "compute_score"
+    path: str | None = None  # Python file, or pkg://module; null: verl's own grader
+    name: str = "compute_score"  # name of the function in it
 
 
 @dataclass
 class EvaluationConfig:
     """Problems that models are compared on."""
 
-    file: str | None = None  # reported
-    select_file: str | None = None  # where temperatures are chosen; null: the first one is reported as it is
-    count: int | None = None
-    n: int = 4
-    max_tokens: int = 1024
-    temperatures: list[float] = field(default_factory=lambda: [1.0])
-    top_k: int = -1
-    top_p: float = 1.0
+    file: str | None = None  # the problems that are reported
+    select_file: str | None = None  # problems on which temperatures are chosen; null: the first temperature is reported
+    count: int | None = None  # the first so many problems; null: all
+    n: int = 4  # responses per problem and temperature
+    max_tokens: int = 1024  # of a response
+    temperatures: list[float] = field(default_factory=lambda: [1.0])  # every model is evaluated at each of them
+    top_k: int = -1  # -1: all
+    top_p: float = 1.0  # 1: all
 
 
 @dataclass
 class PipelineConfig:
     """What both pipelines have in common."""
 
-    run_dir: str = "runs/offline"
-    scale: str = "cpu_tiny"
-    device: str = "cuda"
-    world: str | None = None
+    run_dir: str = "runs/offline"  # everything that the pipeline makes; a rerun goes on there
+    scale: str = "cpu_tiny"  # name of the preset in config/offline/scale that is composed
+    device: str = "cuda"  # what samples and trains: cpu | cuda (set by the scale)
+    world: str | None = None  # folder of the miniature world, where a scale uses it
     model: str | None = None  # folder or hub id of the model that is fine-tuned
-    trust_remote_code: bool = False
-    seed: int = 1
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    vllm: VLLMConfig = field(default_factory=VLLMConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trust_remote_code: bool = False  # let the model bring Python code of its own
+    seed: int = 1  # of samples, batches, random arms
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)  # what is trained on
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)  # the engines that sample
+    train: TrainConfig = field(default_factory=TrainConfig)  # the fine-tuning
+    reward: RewardConfig = field(default_factory=RewardConfig)  # the grader
+    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)  # what models are compared on
     environment: dict[str, str] = field(default_factory=dict)  # of the processes that sample and train
 
     def check(self) -> None:

@@ -21,7 +21,7 @@ class PolicyConfig:
     prompt_mean: bool = False  # every prompt's group counts the same, not every token
     shaping: float | None = None  # RLSD: the teacher multiplies advantages within 1 +- this, and adds no term
     anchor: str = "old"  # old: ratio to the policy before the update | sampler: to the rollout engine
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)  # options of the gate; write them beside `loss`
 
     @property
     def present(self) -> bool:

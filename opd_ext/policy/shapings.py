@@ -37,7 +37,7 @@ class PolicyInputs(NamedTuple):
         student_log_prob: of the sampled tokens, before the update.
         teacher_log_prob: of the sampled tokens; means something where ``distilled``.
         span_label: 0 none, 1 key, 2 error.
-        scale: weight of the distillation term at this step.
+        distillation_weight: of the distillation term at this step.
         gate: what the schedule leaves to the policy term on spans, 0 to 1 as the distillation term fades.
         active_spans: labels that have a divergence.
         literal_spans: spans of a class without divergence count as spans too (``opd.credit.inactive_span``).
@@ -50,7 +50,7 @@ class PolicyInputs(NamedTuple):
     student_log_prob: Float[Tensor, "B T"]
     teacher_log_prob: Float[Tensor, "B T"] | None = None
     span_label: Int[Tensor, "B T"] | None = None
-    scale: float = 1.0
+    distillation_weight: float = 1.0
     gate: float = 1.0
     active_spans: Collection[int] = ()
     literal_spans: bool = False
@@ -112,5 +112,5 @@ def teacher_ratio(inputs: PolicyInputs, bound: float = 0.2) -> Float[Tensor, "B 
     if inputs.teacher_log_prob is None:
         raise ValueError("opd.policy.shaping needs the teacher's log-probs: set opd.divergence.support=sampled.")
     student, teacher = inputs.student_log_prob, inputs.teacher_log_prob
-    shaped = self_distilled_advantage(inputs.advantages, student, teacher, inputs.scale, bound)
+    shaped = self_distilled_advantage(inputs.advantages, student, teacher, inputs.distillation_weight, bound)
     return torch.where(inputs.distilled, shaped, inputs.advantages)

@@ -90,9 +90,9 @@ def formula(opd: OPDConfig) -> list[str]:
     for name, term in terms.items():
         where = f" on {name} spans" if name else ""
         lines.append(f"D_t{where} = {term}")
-    scale, gate = opd.credit.schedule(1)
+    weight, gate = opd.credit.schedule(1)
     fade = "" if opd.credit.hold is None else f", to 0 within {opd.credit.decay} steps after step {opd.credit.hold}"
-    lines += [f"credit_t = {opd.credit}", f"lambda = {scale:g}{fade}", f"weight_t: {opd.reduction}, {opd.denominator}"]
+    lines += [f"credit_t = {opd.credit}", f"lambda = {weight:g}{fade}", f"weight_t: {opd.reduction}, {opd.denominator}"]
     if opd.policy.present:
         lines.append(
             f"policy = {opd.policy}" + (f", gate {gate:g} at first" if opd.policy.gate == "complement" else "")

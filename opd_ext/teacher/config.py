@@ -18,6 +18,7 @@ class TeacherConfig:
     path: str | None = None  # `external`: folder or hub id of the teacher
     backend: str = "engine"  # engine: colocated with the student; server: verl's teacher servers on their own devices
     args: dict[str, Any] = field(default_factory=dict)
+    """Options of a registered teacher that are no keys here; write them beside `weights`."""
 
     @property
     def present(self) -> bool:

@@ -46,13 +46,13 @@ class Author:
     look_again_slip: float = 0.045
     told: Step | None = None
 
-    def careful(self, scale: float) -> Author:
-        """The same style with every slip rate multiplied by ``scale``."""
+    def careful(self, factor: float) -> Author:
+        """The same style with every slip rate multiplied by ``factor``."""
         return replace(
             self,
-            slip=self.slip * scale,
-            large_digits_slip=self.large_digits_slip * scale,
-            look_again_slip=self.look_again_slip * scale,
+            slip=self.slip * factor,
+            large_digits_slip=self.large_digits_slip * factor,
+            look_again_slip=self.look_again_slip * factor,
         )
 
     def slip_rate(self, step: Step, again: bool = False) -> float:

@@ -89,7 +89,7 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
             w = logits[start : start + len(sample.response), : z.shape[1]]
             credit, value, parts = _distillation(update, sample, mask, z, w)
             if "teacher_ratio" not in shapings:
-                loss = loss + update.scale * (weight * credit * value).sum()
+                loss = loss + update.distillation_weight * (weight * credit * value).sum()
         logq = (z / objective.temperature).log_softmax(-1)
         sampled = logq.gather(-1, torch.tensor(sample.response)[:, None])[:, 0]
         if update.policy:
@@ -98,7 +98,7 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
                 taught, bound = (w / objective.temperature).log_softmax(-1), shapings["teacher_ratio"]["bound"]
                 gap = taught.gather(-1, torch.tensor(sample.response)[:, None])[:, 0] - _float64(sample.old_log_probs)
                 factor = (advantage.sign() * gap).exp().clamp(1 - bound, 1 + bound)
-                advantage = advantage * (1 - update.scale + update.scale * factor)
+                advantage = advantage * (1 - update.distillation_weight + update.distillation_weight * factor)
             if "complement" in shapings:
                 gates = [update.gate if label in objective.active_spans else 1.0 for label in sample.spans]
                 advantage = advantage * _float64(gates)

@@ -77,7 +77,7 @@ class Update:
     gradient_checkpointing: bool = False
     old_policy: bool = False  # whether the batch carries old log-probs
     policy: bool = False  # whether it carries advantages, and so has a policy term
-    scale: float = 1.0
+    distillation_weight: float = 1.0
     trust: float | None = None
     denominator: str = "trained"
     gate: float = 1.0  # of the policy term on annotated spans
@@ -297,7 +297,11 @@ class Rank:
         share = len(update.samples) // self.world_size
         samples = update.samples[self.rank * share : (self.rank + 1) * share]
         flags = {"old_policy": update.old_policy, "policy": update.policy}
-        counts = {"global_batch_size": len(update.samples), "opd_scale": update.scale, "opd_gate": update.gate}
+        counts = {
+            "global_batch_size": len(update.samples),
+            "opd_distillation_weight": update.distillation_weight,
+            "opd_gate": update.gate,
+        }
         return student, to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
 
     def gradients(self, update: Update) -> dict:

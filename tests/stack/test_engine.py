@@ -60,26 +60,28 @@ METHODS = {
     ),
     "warm surrogate": Update(SAMPLES, objective=Objective(surrogate=Surrogate(), temperature=0.7)),
     "capped": Update(SOME, objective=Objective(importance_cap=1.2, rollout_cap=1.5), old_policy=True),
-    "spans": Update(SOME, objective=Objective(SPANS, credit="spans"), scale=0.3),
+    "spans": Update(SOME, objective=Objective(SPANS, credit="spans"), distillation_weight=0.3),
     "clipped spans": Update(SOME, objective=Objective(CLIPPED_SPANS, credit="spans")),
     "key spans": Update(SOME, objective=Objective(SPANS[:1], credit="spans")),
-    "mixed": Update(SOME, policy=True, scale=0.1),
+    "mixed": Update(SOME, policy=True, distillation_weight=0.1),
     "gated spans": Update(
         SOME,
         objective=Objective(
             SPANS[:1], credit="spans", shapings=(Shaping("complement"),), active_spans=frozenset({SPANS[0].label})
         ),
         policy=True,
-        scale=0.5,
+        distillation_weight=0.5,
         gate=0.3,
     ),
-    "spans beside a policy": Update(SOME, objective=Objective(SPANS, credit="spans"), policy=True, scale=0.5),
+    "spans beside a policy": Update(
+        SOME, objective=Objective(SPANS, credit="spans"), policy=True, distillation_weight=0.5
+    ),
     "policy for the untaught": Update(SOME, objective=Objective(shapings=(Shaping("untaught"),)), policy=True),
     "shaped": Update(
         SOME,
         objective=Objective(surrogate=Surrogate(), shapings=RATIO),
         policy=True,
-        scale=0.5,
+        distillation_weight=0.5,
     ),
     "trust region": Update(SAMPLES, trust=0.25),
     "external": Update(SAMPLES, teacher="wide"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from opd_ext.context import prompts
+from opd_ext.report.metrics import undescribed
 from tests.stack.conftest import ROOT, metrics, shards
 
 STEPS = 3
@@ -74,6 +75,7 @@ def test_three_steps(run, method):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
         assert math.isfinite(line["opd/loss"]) and line["opd/grad_norm"] >= 0
+        assert not undescribed(line)
     trained = [line["step"] for line in lines if not line["opd/skipped"]]
     assert trained, "no step had anything to learn from"
     first, last = (shards(run(method), step, "actor")[0] for step in (1, STEPS))

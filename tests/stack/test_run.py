@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from opd_ext.report.metrics import undescribed
 from tests.stack.conftest import metrics, shards
 from tests.stack.replay import in_prompt_order, replay
 
@@ -72,6 +73,7 @@ def test_every_step_reports_what_the_specification_lists(two_ranks):
     for line in metrics(two_ranks[0]):
         missing = [name for name in names if not math.isfinite(line.get(name, math.nan))]
         assert not missing, missing
+        assert not undescribed(line)
 
 
 def test_a_run_leaves_its_config_generations_and_readable_console(two_ranks):

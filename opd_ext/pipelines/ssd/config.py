@@ -14,6 +14,7 @@ class SSDConfig(PipelineConfig):
 
     max_tokens: int = 1024  # of a sampled response
     arms: dict[str, Decoding] = field(default_factory=dict)
+    """Name -> how its samples are drawn; `control` must be there."""
     sweep: list[float] = field(default_factory=list)  # T_train of further arms without truncation
     diagnose: int = 128  # prompts whose base samples show what happened at locks and forks; 0: none
 

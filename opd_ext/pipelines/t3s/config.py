@@ -15,9 +15,9 @@ class BottleneckConfig:
     """Where the pilot's training accuracy is lowest."""
 
     n: int = 4  # samples per training prompt and checkpoint
-    temperature: float = 0.6
-    top_k: int = -1
-    top_p: float = 0.95
+    temperature: float = 0.6  # of these samples
+    top_k: int = -1  # -1: all
+    top_p: float = 0.95  # 1: all
     standard_errors: float = 2.0  # the dip must exceed so many
     step: int | None = None  # name it instead of looking for it
 
@@ -31,11 +31,11 @@ class DiffusionConfig:
     ratio: list[float] = field(default_factory=lambda: [0.3, 0.8])  # of masked response tokens, drawn per sample
     mask_token_id: int | None = None  # null: what the model's config says; so for the next two
     attention: str | None = None  # full (LLaDA) | block (LLaDA-2.0)
-    block_size: int | None = None
+    block_size: int | None = None  # tokens of a block, where attention=block
     threshold: float = 0.95  # confidence from which a token is written
     batch_size: int = 32  # prompts that are denoised at a time; each step holds a [batch, length, length] mask
     max_tokens: int | None = None  # of an answer; null: evaluate.max_tokens
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)  # the fine-tuning of the masked-diffusion model
 
     def check(self) -> None:
         """Raises ConfigError, one sentence."""
@@ -52,16 +52,18 @@ class DiffusionConfig:
 class T3SConfig(PipelineConfig):
     """Training-trajectory-aware token selection."""
 
-    teacher: str | None = None
+    teacher: str | None = None  # folder or hub id of the model whose traces are learnt from
     traces: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.6, -1, 1.0, 16, 32768))
+    """How the teacher is sampled; one right trace per prompt is kept."""
     traces_column: str | None = None  # of prompts.file: verified traces as text; also `column.field`
     trace_prefix: str = ""  # put before every trace, e.g. the opening think tag that the teacher's template writes
-    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)  # how the pilot's dip is looked for
     threshold: float = 0.0  # nats; an anchor's confidence rose by more
-    always_keep_eos: bool = False
+    always_keep_eos: bool = False  # train the end of the response even where it is an anchor
     arms: list[str] = field(default_factory=lambda: ["t3s", "inverse", "random", "lowest"])
-    rrt: bool = True
-    diffusion: DiffusionConfig | None = None
+    """Selections that are trained, besides plain fine-tuning, which is the pilot."""
+    rrt: bool = True  # evaluate base + (final - bottleneck) too, which needs no second training
+    diffusion: DiffusionConfig | None = None  # null: the autoregressive model alone
 
     def check(self) -> None:
         super().check()

@@ -209,7 +209,7 @@ def test_the_objective_extrapolates_from_a_reference(vectors, precision, scale, 
         teacher_log_prob=teacher,
         **_counts(mask),
     )
-    objective = Objective(surrogate=Surrogate(scale=scale), credit=credit)
+    objective = Objective(surrogate=Surrogate(extrapolation=scale), credit=credit)
     eye = torch.eye(2, dtype=hidden.dtype)
     terms = objective(micro_batch, hidden, eye, reference_hidden=head_input(reference))
     name = "iw_exopd_lambda1.25_gamma0.5_raw_gap" if credit == "position" else f"exopd_lambda{scale}"

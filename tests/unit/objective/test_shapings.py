@@ -32,7 +32,7 @@ def test_the_policy_of_srpo_trains_where_no_teacher_is():
 
 def test_the_ratio_of_rlsd_stays_within_its_bound_and_leaves_the_untaught_alone():
     teacher = torch.tensor([[9.0, 9.0, -9.0, 0.0], [9.0] * 4])
-    shaped = get_policy("teacher_ratio")(_inputs(teacher_log_prob=teacher, scale=1.0), bound=0.2)
+    shaped = get_policy("teacher_ratio")(_inputs(teacher_log_prob=teacher, distillation_weight=1.0), bound=0.2)
     # A (1 - w) + A w clip(exp(sign(A) gap), 0.8, 1.2) with w = 1 (arXiv 2604.03128).
     torch.testing.assert_close(shaped[0], torch.tensor([1.2, -1.6, 2.4, 0.5]))
     assert torch.equal(shaped[1], ADVANTAGES[1])

@@ -110,7 +110,7 @@ def _loss(data, precision, k, mu_error, mu_key, tau, literal, policy_reduction, 
         num_micro_batches=1,
         dp_size=1,
         span_label=label[mask],
-        scale=weight,
+        distillation_weight=weight,
         **counts,
     )
     eye = torch.eye(meta["shape"]["V"], dtype=precision.dtype)

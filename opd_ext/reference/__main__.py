@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the reference pages anew."""
+
+from opd_ext.files import write_whole
+from opd_ext.reference import metrics_page, settings_page
+from opd_ext.reference.fields import PACKAGE
+
+FOLDER = PACKAGE.parent / "docs" / "reference"
+PAGES = {"settings.md": settings_page.page, "metrics.md": metrics_page.page}
+
+
+def main() -> None:
+    """Write every page of :data:`PAGES` into the checkout."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, page in PAGES.items():
+        write_whole(FOLDER / name, page().encode())
+        print(f"written: {FOLDER / name}")
+
+
+if __name__ == "__main__":
+    main()
