@@ -148,6 +148,26 @@ def model(
 
 
 @data.command()
+def gym(
+    tasks: Annotated[list[str], typer.Argument(help="of reasoning-gym, each with its options: chain_sum max_terms=3")],
+    out: Annotated[Path, typer.Option(help="folder for the parquet files", file_okay=False)],
+    train: Annotated[int, typer.Option(min=0, help="rows to train on")] = 2000,
+    val: Annotated[int, typer.Option(min=0, help="rows to validate on")] = 256,
+    test: Annotated[int, typer.Option(min=0, help="rows that nothing looks at before the end")] = 0,
+    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="replace files that have other content")] = False,
+) -> None:
+    """Make tasks with their verifiers (reasoning-gym); no download."""
+    from opd_ext.data.gym import parse, prepare
+
+    sizes = {name: size for name, size in {"train": train, "val": val, "test": test}.items() if size}
+    try:
+        prepare(parse(tasks), out, sizes, seed, force)
+    except (ValueError, OSError, ImportError) as error:
+        raise _refused("data gym", error) from None
+
+
+@data.command()
 def math(
     out: Annotated[Path, typer.Option(help="folder for the parquet files", file_okay=False)],
     dapo: Annotated[Path | None, typer.Option(help="DAPO-Math-17k, distinct-prompts-with-rewards.parquet")] = None,
