@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from jinja2 import Template
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd_ext.context import render as render_chat
@@ -98,8 +99,31 @@ def fingerprint(model: str) -> str:
 def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
     """``uid`` and ``prompt_ids`` up to where the assistant begins, through the chat template, once."""
     system = [{"role": "system", "content": settings.system}] if settings.system else []
-    ids = [render_chat(tokenizer, system + list(messages), settings.template) for messages in rows["prompt"]]
+    ids = [render_chat(tokenizer, system + messages, settings.template) for messages in worded(rows, settings)]
     return pd.DataFrame({"uid": rows["uid"], "prompt_ids": ids})
+
+
+def worded(rows: pd.DataFrame, settings: PromptsConfig) -> list[list[dict[str, str]]]:
+    """The messages of every row, the last asked in the words of ``settings``, if they have any.
+
+    Raises:
+        ConfigError: a row does not say whether it has starter code.
+    """
+    chats = [list(messages) for messages in rows["prompt"]]
+    if not settings.wording:
+        return chats
+    extra = rows["extra_info"] if "extra_info" in rows else [None] * len(rows)
+    if not all("starter_code" in (info or {}) for info in extra):
+        raise ConfigError(
+            f"{settings.file} has rows without extra_info.starter_code, which chooses the prompts.wording: add it, "
+            "null for programs that read standard input, or ask as the file does with ~prompts.wording."
+        )
+    texts = {kind: Template(text, keep_trailing_newline=True) for kind, text in settings.wording.items()}
+    for messages, info in zip(chats, extra, strict=True):
+        code = info["starter_code"] or ""
+        text = texts["function" if code.strip() else "stdin"]
+        messages[-1] = {**messages[-1], "content": text.render(question=messages[-1]["content"], starter_code=code)}
+    return chats
 
 
 def check_lengths(prompts: pd.DataFrame, max_tokens: int, max_model_len: int, key: str) -> None:

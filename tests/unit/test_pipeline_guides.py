@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from opd_ext.data.math import SCHEMA
 from opd_ext.pipelines import problems
-from opd_ext.pipelines.settings import CONFIG_DIR, PromptsConfig, RewardConfig
+from opd_ext.pipelines.settings import CONFIG_DIR, PromptsConfig, RewardConfig, compose_pipeline
+from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.tokens.tables import SAMPLES, write_table
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -67,6 +68,7 @@ def test_prompts_for_ssd_are_made_as_the_guide_says(tmp_path, python):
     table = pd.DataFrame(
         {
             "question": ["Add  two\nnumbers.", "Add two numbers.", "Sort a list.", "Sort a list."],
+            "starter_code": [None, None, "def sort(a):", "def sort(a):"],
             "is_passed": [True, True, False, False],
             "response": ["x"] * 4,
         }
@@ -78,6 +80,15 @@ def test_prompts_for_ssd_are_made_as_the_guide_says(tmp_path, python):
     assert said == "rstar_coder 2\nrstar_coder_passed 1\n"
     rows = problems.read_problems(PromptsConfig(file=str(out / "rstar_coder.parquet")))
     assert [messages[0]["content"] for messages in rows["prompt"]] == ["Add  two\nnumbers.", "Sort a list."]
+    stdin, function = asked(rows)
+    assert "Add  two\nnumbers." in stdin and "stdin" in stdin
+    assert "Sort a list." in function and "```python\ndef sort(a):\n```" in function
+
+
+def asked(rows: pd.DataFrame) -> list[str]:
+    """The prompts of the recipe."""
+    recipe = compose_pipeline("ssd", SSDConfig, ["recipe=qwen3_4b_instruct"])
+    return [messages[0]["content"] for messages in problems.worded(rows, recipe.prompts)]
 
 
 def livecodebench(folder: Path) -> None:
@@ -109,6 +120,9 @@ def test_evaluation_problems_are_made_as_the_guide_says_and_graded_by_all_their_
         "lcb_v5": "a, b = map(int, input().split())\nprint(a + b)",
         "lcb_v6": "class Solution:\n    def add(self, a, b):\n        return a + b",
     }
+    said = {name: asked(pd.read_parquet(tmp_path / f"{name}.parquet"))[0] for name in right}
+    assert "Question a." in said["lcb_v5"] and "stdin" in said["lcb_v5"]
+    assert "Question b." in said["lcb_v6"] and "```python\nclass Solution:\n```" in said["lcb_v6"]
     for name, program in right.items():
         row = pd.read_parquet(tmp_path / f"{name}.parquet").iloc[0]
         truth = row["reward_model"]["ground_truth"]
