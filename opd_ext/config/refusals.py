@@ -13,25 +13,29 @@ from opd_ext.errors import ConfigError
 RECIPES = Path(__file__).parent / "recipe"
 
 
-def refusal(error: Exception, overrides: Sequence[str], command: str, recipes: Path = RECIPES) -> ConfigError:
+def refusal(
+    error: Exception, overrides: Sequence[str], command: str, recipes: Path = RECIPES, own: str = ""
+) -> ConfigError:
     """The refusal that says of ``error`` what a user can act on.
 
     Args:
         error: of Hydra or OmegaConf.
         overrides: what the user wrote.
         command: whose ``--cfg`` shows the keys that exist, e.g. ``opd train``.
-        recipes: the folder of the command's recipes.
+        recipes: the folder of recipes; ``own``: with what the names of the command's own begin.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ConfigError(_sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", recipes))
+    return ConfigError(
+        _sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", _names(recipes, own))
+    )
 
 
-def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], where: str, recipes: Path) -> str:
+def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], where: str, recipes: list[str]) -> str:
     if isinstance(error, MissingConfigException) and (wanted := re.search(r"'([^']+)/([^'/]+)'", lines[0])):
         group, name = wanted.groups()
         available = _available(lines)
         if group.split("/")[0] == "recipe":  # Hydra does not look into its folders
-            group, name, available = "recipe", wanted[0].strip("'").removeprefix("recipe/"), _names(recipes)
+            group, name, available = "recipe", wanted[0].strip("'").removeprefix("recipe/"), recipes
         return f"{group}={name} does not exist; choose one of: {', '.join(available) or 'none is there'}."
     if isinstance(error, OverrideParseException):
         return (
@@ -62,8 +66,9 @@ def _available(lines: list[str]) -> list[str]:
     return names[:end]
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+def _names(folder: Path, own: str) -> list[str]:
+    names = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return [name for name in names if name.startswith(own)]
 
 
 def _key(error: OmegaConfBaseException) -> str:

@@ -114,10 +114,11 @@ REFUSED = {
         "prompts.wording.stdin is no template: .*No such file or directory: '/none.j2'.$",
     ),
     "recipe": (
-        "ssd",
+        "t3s",
         ["recipe=t3s/none"],
-        "recipe=t3s/none does not exist; choose one of: gpt_oss_20b, llada2_mini, ",
+        "recipe=t3s/none does not exist; choose one of: t3s/llada2_mini, t3s/qwen3_8b",
     ),
+    "recipe of another": ("ssd", ["recipe=t3s/qwen3_8b"], "recipe=t3s/qwen3_8b is one of `opd t3s`, not of `opd ssd`"),
     "scale": ("ssd", ["scale=none"], "scale=none does not exist; choose one of: cpu_tiny, node_8xh200"),
 }
 
