@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guides of the pipelines' recipes: files that exist, and commands for data that work as they stand there."""
+"""The guides of recipes: files that exist, and commands for data that work as they stand there."""
 
 import base64
 import json
@@ -64,6 +64,31 @@ def python(tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_questions_for_sdpo_keep_their_own_system_message_byte_by_byte(tmp_path, python):
+    rows = [
+        {
+            "idx": 7,
+            "kind": "mcq",
+            "answer": answer,
+            "prompt": f"Q{answer}\n\nA: 1\nB: 2",
+            "system": "\nChoose ä.\n",
+            "elo": 1,
+        }
+        for answer in "BA"
+    ]
+    for split in ("train", "test"):
+        file = tmp_path / "chemistry" / f"{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = python(snippet("sdpo", "row.system"), "out", "chemistry/train.json", "chemistry/test.json")
+    assert said == "chemistry_train 2\nchemistry_test 2\n"
+    made = pd.read_parquet(tmp_path / "out" / "chemistry_test.parquet")
+    assert [list(messages) for messages in made["prompt"]] == [
+        [{"role": "system", "content": "\nChoose ä.\n"}, {"role": "user", "content": row["prompt"]}] for row in rows
+    ]
+    assert [row["ground_truth"] for row in made["reward_model"]] == ["B", "A"]
+
+
 def test_prompts_for_ssd_are_made_as_the_guide_says(tmp_path, python):
     table = pd.DataFrame(
         {
@@ -87,7 +112,7 @@ def test_prompts_for_ssd_are_made_as_the_guide_says(tmp_path, python):
 
 def asked(rows: pd.DataFrame) -> list[str]:
     """The prompts of the recipe."""
-    recipe = compose_pipeline("ssd", SSDConfig, ["recipe=qwen3_4b_instruct"])
+    recipe = compose_pipeline("ssd", SSDConfig, ["recipe=ssd/qwen3_4b_instruct"])
     return [messages[0]["content"] for messages in problems.worded(rows, recipe.prompts)]
 
 

@@ -100,17 +100,17 @@ REFUSED = {
     ),
     "wording without the problem": (
         "ssd",
-        ["recipe=qwen3_4b_instruct", "prompts.wording.stdin=hello"],
+        ["recipe=ssd/qwen3_4b_instruct", "prompts.wording.stdin=hello"],
         "prompts.wording.stdin must contain {{ question }} and no other variable",
     ),
     "wording without the signature": (
         "ssd",
-        ["recipe=qwen3_4b_instruct", "evaluate.wording={stdin: '{{ question }}', function: '{{ question }}'}"],
+        ["recipe=ssd/qwen3_4b_instruct", "evaluate.wording={stdin: '{{ question }}', function: '{{ question }}'}"],
         "evaluate.wording.function must contain {{ question }} and {{ starter_code }} and no other",
     ),
     "wording that is no file": (
         "ssd",
-        ["recipe=qwen3_4b_instruct", "prompts.wording.stdin=file:/none.j2"],
+        ["recipe=ssd/qwen3_4b_instruct", "prompts.wording.stdin=file:/none.j2"],
         "prompts.wording.stdin is no template: .*No such file or directory: '/none.j2'.$",
     ),
     "recipe": (
@@ -146,11 +146,13 @@ def test_a_folder_is_made_absolute_and_a_name_that_is_nothing_is_refused(tmp_pat
 
 def test_a_wording_is_read_from_the_file_that_it_names(tmp_path):
     (tmp_path / "f.j2").write_text("ä {{ question }}\n{{ starter_code }}\n", encoding="utf-8")
-    overrides = ["recipe=qwen3_4b_instruct", f"prompts.wording.function=file:{tmp_path}/f.j2"]
+    overrides = ["recipe=ssd/qwen3_4b_instruct", f"prompts.wording.function=file:{tmp_path}/f.j2"]
     config = compose_pipeline("ssd", SSDConfig, overrides)
     assert config.prompts.wording["function"] == "ä {{ question }}\n{{ starter_code }}\n"
     config.check()
-    assert compose_pipeline("ssd", SSDConfig, ["recipe=qwen3_4b_instruct", "~prompts.wording"]).prompts.wording == {}
+    assert (
+        compose_pipeline("ssd", SSDConfig, ["recipe=ssd/qwen3_4b_instruct", "~prompts.wording"]).prompts.wording == {}
+    )
 
 
 def test_a_published_preset_is_not_overwritten_by_a_scale():
