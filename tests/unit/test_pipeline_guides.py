@@ -31,14 +31,14 @@ def test_a_guide_names_its_scripts_and_only_files_that_exist(folder):
         assert f"recipes/{folder}/{script.name}" in text
     for path in set(re.findall(r"recipes/[\w/]+\.\w+", text)):
         assert (RECIPES.parent / path).is_file(), path
-    for recipe in set(re.findall(rf"opd {folder} recipe=(\w+)|`recipe/(\w+)\.yaml", text)):
+    for recipe in set(re.findall(rf"opd {folder} recipe=([\w/]+)|`recipe/([\w/]+)\.yaml", text)):
         assert (CONFIG_DIR / "recipe" / f"{''.join(recipe)}.yaml").is_file(), recipe
 
 
 @pytest.mark.parametrize("script", [*RECIPES.glob("ssd/*.sh"), *RECIPES.glob("t3s/*.sh")], ids=lambda path: path.name)
 def test_a_script_names_only_settings_that_exist(script):
     said = script.read_text().replace("$PRESET", "qwen3_4b_instruct")
-    for path in set(re.findall(r"(?:opd_ext/config/pipelines/)?((?:(?:recipe|preset|scale)/)?\w+\.yaml)", said)):
+    for path in set(re.findall(r"(?:opd_ext/config/pipelines/)?((?:(?:recipe/\w+|preset|scale)/)?\w+\.yaml)", said)):
         assert (CONFIG_DIR / path).is_file(), path
 
 
