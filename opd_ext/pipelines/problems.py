@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Template
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -74,11 +75,18 @@ def read_problems(settings: PromptsConfig) -> pd.DataFrame:
     return rows.reset_index(drop=True)
 
 
-def check_columns(file: str, graded: bool) -> None:
-    """Raises ConfigError if a file in verl's format lacks a column that prompts, or grades, are made of."""
+def check_columns(file: str, graded: bool, worded: bool = False) -> None:
+    """Raises ConfigError if a file in verl's format lacks what prompts, grades or a wording are made of."""
     needed = ["prompt", *(["data_source", "reward_model"] if graded else [])]
-    if missing := [name for name in needed if name not in pq.read_schema(file).names]:
+    schema = pq.read_schema(file)
+    if missing := [name for name in needed if name not in schema.names]:
         raise ConfigError(f"{file} has no column {missing[0]}; verl's format has prompt, data_source and reward_model.")
+    extra = schema.field("extra_info").type if "extra_info" in schema.names else None
+    if worded and not (pa.types.is_struct(extra) and extra.get_field_index("starter_code") >= 0):
+        raise ConfigError(
+            f"{file} has no extra_info.starter_code, which chooses the prompts.wording: add it, null for programs that "
+            "read standard input, or ask as the file does with ~prompts.wording."
+        )
 
 
 def fingerprint(model: str) -> str:
@@ -104,22 +112,12 @@ def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, setti
 
 
 def worded(rows: pd.DataFrame, settings: PromptsConfig) -> list[list[dict[str, str]]]:
-    """The messages of every row, the last asked in the words of ``settings``, if they have any.
-
-    Raises:
-        ConfigError: a row does not say whether it has starter code.
-    """
+    """The messages of every row, the last asked in the words of ``settings``, if they have any."""
     chats = [list(messages) for messages in rows["prompt"]]
     if not settings.wording:
         return chats
-    extra = rows["extra_info"] if "extra_info" in rows else [None] * len(rows)
-    if not all("starter_code" in (info or {}) for info in extra):
-        raise ConfigError(
-            f"{settings.file} has rows without extra_info.starter_code, which chooses the prompts.wording: add it, "
-            "null for programs that read standard input, or ask as the file does with ~prompts.wording."
-        )
     texts = {kind: Template(text, keep_trailing_newline=True) for kind, text in settings.wording.items()}
-    for messages, info in zip(chats, extra, strict=True):
+    for messages, info in zip(chats, rows["extra_info"], strict=True):
         code = info["starter_code"] or ""
         text = texts["function" if code.strip() else "stdin"]
         messages[-1] = {**messages[-1], "content": text.render(question=messages[-1]["content"], starter_code=code)}

@@ -73,12 +73,6 @@ def test_a_program_is_asked_for_as_its_starter_code_says_and_nothing_in_a_proble
     assert problems.worded(rows, PromptsConfig()) == [[earlier, question]]
 
 
-def test_a_file_that_does_not_know_starter_code_would_lose_signatures_and_is_refused(file, tokenizer):
-    settings = PromptsConfig(file, wording=WORDING)
-    with pytest.raises(ConfigError, match="without extra_info.starter_code.*~prompts.wording"):
-        problems.render_prompts(problems.read_problems(settings), tokenizer, settings)
-
-
 def samples(tokenizer, *texts, uids=None, reason="stop"):
     ids = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
     return pd.DataFrame(
@@ -167,3 +161,12 @@ def test_what_is_graded_must_say_how(tmp_path, file):
     problems.check_columns(str(tmp_path / "plain.parquet"), graded=False)
     with pytest.raises(ConfigError, match="no column data_source"):
         problems.check_columns(str(tmp_path / "plain.parquet"), graded=True)
+
+
+def test_a_file_without_starter_code_would_lose_signatures_and_is_refused_before_anything_is_sampled(tmp_path, file):
+    problems.check_columns(file, graded=True)
+    with pytest.raises(ConfigError, match="no extra_info.starter_code.*~prompts.wording"):
+        problems.check_columns(file, graded=True, worded=True)
+    row = {"prompt": [chat("Add.")], "extra_info": [{"starter_code": None}]}
+    pd.DataFrame(row).to_parquet(tmp_path / "programs.parquet")
+    problems.check_columns(str(tmp_path / "programs.parquet"), graded=False, worded=True)
