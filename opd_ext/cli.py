@@ -175,6 +175,7 @@ def math(
     aime24: Annotated[Path | None, typer.Option(help="AIME 2024: problem, answer or boxed solution")] = None,
     aime25: Annotated[Path | None, typer.Option(help="AIME 2025: problem, answer")] = None,
     val_fraction: Annotated[float, typer.Option(help="share of DAPO that is held out")] = 0.2,
+    prompt: Annotated[str, typer.Option(help="wording: dapo; boxed: the answer in a box, as OPD asks")] = "dapo",
     eval_suffix: Annotated[
         bool, typer.Option("--eval-suffix", help="evaluation prompts end with the reminder, as training prompts do")
     ] = False,
@@ -192,6 +193,7 @@ def math(
             {name: path for name, path in named.items() if path is not None},
             out,
             val_fraction=val_fraction,
+            prompt=prompt,
             eval_suffix=eval_suffix,
             teacher_prompt=teacher_prompt,
             force=force,
