@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config import verl_keys
 from opd_ext.config.schema import OPDConfig, load
+from opd_ext.config.verl_values import check_values
 from opd_ext.credit.credits import CreditInputs, get_credit
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.objective.objective import DENOMINATORS
@@ -34,6 +35,7 @@ def check(config: DictConfig) -> OPDConfig:
     one_of("opd.reduction", opd.reduction, REDUCTIONS)
     one_of("opd.denominator", opd.denominator, DENOMINATORS)
     positive("opd.head.chunk_size", opd.head.chunk_size)
+    check_values(config)
     if opd.distils:
         _check_distillation(opd, config)
     else:

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.config.overrides import readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.sampling.config import VLLMConfig
@@ -148,7 +149,7 @@ def compose_pipeline(name: str, kind: type[_Config], overrides: Sequence[str]) -
     """
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            composed: DictConfig = compose(name, overrides=[_addable(override) for override in overrides])
+            composed: DictConfig = compose(name, overrides=[_addable(readable(each)) for each in overrides])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides, f"opd {name}", CONFIG_DIR / "recipe") from None
