@@ -26,6 +26,7 @@ from opd_ext.config.overrides import from_words
 from opd_ext.errors import ConfigError
 from opd_ext.files import write_whole
 from opd_ext.launch import PATH_VARIABLE
+from opd_ext.preflight import preflight
 from opd_ext.progress import STARTED
 
 
@@ -138,7 +139,8 @@ def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Path:
     prepare_environment(config)
     with warm_python(config.opd.warm_python, {}):
         opd = validate(config)
-        checks.check_inputs(config)
+        for sentence in preflight(config, opd, starting=True).notes:
+            print(f"note: {sentence}", flush=True)
         _train(config, opd)
     return Path(opd.run_dir)
 
@@ -149,7 +151,9 @@ def _plan(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
 
     config = compose_config(list(overrides), config_dirs)
     prepare_environment(config)
-    print_plan(config, validate(config))
+    opd = validate(config)
+    findings = preflight(config, opd, starting=False)
+    print_plan(config, opd, findings.facts, findings.notes)
 
 
 def _train(config: DictConfig, opd: schema.OPDConfig) -> None:

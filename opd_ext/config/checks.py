@@ -121,15 +121,14 @@ def check_inputs(config: DictConfig) -> None:
         paths.append(("opd.teacher.path", config.opd.teacher.path))
     for key in ("train_files", "val_files"):
         files = config.data[key]
-        paths += [(f"data.{key}", file) for file in ([files] if isinstance(files, str) else files)]
+        paths += [(f"data.{key}", file) for file in ([files] if isinstance(files, str) else files or ())]
     for key, path in paths:
-        local = str(path).startswith(("/", "~", "."))
+        local = "://" not in str(path) and (key.startswith("data.") or str(path).startswith(("/", "~", ".")))
         if local and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}={path} does not exist.{hint}")
-    _check_vocabularies(config)
 
 
-def _check_vocabularies(config: DictConfig) -> None:
+def check_vocabularies(config: DictConfig) -> None:
     """An external teacher scores the ids of the student: compared here if both are on this machine, else later."""
     teacher, student = OmegaConf.select(config, "opd.teacher.path"), config.actor_rollout_ref.model.path
     if teacher is None or not (Path(teacher).is_dir() and Path(student).is_dir()):
