@@ -222,6 +222,9 @@ def _add_pipeline(name: str, text: str) -> None:
         force: Annotated[str | None, typer.Option(help="throw away what this stage made, make it again")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="print the stages and what is done, and stop")] = False,
         cfg: Annotated[bool, typer.Option("--cfg", help="print the composed configuration and stop")] = False,
+        config_dir: Annotated[
+            list[Path] | None, typer.Option(exists=True, file_okay=False, help="a folder with recipes of your own")
+        ] = None,
     ) -> None:
         from opd_ext.errors import ConfigError
         from opd_ext.launch import LaunchError
@@ -231,7 +234,7 @@ def _add_pipeline(name: str, text: str) -> None:
         from opd_ext.tokens.tables import TableError
 
         try:
-            run(name, overrides or [], until, only, force, dry_run, cfg)
+            run(name, overrides or [], until, only, force, dry_run, cfg, config_dir or [])
         except (ConfigError, LaunchError, MergeError, StageError, TableError) as error:
             raise _refused(name, error) from None
 

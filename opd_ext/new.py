@@ -2,8 +2,8 @@
 """``opd new``: a published recipe under a name of one's own, as a folder with everything that one may want to edit.
 
 The folder holds the scripts and, in ``config``, the settings behind them: the method, what a scale needs of it, and
-the recipes. Its scripts read these settings, and their run folders bear its name, so that the copy never trains into
-the run folders of the original.
+the recipes; of a pipeline, whose stages are code, the recipes. Its scripts read these settings, and their run folders
+bear its name, so that the copy never trains into the run folders of the original.
 """
 
 import re
@@ -16,6 +16,7 @@ from opd_ext.files import write_whole
 
 PACKAGE = Path(__file__).parent
 SCALES = ("cpu_tiny", "node_8xh200")
+PIPELINES = ("ssd", "t3s")
 PLANNED = "tiny_cpu.sh"  # whose plan is printed: it runs anywhere
 
 
@@ -32,13 +33,13 @@ def recipes() -> Path:
 
 
 def sources() -> list[str]:
-    """The methods that have both a preset and a folder of recipes."""
-    presets = {path.stem for path in (PACKAGE / "config" / "method").glob("*.yaml")}
+    """The methods that have both a preset and a folder of recipes, and the pipelines."""
+    presets = {path.stem for path in (PACKAGE / "config" / "method").glob("*.yaml")} | set(PIPELINES)
     return sorted(folder.name for folder in recipes().iterdir() if folder.name in presets)
 
 
 def copy_recipe(name: str, source: str, out: Path, force: bool = False) -> Path:
-    """Write the folder ``out/name`` from the recipes of the method ``source``, and return it.
+    """Write the folder ``out/name`` from the recipes of ``source``, and return it.
 
     Args:
         name: of the new method, folder, experiments and run folders.
@@ -49,7 +50,7 @@ def copy_recipe(name: str, source: str, out: Path, force: bool = False) -> Path:
     """
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
         raise ConfigError(f"{name} cannot be a name: take a letter, then letters, digits, _ and -.")
-    if (PACKAGE / "config" / "method" / f"{name}.yaml").is_file():
+    if name in PIPELINES or (PACKAGE / "config" / "method" / f"{name}.yaml").is_file():
         raise ConfigError(f"{name} is a published method; give the copy a name of its own.")
     if source not in sources():
         raise ConfigError(f"--from {source} does not exist; choose one of: {', '.join(sources())}.")
@@ -66,13 +67,28 @@ def copy_recipe(name: str, source: str, out: Path, force: bool = False) -> Path:
 
 def _files(name: str, source: str) -> dict[str, str]:
     """Path within the new folder -> text."""
-    config, scripts = PACKAGE / "config", _scripts(name, source)
+    scripts = _scripts(name, source)
+    settings = _pipeline_settings(name, source) if source in PIPELINES else _method_settings(name, source)
     files = {
-        "README.md": _readme(name, source, scripts),
+        "README.md": _readme(name, source, scripts, settings),
         "common.sh": (recipes() / "common.sh").read_text(),
-        f"config/method/{name}.yaml": _method(name, source, (config / "method" / f"{source}.yaml").read_text()),
     }
-    files |= scripts
+    return files | scripts | settings
+
+
+def _pipeline_settings(name: str, source: str) -> dict[str, str]:
+    """Its recipes; what the miniature world needs of it becomes one of them, which sets the run folder as they do."""
+    config = PACKAGE / "config" / "pipelines"
+    texts = {path.name: path.read_text() for path in sorted((config / "recipe" / source).glob("*.yaml"))}
+    run_dir = f"\nrun_dir: ${{oc.env:OPD_RUNS,runs}}/{source}-cpu_tiny\n"
+    texts["tiny_cpu.yaml"] = (config / "tuning" / f"{source}_cpu_tiny.yaml").read_text() + run_dir
+    changes = {rf"^  - {source}/": f"  - {name}/", rf"\}}/{source}-": f"}}/{name}-"}
+    return {f"config/recipe/{name}/{file}": _replaced(text, changes) for file, text in texts.items()}
+
+
+def _method_settings(name: str, source: str) -> dict[str, str]:
+    config = PACKAGE / "config"
+    files = {f"config/method/{name}.yaml": _method(name, source, (config / "method" / f"{source}.yaml").read_text())}
     for scale in SCALES:
         if (tuning := config / "tuning" / f"{source}_{scale}.yaml").is_file():
             files[f"config/tuning/{name}_{scale}.yaml"] = tuning.read_text()
@@ -99,7 +115,22 @@ def _recipe(name: str, source: str, text: str) -> str:
 
 def _scripts(name: str, source: str) -> dict[str, str]:
     paths = sorted((recipes() / source).glob("*.sh"))
-    return {path.name: _script(name, source, path.read_text()) for path in paths}
+    script = _pipeline_script if source in PIPELINES else _script
+    return {path.name: script(name, source, path.read_text()) for path in paths}
+
+
+def _pipeline_script(name: str, source: str, text: str) -> str:
+    return _replaced(
+        text,
+        {
+            f"^exec opd {source} ": f'exec opd {source} --config-dir "$here/config" ',
+            rf'\b(recipe="?|name_pipeline ){source}/(?!tiny_diffusion)': rf"\g<1>{name}/",
+            r'(config" )scale=cpu_tiny "': rf'\g<1>recipe={name}/tiny_cpu "',
+            rf"opd_ext/config/pipelines/recipe/{source}/": f"config/recipe/{name}/",
+            rf"\brecipes/{source}/": f"{name}/",
+            rf"(runs\}}?)/{source}-": rf"\g<1>/{name}-",
+        },
+    )
 
 
 def _script(name: str, source: str, text: str) -> str:
@@ -125,15 +156,23 @@ def _replaced(text: str, changes: dict) -> str:
 
 def choices(script: str) -> list[str]:
     """What the text of a script of the new folder chooses in the last line: method and scale, or a recipe."""
-    (chosen,) = re.findall(r'^exec opd train --config-dir "\$here/config" (.*) "\$\{inputs', script, re.MULTILINE)
-    return chosen.split()
+    (chosen,) = re.findall(r'^exec opd \w+ --config-dir "\$here/config" (.*) "\$\{inputs', script, re.MULTILINE)
+    return chosen.replace('"', "").split()
 
 
-def _readme(name: str, source: str, scripts: dict[str, str]) -> str:
+def _readme(name: str, source: str, scripts: dict[str, str], settings: dict[str, str]) -> str:
+    command = source if source in PIPELINES else "train"
     commands = "\n".join(
-        f"| `{name}/{script}` | `opd train --config-dir {name}/config {' '.join(choices(text))}` |"
+        f"| `{name}/{script}` | `opd {command} --config-dir {name}/config {' '.join(choices(text))}` |"
         for script, text in scripts.items()
     )
+    kinds = {
+        f"config/method/{name}.yaml": "the algorithm: the five places, sampling, lengths, optimiser",
+        f"config/recipe/{name}/*.yaml": "what belongs to a model and its data",
+        f"config/tuning/{name}_*.yaml": "what a scale needs of it: the miniature world's learning rate and batch",
+    }
+    there = {str(Path(file).parent) for file in settings}
+    kept = "\n".join(f"| `{file}` | {what} |" for file, what in kinds.items() if str(Path(file).parent) in there)
     return f"""# {name}
 
 Began as a copy of {source}, made by `opd new {name} --from {source}`. What {source} is, what it reaches and where it
@@ -141,9 +180,7 @@ fails stands in the recipe's own guide: `{source}/README.md` in the folder that 
 
 | file | what to edit there |
 |---|---|
-| `config/method/{name}.yaml` | the algorithm: teacher, divergence, credit, RL term, sampling, lengths, optimiser |
-| `config/recipe/{name}/*.yaml` | what belongs to a model and its data |
-| `config/tuning/{name}_*.yaml` | what a scale needs of the method: the miniature world's learning rate and batch |
+{kept}
 
 | script | what it runs, with inputs from the environment (see its first lines) |
 |---|---|
@@ -161,10 +198,29 @@ def main(name: str, source: str, out: Path, force: bool) -> None:
     Raises:
         ConfigError: of :func:`copy_recipe`, or from planning.
     """
+    folder = copy_recipe(name, source, out, force)
+    runs = (_planned_pipeline if source in PIPELINES else _planned)(folder, name, source)
+    print(f"{folder} is a copy of {source}: edit what its README.md names. Started from here,")
+    for script, run_dir in runs.items():
+        print(f"    {folder / script} trains into {run_dir}")
+
+
+def _planned_pipeline(folder: Path, name: str, source: str) -> dict[str, str]:
+    """Recipe -> its run folder."""
+    from opd_ext.pipelines import command
+
+    found = {}
+    for file in sorted((folder / "config" / "recipe" / name).glob("*.yaml")):
+        config = command.compose(source, [f"recipe={name}/{file.stem}"], [folder / "config"])
+        found[str(file.relative_to(folder))] = config.run_dir
+    return found
+
+
+def _planned(folder: Path, name: str, source: str) -> dict[str, str]:
+    """Script -> its run folder; prints the plan of one."""
     from opd_ext import train
     from opd_ext.report.plan import print_plan
 
-    folder = copy_recipe(name, source, out, force)
     runs = {}
     for script in sorted(_scripts(name, source), key=lambda script: script == PLANNED):
         config = train.compose_config(choices((folder / script).read_text()), [folder / "config"])
@@ -173,6 +229,4 @@ def main(name: str, source: str, out: Path, force: bool) -> None:
             opd = train.validate(config)
         runs[script] = opd.run_dir
     print_plan(config, opd)
-    print(f"{folder} is a copy of {source}: edit what its README.md names. Started from here,")
-    for script, run_dir in runs.items():
-        print(f"    {folder / script} trains into {run_dir}")
+    return runs

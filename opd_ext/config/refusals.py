@@ -20,6 +20,7 @@ def refusal(
     overrides: Sequence[str],
     command: str,
     recipes: Path = RECIPES,
+    own: str = "",
     known: Callable[[], Iterable[str]] = tuple,
 ) -> ConfigError:
     """The refusal that says of ``error`` what a user can act on.
@@ -28,21 +29,21 @@ def refusal(
         error: of Hydra or OmegaConf.
         overrides: what the user wrote.
         command: whose ``--cfg`` shows the keys that exist, e.g. ``opd train``.
-        recipes: the folder of the command's recipes.
+        recipes: the folder of recipes; ``own``: with what the names of the command's own begin.
         known: gives the keys that exist, among which a mistyped one is looked for.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = _sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", recipes)
+    told = _sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", _names(recipes, own))
     wrong = re.match(r"[\w.]+(?= does not exist)", told)
     return ConfigError(told + (did_you_mean(wrong[0], known()) if wrong else ""))
 
 
-def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], where: str, recipes: Path) -> str:
+def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], where: str, recipes: list[str]) -> str:
     if isinstance(error, MissingConfigException) and (wanted := re.search(r"'([^']+)/([^'/]+)'", lines[0])):
         group, name = wanted.groups()
         available = _available(lines)
         if group.split("/")[0] == "recipe":  # Hydra does not look into its folders
-            group, name, available = "recipe", wanted[0].strip("'").removeprefix("recipe/"), _names(recipes)
+            group, name, available = "recipe", wanted[0].strip("'").removeprefix("recipe/"), recipes
         listed = ", ".join(available) or "none is there"
         return f"{group}={name} does not exist; choose one of: {listed}.{did_you_mean(name, available)}"
     if unread := _unread(error, lines, overrides):
@@ -86,8 +87,9 @@ def _available(lines: list[str]) -> list[str]:
     return names[:end]
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+def _names(folder: Path, own: str) -> list[str]:
+    names = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return [name for name in names if name.startswith(own)]
 
 
 def _key(error: OmegaConfBaseException) -> str:

@@ -29,6 +29,7 @@ def run(
     force: str | None,
     dry_run: bool,
     cfg: bool,
+    config_dirs: Sequence[Path] = (),
 ) -> None:
     """Run what is left of a pipeline, and write its report once all of it is there.
 
@@ -37,12 +38,12 @@ def run(
         until, only, force: names of stages, see :meth:`opd_ext.pipelines.stages.Pipeline.run`.
         dry_run: print the stages and what is done, and stop.
         cfg: print the configuration and stop.
+        config_dirs: folders with further recipes and presets.
 
     Raises:
         ConfigError, LaunchError, MergeError, StageError, TableError: one sentence each.
     """
-    kind, module = _PIPELINES[name]
-    config = compose_pipeline(name, kind, overrides)
+    config, module = compose(name, overrides, config_dirs), _PIPELINES[name][1]
     if cfg:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return
@@ -61,6 +62,11 @@ def run(
     write_whole(Path(config.run_dir) / "config.yaml", content.encode())  # of what was accepted and ran
     if all(state == "done" for _, state, _ in pipeline.overview()):
         module.write_report(config, pipeline, steps)
+
+
+def compose(name: str, overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> PipelineConfig:
+    """The settings of a pipeline, as :func:`~opd_ext.pipelines.settings.compose_pipeline` makes them."""
+    return compose_pipeline(name, _PIPELINES[name][0], overrides, config_dirs)
 
 
 def _check(config: PipelineConfig) -> None:

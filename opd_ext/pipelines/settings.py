@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd_ext.config.overrides import readable
+from opd_ext.config.overrides import quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.sampling.config import VLLMConfig
@@ -136,26 +136,39 @@ _GROUPS = ("scale", "preset", "tuning", "recipe")
 _Config = TypeVar("_Config", bound=PipelineConfig)
 
 
-def compose_pipeline(name: str, kind: type[_Config], overrides: Sequence[str]) -> _Config:
+def compose_pipeline(
+    name: str, kind: type[_Config], overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()
+) -> _Config:
     """The settings of a pipeline, typed and checked.
 
     Args:
         name: of its primary file.
         kind: of its settings.
         overrides: in Hydra's grammar.
+        config_dirs: folders with further recipes and presets.
 
     Raises:
         ConfigError: one sentence.
     """
+    for override in overrides:
+        if override.startswith("recipe=") and override[7:].split("/")[0] in _others(name):
+            raise ConfigError(f"{override} is one of `opd {override[7:].split('/')[0]}`, not of `opd {name}`.")
+    folders = ",".join(quoted(f"file://{Path(folder).absolute()}") for folder in config_dirs)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            composed: DictConfig = compose(name, overrides=[_addable(readable(each)) for each in overrides])
+            given = [_addable(readable(each)) for each in overrides]
+            composed: DictConfig = compose(name, overrides=[f"hydra.searchpath=[{folders}]", *given])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
     except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error, overrides, f"opd {name}", CONFIG_DIR / "recipe") from None
+        raise refusal(error, overrides, f"opd {name}", CONFIG_DIR / "recipe", f"{name}/") from None
     _make_paths_absolute(config)
     config.check()
     return config
+
+
+def _others(name: str) -> set[str]:
+    """The other pipelines, whose recipes lie beside this one's."""
+    return {folder.name for folder in (CONFIG_DIR / "recipe").iterdir()} - {name}
 
 
 def _addable(override: str) -> str:

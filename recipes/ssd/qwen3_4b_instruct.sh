@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SSD (arXiv 2604.01193) with the published settings, of Qwen3-4B-Instruct-2507 or another published model (PRESET).
-# Settings: opd_ext/config/pipelines/recipe/$PRESET.yaml, on top of preset/$PRESET.yaml, ssd.yaml and
+# Settings: opd_ext/config/pipelines/recipe/ssd/$PRESET.yaml, on top of preset/$PRESET.yaml, ssd.yaml and
 # scale/node_8xh200.yaml.
 #
 #   recipes/ssd/qwen3_4b_instruct.sh                        sample, fine-tune, evaluate; run again, it goes on in OUT
@@ -41,4 +41,4 @@ find_opd "bash setup.sh --gpu"
 name_pipeline ssd/qwen3_4b_instruct "${chosen[@]}" "$@"
 pipeline_inputs code MODEL=model TRAIN=prompts.file=rstar_coder_passed \
     SELECT=evaluate.select_file=lcb_v5 EVAL=evaluate.file=lcb_v6 -- "$@"
-exec opd ssd recipe="$preset" "${inputs[@]}" "$@"
+exec opd ssd recipe="ssd/$preset" "${inputs[@]}" "$@"

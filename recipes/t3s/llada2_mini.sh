@@ -32,4 +32,4 @@ find_opd "bash setup.sh --gpu"
 name_pipeline t3s/llada2_mini "$@"
 pipeline_inputs math MODEL=model DIFFUSION=diffusion.model TRAIN=prompts.file=s1k EVAL=evaluate.file=aime -- "$@"
 if given TRACES; then inputs+=("traces_column='$(input TRACES "")'"); fi
-exec opd t3s recipe=llada2_mini "${inputs[@]}" "$@"
+exec opd t3s recipe=t3s/llada2_mini "${inputs[@]}" "$@"

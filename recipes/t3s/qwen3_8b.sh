@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # T3S (arXiv 2601.10348) on Qwen3-8B with 200 verified traces (BOBA-200), with the settings that are known of the
 # published run. README.md says which those are; the rest is inferred.
-# Settings: opd_ext/config/pipelines/recipe/qwen3_8b.yaml, on top of t3s.yaml and scale/node_8xh200.yaml.
+# Settings: opd_ext/config/pipelines/recipe/t3s/qwen3_8b.yaml, on top of t3s.yaml and scale/node_8xh200.yaml.
 #
 #   recipes/t3s/qwen3_8b.sh                          all stages; run again, it goes on in OUT
 #   recipes/t3s/qwen3_8b.sh --dry-run                the stages, and which of them are done; no GPU
@@ -36,4 +36,4 @@ if given TEACHER; then
 elif given TRACES; then
     inputs+=("traces_column='$(input TRACES "")'")
 fi
-exec opd t3s recipe=qwen3_8b "${inputs[@]}" "$@"
+exec opd t3s recipe=t3s/qwen3_8b "${inputs[@]}" "$@"

@@ -9,7 +9,7 @@
 # 1. The first time: adds to the miniature world a model that reconstructs hidden tokens block by block.
 # 2. The stages of tiny_cpu.sh; the pilot, an autoregressive model with the same tokenizer, is the selector.
 # 3. Fine-tunes the diffusion model three times: without a selection, with it, and with as many random tokens.
-#    The run folder is ${OPD_RUNS:-runs}/t3s_diffusion-cpu_tiny.
+#    It has a run folder of its own in ${OPD_RUNS:-runs}; --dry-run names it.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

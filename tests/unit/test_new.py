@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe of one's own: `opd new`, or a copied folder. It is the original under another name, and never its run."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from opd_ext.cli import app
 from opd_ext.config import checks
 from opd_ext.config.compose import compose_config
 from opd_ext.errors import ConfigError
+from opd_ext.pipelines import command
 from tests.unit.test_presets import differences
 from tests.unit.test_published import PUBLISHED
 
@@ -35,7 +37,7 @@ def original(script: str) -> list[str]:
 
 
 def test_every_method_with_recipes_can_be_the_source():
-    assert set(new.sources()) == set(PUBLISHED)
+    assert set(new.sources()) == {*PUBLISHED, "ssd", "t3s"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -74,13 +76,15 @@ def test_an_edit_of_its_settings_is_what_it_trains_with(composed, tmp_path, monk
 
 
 def test_no_file_of_a_new_recipe_runs_or_names_the_original(tmp_path):
-    for source in PUBLISHED:
+    for source in new.sources():
         folder = new.copy_recipe("mine", source, tmp_path / source)
         for script in folder.glob("*.sh"):
             text = script.read_text()
             assert not re.search(rf"(recipe=|method=|gpu_run |name_run |/){source}[/ -]", text), script
             assert os.access(script, os.X_OK) == (script.name != "common.sh")
             assert subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True).stderr == ""
+        for settings in (folder / "config" / "recipe").rglob("*.yaml"):
+            assert f"}}/{source}-" not in settings.read_text(), settings
         named = re.findall(r"`mine/(\S+\.sh)`", (folder / "README.md").read_text())
         assert set(named) == {path.name for path in folder.glob("*.sh")} - {"common.sh"}
 
@@ -124,6 +128,34 @@ def test_the_command_plans_what_it_made_and_says_where_it_will_train(tmp_path, m
     for script, run in {"tiny_cpu": "cpu_tiny", "qwen3_8b": "qwen3-8b", "qwen3_14b": "qwen3-14b"}.items():
         assert f"experiments/mine/{script}.sh trains into {tmp_path}/runs/mine-{run}" in answer
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("source", new.PIPELINES)
+def test_a_new_pipeline_recipe_is_the_original_under_another_name_and_dry_runs(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    new.main("mine", source, Path("experiments"), force=False)
+    folder = Path("experiments/mine")
+    answer = " ".join(capsys.readouterr().out.split())
+    assert "experiments/mine/config/recipe/mine/tiny_cpu.yaml trains into" in answer
+    assert not (tmp_path / "runs").exists()
+    for file in sorted((folder / "config/recipe/mine").glob("*.yaml")):
+        copy = command.compose(source, [f"recipe=mine/{file.stem}"], [folder / "config"])
+        first = command.compose(source, [] if file.stem == "tiny_cpu" else [f"recipe={source}/{file.stem}"])
+        assert Path(copy.run_dir).name == Path(first.run_dir).name.replace(source, "mine", 1)
+        assert f"trains into {copy.run_dir}" in answer
+        assert dataclasses.replace(copy, run_dir="") == dataclasses.replace(first, run_dir="")
+
+
+def test_an_edit_of_a_pipelines_recipe_is_what_it_runs_with(tmp_path):
+    folder = new.copy_recipe("mine", "ssd", tmp_path)
+    recipe = folder / "config/recipe/mine/tiny_cpu.yaml"
+    recipe.write_text(recipe.read_text().replace("steps: 96", "steps: 7"))
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OPD_RUNS": "/runs"}
+    shown = subprocess.run(
+        [folder / "tiny_cpu.sh", "--cfg", "seed=3"], env=environment, cwd="/", capture_output=True, text=True
+    )
+    config = OmegaConf.create(shown.stdout)
+    assert (config.train.steps, config.seed, config.run_dir) == (7, 3, "/runs/mine-cpu_tiny"), shown.stderr
 
 
 def test_the_published_recipes_can_be_asked_for():

@@ -265,17 +265,18 @@ def test_the_grader_of_programs_is_found_wherever_the_recipe_is_started(composed
 
 # ---------------------------------------------------------------------- one home for the settings
 
-SCRIPTS = {name: "ssd/qwen3_4b_instruct.sh" for name in PRESETS}
-SCRIPTS |= {"qwen3_8b": "t3s/qwen3_8b.sh", "llada2_mini": "t3s/llada2_mini.sh"}
+SCRIPTS = {f"ssd/{name}": "ssd/qwen3_4b_instruct.sh" for name in PRESETS}
+SCRIPTS |= {"t3s/qwen3_8b": "t3s/qwen3_8b.sh", "t3s/llada2_mini": "t3s/llada2_mini.sh"}
 
 
 def test_every_recipe_has_a_script():
-    assert {path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml")} == SCRIPTS.keys()
+    folder = CONFIG_DIR / "recipe"
+    assert {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")} == SCRIPTS.keys()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_that_is_asked_for_nothing_is_its_recipe(name, recorded):
-    ((pipeline, *arguments, _),) = recorded(SCRIPTS[name], "--cfg", PRESET=name)
+    ((pipeline, *arguments, _),) = recorded(SCRIPTS[name], "--cfg", PRESET=name.split("/")[1])
     assert (pipeline, arguments) == (SCRIPTS[name].split("/")[0], [f"recipe={name}", "--cfg"])
 
 

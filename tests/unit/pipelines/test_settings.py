@@ -93,10 +93,11 @@ REFUSED = {
     "no teacher": ("t3s", ["teacher=null"], "teacher is missing: set it to a model, or traces_column"),
     "ratio": ("t3s", ["preset=diffusion_tiny", "diffusion.ratio=[0.8,0.3]"], r"diffusion.ratio=\[0.8, 0.3\]"),
     "recipe": (
-        "ssd",
+        "t3s",
         ["recipe=t3s/none"],
-        "recipe=t3s/none does not exist; choose one of: gpt_oss_20b, llada2_mini, ",
+        "recipe=t3s/none does not exist; choose one of: t3s/llada2_mini, t3s/qwen3_8b",
     ),
+    "recipe of another": ("ssd", ["recipe=t3s/qwen3_8b"], "recipe=t3s/qwen3_8b is one of `opd t3s`, not of `opd ssd`"),
     "scale": ("ssd", ["scale=none"], "scale=none does not exist; choose one of: cpu_tiny, node_8xh200"),
 }
 
