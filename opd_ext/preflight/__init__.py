@@ -12,7 +12,7 @@ from opd_ext.preflight.data import check_data
 from opd_ext.preflight.findings import Findings
 from opd_ext.preflight.machine import check_machine
 from opd_ext.preflight.models import check_models
-from opd_ext.preflight.reward import check_reward
+from opd_ext.preflight.reward import check_reward, leave_ungraded
 
 __all__ = ["Findings", "preflight"]
 
@@ -34,6 +34,8 @@ def preflight(config: DictConfig, opd: OPDConfig, starting: bool) -> Findings:
     tokenizer = check_models(config, opd, starting, findings)
     found = check_data(config, opd, tokenizer, findings)
     samples = [*found["train_files"], *found["val_files"]]
-    graded = (row for each in samples if "reward_model" in each.columns for row in each.sample[:1])
-    check_reward(config, next(graded, None), findings)
+    graded = [each for each in samples if "reward_model" in each.columns]
+    if samples and not graded:
+        leave_ungraded(config, findings)
+    check_reward(config, graded[0].sample[0] if graded else None, findings)
     return findings

@@ -49,9 +49,11 @@ def check_data(config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Fin
                 check_rows(samples, config, opd)
                 found[key].append(samples)
         _same_columns(found[key], config)
-        lost = sum(check_prompts(samples, config, tokenizer, findings) for samples in found[key]) if tokenizer else 0
+        lost, rendered = 0, ""
+        if tokenizer is not None and found[key]:
+            lost, rendered = check_prompts(found[key], config, tokenizer, findings)
         subject = "train data" if key == "train_files" else "validation data"
-        findings.fact(subject, ", ".join(paths) + _counted(found[key], len(paths), lost))
+        findings.fact(subject, ", ".join(paths) + _counted(found[key], len(paths), lost) + rendered)
         if len(found[key]) == len(paths) and key == "train_files":
             check_steps(sum(samples.rows for samples in found[key]), lost, config, findings)
     return found
@@ -177,49 +179,55 @@ def _check_context(samples: Samples, opd: OPDConfig, key: str) -> None:
 # ---------------------------------------------------------------------- prompts
 
 
-def check_prompts(samples: Samples, config: DictConfig, tokenizer: Any, findings: Findings) -> int:
-    """Render prompts as verl will, tools included; returns how many of all rows will be dropped, where that is known.
+def check_prompts(files: Sequence[Samples], config: DictConfig, tokenizer: Any, findings: Findings) -> tuple[int, str]:
+    """Render prompts as verl will, tools included.
 
     A prompt that the template refuses or that is too long is dropped by verl without a word: all of them end the run,
     some are told.
+
+    Returns:
+        How many rows will be dropped, as far as every prompt was rendered; what to say of the prompts in the plan.
     """
     from opd_ext.bridge.inputs import tool_schemas
 
-    key, limit = config.data.prompt_key, config.data.max_prompt_length
-    kwargs = dict(config.data.apply_chat_template_kwargs or {})
     try:
         tools = tool_schemas(config)
     except Exception as error:
         raise refuse("data.tool_config_path or data.function_tool_path has no tools that load", error) from None
-    if tools is not None:
-        kwargs["tools"] = tools
-    looked = _longest_and_first(samples, key)
+    kwargs = dict(config.data.apply_chat_template_kwargs or {}) | ({"tools": tools} if tools is not None else {})
+    limit, longest, lost, looked_at = config.data.max_prompt_length, 0, 0, 0
+    for samples in files:
+        looked = _longest_and_first(samples, config.data.prompt_key)
+        lengths, refusals = _lengths(looked, config.data.prompt_key, tokenizer, kwargs)
+        long, of = sum(length > limit for length in lengths), f"of {len(looked)} prompts"
+        shown = f"the longest has {max(lengths, default=0):,} of {limit:,} tokens"
+        if refusals.total() == len(looked):
+            reason = refusals.most_common(1)[0][0]
+            raise ConfigError(f"{samples.name}: the chat template refuses all {of} ({reason}): change one of them.")
+        if long + refusals.total() == len(looked):
+            raise ConfigError(
+                f"{samples.name}: {long} {of} are longer than data.max_prompt_length={limit}, {shown}: raise it, and "
+                "actor_rollout_ref.rollout.max_model_len and opd.max_pair_length with it."
+            )
+        for count, why in [*((n, f"the chat template says: {said}") for said, n in refusals.items()), (long, shown)]:
+            if count:
+                findings.note(f"{samples.name}: {count} {of} that were rendered will be dropped, {why}.")
+        longest, looked_at = max(longest, *lengths), looked_at + len(looked)
+        lost += long + refusals.total() if len(looked) == samples.rows else 0
+    return lost, f"; {looked_at:,} prompts rendered, the longest has {longest:,} of {limit:,} tokens"
+
+
+def _lengths(
+    rows: Sequence[Mapping[str, Any]], key: str, tokenizer: Any, kwargs: Mapping[str, Any]
+) -> tuple[list[int], Counter[str]]:
+    """Tokens of the prompts that the template renders, and what it says of the others."""
     lengths, refusals = [], Counter[str]()
-    for row in looked:
+    for row in rows:
         try:
             lengths.append(len(render(tokenizer, row[key], kwargs)))
-        except Exception as error:
+        except Exception as error:  # a template may raise whatever it likes
             refusals[(str(error).strip().splitlines() or [type(error).__name__])[0]] += 1
-    long, of = sum(length > limit for length in lengths), f"of {len(looked)} prompts"
-    if refusals.total() == len(looked):
-        reason = refusals.most_common(1)[0][0]
-        raise ConfigError(
-            f"{samples.name}: the chat template renders none {of} ({reason}): change prompts or template."
-        )
-    shown = f"the longest has {max(lengths)} of {limit} tokens"
-    if long + refusals.total() == len(looked):
-        raise ConfigError(
-            f"{samples.name}: {long} {of} are longer than data.max_prompt_length={limit}, {shown}: raise it, and "
-            "actor_rollout_ref.rollout.max_model_len and opd.max_pair_length with it."
-        )
-    for count, reason in [
-        *((n, f"the chat template refuses them: {why}") for why, n in refusals.items()),
-        (long, shown),
-    ]:
-        if count:
-            findings.note(f"{samples.name}: {count} {of} that were rendered will be dropped, {reason}.")
-    findings.fact(f"prompts, {samples.name.partition('=')[0]}", f"{len(looked)} of {samples.rows:,} rendered, {shown}")
-    return long + refusals.total() if len(looked) == samples.rows else 0
+    return lengths, refusals
 
 
 def _longest_and_first(samples: Samples, key: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from opd_ext.errors import ConfigError
 from opd_ext.preflight.findings import Findings, refuse
 
 KEY = "reward.custom_reward_function"
+UNGRADED = "pkg://opd_ext.rewards.ungraded"
 SECONDS = 10.0  # a judge behind a network may take longer: then nothing is said against it
 _ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
@@ -48,6 +49,13 @@ def check_reward(config: DictConfig, row: Mapping[str, Any] | None, findings: Fi
         raise refuse(f"{shown} fails on the first row, data_source={source} and ground_truth={answer!r:.60}", result)
     else:
         _check_score(shown, result)
+
+
+def leave_ungraded(config: DictConfig, findings: Findings) -> None:
+    """Data without reference answers, where nothing that is trained reads a grade: then there is none."""
+    config.reward.custom_reward_function.path = UNGRADED
+    config.reward.custom_reward_function.name = "compute_score"
+    findings.note("The data has no reward_model, so nothing is graded and no accuracy is reported.")
 
 
 def _call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
