@@ -4,6 +4,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
     if opd.teacher.path and (teacher := find_model(TEACHER, opd.teacher.path, starting)) is not None:
         check_config(TEACHER, teacher, trusted)
         check_weights(TEACHER, teacher)
+        teachers = load_tokenizer(TEACHER, teacher, trusted)
         checks.check_vocabularies(config)
-        compare_ends(tokenizer, load_tokenizer(TEACHER, teacher, trusted), student, teacher, findings)
+        compare_ends(tokenizer, teachers, student, teacher, findings)
     return tokenizer
 
 
@@ -101,6 +103,7 @@ def load_tokenizer(key: str, path: str, trusted: bool) -> Any:
         raise refuse(f"{key}={path} has no tokenizer that loads: copy its files beside the weights", error) from None
     if len(tokenizer) < 2:  # transformers makes an empty one of a folder without tokenizer files
         raise ConfigError(f"{key}={path} has no tokenizer: copy tokenizer.json and tokenizer_config.json beside it.")
+    tokenizer.model_max_length = sys.maxsize  # nothing is cut here, and transformers need not warn of what is long
     return tokenizer
 
 
