@@ -63,13 +63,17 @@ def begin(root: Path, step: int) -> Path:
     return folder
 
 
-def commit(folder: Path, root: Path, step: int, keep: int | None) -> Path:
-    """Give the temporary ``folder`` its final name, point the tracker at it and drop all but the last ``keep``."""
+def commit(folder: Path, root: Path, step: int, keep: int | None, best: int | None = None) -> Path:
+    """Give the temporary ``folder`` its name, point the tracker at it, drop all but ``best`` and the last ``keep``."""
     final = root / f"global_step_{step}"
     put_in_place(folder, final)  # one is there if the run was resumed from an older checkpoint and came by here again
     write_whole(root / TRACKER_FILE, str(step))
     if keep:
-        steps = sorted(int(path.name.rsplit("_", 1)[1]) for path in root.glob("global_step_*"))
-        for old in steps[:-keep]:
+        for old in set(steps(root)[:-keep]) - {best}:
             shutil.rmtree(root / f"global_step_{old}")
     return final
+
+
+def steps(root: Path) -> list[int]:
+    """The steps that have a complete checkpoint, in order."""
+    return sorted(int(path.name.rsplit("_", 1)[1]) for path in root.glob("global_step_*"))

@@ -24,6 +24,11 @@ def complete(*datasets: Any) -> None:
             dataset.dataframe = table
 
 
+def counts(train: Sized, validation: Sized) -> str:
+    """How many prompts there are, for the console."""
+    return f"{len(train):,} prompts to train on, {len(validation):,} to validate"
+
+
 def settle_steps(config: DictConfig, dataset: Sized, steps: int) -> int:
     """How many steps the run has: ``steps``, or what ``trainer.total_epochs`` gives where that is fewer.
 

@@ -86,6 +86,15 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})
 
 
+def summarise_by_source(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """:func:`summarise` of all rows and, as ``<prefix>/<source>/...``, of each data source if there are several."""
+    metrics = summarise(rows, prefix)
+    sources = sorted({row["data_source"] for row in rows})
+    for source in sources if len(sources) > 1 else ():
+        metrics |= summarise([row for row in rows if row["data_source"] == source], f"{prefix}/{source}")
+    return metrics
+
+
 def _pass_at_k(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     """``<prefix>/pass_at_<k>`` for k = 2, 4, ... and n, where every problem was sampled the same n > 1 times."""
     right: dict[tuple, list[bool]] = {}

@@ -28,7 +28,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import checkpoint, datasets, discovery, rollouts
+from opd_ext.bridge import best, checkpoint, datasets, discovery, rollouts
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import StepPrinter
 from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
@@ -81,8 +81,7 @@ class OPDTrainer(PPOTrainerSync):
         # Line buffered and appended to: `opd train` follows this file, and a resumed run continues it.
         self.console = Console(file=(self.run_dir / "console.log").open("a", buffering=1), width=120)
         self.printer = StepPrinter(self.total_training_steps, self.console)
-        prompts = f"{len(self.train_dataset):,} prompts to train on, {len(self.val_dataset):,} to validate"
-        self._say(f"{prompts}; loading the models and starting vLLM")
+        self._say(f"{datasets.counts(self.train_dataset, self.val_dataset)}; loading the models and starting vLLM")
 
     def _say(self, what: str) -> None:
         """A line about the start of the run."""
@@ -333,7 +332,9 @@ class OPDTrainer(PPOTrainerSync):
         torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
         self.state.global_step = step
         self.state.write(folder)
-        final = checkpoint.commit(folder, root, step, self.config.trainer.max_actor_ckpt_to_keep)
+        saved = set(checkpoint.steps(root))
+        kept = best.best_step({at: share for at, share in best.validations(self.run_dir).items() if at in saved})
+        final = checkpoint.commit(folder, root, step, self.config.trainer.max_actor_ckpt_to_keep, kept)
         self.checkpoint_callback.on_save(trainer=self, global_step=step, checkpoint_dir=str(final), async_save=False)
 
     def _load_checkpoint(self) -> None:
@@ -377,13 +378,12 @@ class OPDTrainer(PPOTrainerSync):
             tq.kv_clear(keys=done.keys, partition_id=done.partition_id)
         rows.sort(key=lambda row: (row["uid"], row["sample"]))
         files.write_jsonl(self.run_dir / "generations" / f"val_{self.global_steps}.jsonl", rows)
-        metrics = rollouts.summarise(rows, "val")
-        sources = sorted({row["data_source"] for row in rows})
-        if len(sources) > 1:
-            for source in sources:
-                part = [row for row in rows if row["data_source"] == source]
-                metrics.update(rollouts.summarise(part, f"val/{source}"))
+        metrics = rollouts.summarise_by_source(rows, "val")
         self._record("val", metrics)
+        problems = len({row["uid"] for row in rows})
+        if collapsed := best.collapse(best.validations(self.run_dir), problems, self.opd.stop_on_collapse):
+            self.console.print(collapsed, markup=False, highlight=False, soft_wrap=True)
+            self.total_training_steps = self.global_steps
         return metrics
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int):

@@ -69,6 +69,8 @@ class OPDConfig:
     """A teacher with more than this share of log V has lost its weights: stop; null: off."""
     stop_on_success: float | None = None
     """A score: the run ends at the first rollout that reaches it (test-time self-distillation)."""
+    stop_on_collapse: float | None = 0.5
+    """A share: a validation with less of the best accuracy, beyond chance, ends the run; null: off."""
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(weights=ABSENT))
     """First place: whose weights teach; null: nobody's."""
     context: ContextConfig = field(default_factory=lambda: ContextConfig(kind=ABSENT))

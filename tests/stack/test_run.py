@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from opd_ext.bridge import checkpoint
 from opd_ext.report.metrics import undescribed
 from tests.stack.conftest import metrics, shards
 from tests.stack.replay import in_prompt_order, replay
@@ -147,3 +148,24 @@ def test_a_live_teacher_needs_no_second_model(live):
     assert [line["teacher/version"] for line in lines] == [0, 1]
     assert all(line["opd/divergence"] > 1e-4 for line in lines)  # the instruction alone makes the difference
     assert not (run_dir / "checkpoints" / "global_step_2" / "teacher").exists()
+
+
+def test_a_run_that_collapses_ends_and_its_best_checkpoint_is_kept(train, tmp_path):
+    """The first step only warms up, so its weights are the initial ones; the next destroy them (lasgroup/SDPO#25)."""
+    console = train(
+        tmp_path / "run",
+        "opd.teacher.weights=live",
+        "trainer.total_training_steps=6",
+        "actor_rollout_ref.actor.optim.lr=0.1",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps=1",
+        "data.val_max_samples=64",
+        "trainer.val_before_train=true",
+        "trainer.test_freq=1",
+        "trainer.max_actor_ckpt_to_keep=1",
+    )
+    found = [line["val/accuracy"] for line in metrics(tmp_path / "run", "val")]
+    ended = len(found) - 1
+    assert found[1] == found[0] and 1 < ended < 6 and found[-1] < found[0] / 2
+    assert f"collapsed: accuracy is {found[-1]:.1%} at step {ended} and was {found[0]:.1%} at step 1" in console
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, ended]
+    assert (tmp_path / "run" / "report" / "summary.json").exists()
