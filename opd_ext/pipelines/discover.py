@@ -75,7 +75,6 @@ def discover(
         f"actor_rollout_ref.rollout.n={attempts_per_step}",
         f"opd.stop_on_success={success}",
         f"trainer.total_training_steps={steps}",
-        f"trainer.total_epochs={steps}",
         "trainer.test_freq=-1",
         "trainer.val_before_train=false",
         "trainer.max_actor_ckpt_to_keep=1",
