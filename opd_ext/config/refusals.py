@@ -24,7 +24,7 @@ def refusal(
         command: whose ``--cfg`` shows the keys that exist, e.g. ``opd train``.
         recipes: the folder of recipes; ``own``: with what the names of the command's own begin.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     return ConfigError(
         _sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", _names(recipes, own))
     )

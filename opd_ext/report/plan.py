@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from opd_ext.config.schema import OPDConfig
 from opd_ext.report.methods import describe
+from opd_ext.terminal import terminal
 
 GiB = 1024**3
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -96,7 +96,7 @@ def _pairs_per_rank(config: DictConfig) -> int:
 
 def print_plan(config: DictConfig, opd: OPDConfig) -> None:
     """Print the plan as tables; needs neither a GPU nor the model nor the data."""
-    console = Console()
+    console = terminal()
     console.print(_plan_table(config, opd))
     size = model_size(config.actor_rollout_ref.model.path)
     if size is None:
