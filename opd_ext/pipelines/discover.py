@@ -22,6 +22,8 @@ from rich.table import Table
 from opd_ext.estimators import discovery_at_k
 from opd_ext.files import write_whole
 from opd_ext.progress import track
+from opd_ext.report.after import after_run
+from opd_ext.terminal import terminal
 
 LOG_LINES = 15
 
@@ -63,7 +65,7 @@ def discover(
     """
     if seeds < 1 or budget < 1 or attempts_per_step < 1:
         raise SearchError("seeds, budget and attempts per step must each be at least 1.")
-    console = console or Console()
+    console = console or terminal()
     out = Path(out).absolute()
     question = _write_question(data, row, out)
     steps = math.ceil(budget / attempts_per_step)
@@ -75,7 +77,6 @@ def discover(
         f"actor_rollout_ref.rollout.n={attempts_per_step}",
         f"opd.stop_on_success={success}",
         f"trainer.total_training_steps={steps}",
-        f"trainer.total_epochs={steps}",
         "trainer.test_freq=-1",
         "trainer.val_before_train=false",
         "trainer.max_actor_ckpt_to_keep=1",
@@ -86,7 +87,9 @@ def discover(
         if not _finished(folder, steps):
             _search(folder, [*settings, f"opd.seed={seed}", f"opd.run_dir={folder}", *overrides])
         times.append(_outcome(folder)["found"])
-    _report(times, steps * attempts_per_step, out, console)
+    after_run(
+        lambda: _report(times, steps * attempts_per_step, out, console), "the same command, which keeps the searches"
+    )
     return times
 
 
@@ -120,7 +123,7 @@ def _search(folder: Path, settings: list[str]) -> None:
     with log.open("a") as output:
         done = subprocess.run([sys.executable, "-m", "opd_ext.train", *settings], stdout=output, stderr=output)
     if done.returncode:
-        last = "\n".join(log.read_text().splitlines()[-LOG_LINES:])
+        last = "\n".join(log.read_text().strip().split("\n")[-LOG_LINES:])
         raise SearchError(f"the search in {folder} failed with status {done.returncode}; the end of {log}:\n{last}")
 
 

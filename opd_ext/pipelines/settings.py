@@ -18,6 +18,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.config.overrides import quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.sampling.config import VLLMConfig
@@ -161,10 +162,11 @@ def compose_pipeline(
     for override in overrides:
         if override.startswith("recipe=") and override[7:].split("/")[0] in _others(name):
             raise ConfigError(f"{override} is one of `opd {override[7:].split('/')[0]}`, not of `opd {name}`.")
-    folders = ",".join(f"'file://{Path(folder).absolute()}'" for folder in config_dirs)
+    folders = ",".join(quoted(f"file://{Path(folder).absolute()}") for folder in config_dirs)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            composed: DictConfig = compose(name, overrides=[f"hydra.searchpath=[{folders}]", *map(_addable, overrides)])
+            given = [_addable(readable(each)) for each in overrides]
+            composed: DictConfig = compose(name, overrides=[f"hydra.searchpath=[{folders}]", *given])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides, f"opd {name}", CONFIG_DIR / "recipe", f"{name}/") from None
