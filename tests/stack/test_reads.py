@@ -8,6 +8,8 @@ it away there, and see what ``opd_ext/config/unread.py`` says of it.
 import os
 from pathlib import Path
 
+import pytest
+
 from opd_ext.config import unread
 from tests.stack.conftest import ROOT, alone, command, finish
 
@@ -23,6 +25,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_reads_what_is_recorded_and_nothing_that_is_refused(world, tmp_path):
     file = tmp_path / "keys.txt"
     hook = Path(__file__).parent / "reads"  # its sitecustomize.py is imported by every process of the run
