@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from vllm.sampling_params import RequestOutputKind
 
-from opd_ext.bridge.failures import in_words, mark_ungraded, unfinished
+from opd_ext.bridge.failures import FAILURE, in_words, mark_ungraded, unfinished
 from opd_ext.bridge.rollouts import ANNOTATION
 from opd_ext.config import schema
 from opd_ext.context.sequence import render
@@ -101,7 +101,7 @@ class OPDAgentLoopWorker(_Worker):
         """verl's hook between the score of a rollout and its way into the queue: the rollout servers are still awake,
         and earlier rollouts are annotated while later ones are being sampled."""
         await super()._compute_teacher_logprobs(output, prompt_ids, response_ids, validate, **kwargs)
-        if self.annotator is not None and not validate:
+        if self.annotator is not None and not validate and FAILURE not in output.extra_fields:
             annotation = await self._annotate(output, kwargs["sample_kwargs"])
             if annotation is not None:
                 output.extra_fields[ANNOTATION] = annotation

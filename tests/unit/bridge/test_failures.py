@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from unittest.mock import AsyncMock, patch
 
 import pytest
+import torch
+import transfer_queue as tq
 from ray.exceptions import ActorDiedError
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
@@ -15,7 +17,7 @@ from opd_ext.bridge import failures
 from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 from opd_ext.bridge.first_cause import first_cause
 from opd_ext.bridge.rollouts import first_draws, summarise
-from opd_ext.bridge.teacher_inputs import rendered_with
+from opd_ext.bridge.teacher_inputs import plan_teacher_inputs, rendered_with
 from opd_ext.seeds import Copies
 
 
@@ -109,6 +111,18 @@ def test_copies_of_a_prompt_are_further_draws_and_single_prompts_are_as_ever():
     assert first_draws([one], Copies(), 4).tolist() == [0]
 
 
+def test_a_response_that_nobody_graded_is_not_annotated():
+    """Its annotator would be told that it is wrong."""
+    worker = object.__new__(OPDAgentLoopWorker)
+    worker.annotator = worker._annotate = AsyncMock(return_value=None)
+    theirs = OPDAgentLoopWorker.__mro__[1]
+    graded, ungraded = SimpleNamespace(extra_fields={}), SimpleNamespace(extra_fields={failures.FAILURE: "KeyError"})
+    with patch.object(theirs, "_compute_teacher_logprobs", AsyncMock()):
+        for output in (graded, ungraded):
+            asyncio.run(worker._compute_teacher_logprobs(output, [1], [2], False, sample_kwargs={}))
+    assert [call.args[0] for call in worker._annotate.call_args_list] == [graded]
+
+
 class Template:
     """Ids are the length of each message, and 9 in front where there are tools."""
 
@@ -123,6 +137,42 @@ def test_a_teacher_answers_the_question_that_the_student_was_sent_or_the_run_end
     assert rendered_with(Template(), [9, 1, 2], sample, {}, ["tool"]) == {"tools": ["tool"]}
     with pytest.raises(RuntimeError, match=r"sent 1 prompt tokens .*index 3.*opd.context.kind=same"):
         rendered_with(Template(), [2], sample, {}, ["tool"])
+
+
+def planned(kind: str, prompt: list[int], mask: list[int]):
+    """The teacher input of one rollout, whose prompt in the queue is ``prompt``."""
+    chat = [{"role": "user", "content": "1 + 1"}]
+    content = {"prompts": [prompt], "responses": [[5] * len(mask)], "loss_mask": [mask]}
+    data = {
+        name: torch.nested.nested_tensor([torch.tensor(row) for row in value], layout=torch.jagged)
+        for name, value in content.items()
+    }
+    data |= {"raw_prompt": [chat], "extra_info": [{"index": 3}]}
+    row = rows(0, 1)[0] | {"score": 0.0, "output": "text"}
+    template = SimpleNamespace(
+        apply_chat_template=lambda chat, **_: [len(message["content"]) for message in chat], decode=str
+    )
+    context = SimpleNamespace(
+        messages=lambda sample: chat if kind == "same" else [{"role": "user", "content": "1 + 1, briefly"}],
+        template_kwargs=dict,
+        metrics=lambda samples: {},
+    )
+    with patch.object(tq, "kv_batch_get", lambda **_: data):
+        batch = SimpleNamespace(keys=["u0_0_0"], partition_id="train")
+        (shown,), _ = plan_teacher_inputs([row], batch, context, template, {}, None, 64, 1, None)
+    return shown.ids
+
+
+def test_a_context_that_leaves_the_chat_alone_shows_the_teacher_the_ids_that_the_student_was_sent():
+    """A prompt that was cut to its last 40 tokens once met a teacher who saw all 81."""
+    assert planned("same", [8, 8], [1]) == [8, 8, 5]
+    assert planned("instruction", [5], [1, 1]) == [14, 5, 5]
+    with pytest.raises(RuntimeError, match="another question"):
+        planned("instruction", [8, 8], [1])
+
+
+def test_a_rollout_that_was_never_finished_has_no_teacher():
+    assert planned("instruction", [8, 8], [0]) is None
 
 
 def test_a_process_that_died_says_itself_why(tmp_path):
