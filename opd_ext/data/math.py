@@ -327,9 +327,8 @@ def _refuse_empty(data_sets: Mapping[str, DataSet], path: Path) -> None:
         if not data.rows and reasons:
             raise ValueError(f"{path} gives no row to {name}, because none of its part can be used: {reasons}.")
         if not data.rows:
-            raise ValueError(
-                f"{path} gives no row to {name}: it has too few questions to hold some out, so add more or set --val-fraction 0."
-            )
+            few = "it has too few questions to hold some out, so add more or set --val-fraction 0"
+            raise ValueError(f"{path} gives no row to {name}: {few}.")
 
 
 def _tell_copies(name: str, data: DataSet, console: Console) -> None:
