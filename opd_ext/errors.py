@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How bad input is refused: one sentence that names the key and what to change."""
 
+import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 
@@ -22,10 +23,19 @@ def present(value: T | None, sentence: str) -> T:
     return value
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean X?`` for the name in ``known`` that is closest to ``word``, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
 def one_of(key: str, value: Any, allowed: Iterable[T]) -> T:
     """``value``, as one of ``allowed``; raises ConfigError for any other."""
     if value not in allowed:
-        raise ConfigError(f"{key}={value} does not exist; choose one of: {', '.join(sorted(map(str, allowed)))}.")
+        names = sorted(map(str, allowed))
+        raise ConfigError(
+            f"{key}={value} does not exist; choose one of: {', '.join(names)}.{did_you_mean(str(value), names)}"
+        )
     return value
 
 
@@ -48,6 +58,21 @@ def check_options(key: str, choice: str, given: Iterable[str], allowed: Iterable
         if allowed is not None and name not in allowed:
             takes = f"it takes: {', '.join(allowed)}" if allowed else "it takes no options"
             raise ConfigError(f"{key}.{name} does not exist for {choice}: take it out (~{key}.{name}); {takes}.")
+
+
+def check_types(key: str, kind: type, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an option in ``given`` that has not the type which the dataclass ``kind`` declares."""
+    for name, hint in get_type_hints(kind).items():
+        allowed = get_args(hint) or (hint,)
+        if name not in given or not all(isinstance(each, type) for each in allowed):
+            continue
+        value, wanted = given[name], {*allowed, *((int,) if float in allowed else ())}
+        if type(value) not in wanted:
+            names = " or ".join("null" if each is type(None) else _TYPES.get(each, each.__name__) for each in allowed)
+            raise ConfigError(f"{key}.{name}={value} must be {names}.")
+
+
+_TYPES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def parameters(function: Callable[..., Any], skip: int) -> list[str] | None:

@@ -23,9 +23,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from opd_ext.bridge.warm_python import warm_python
 from opd_ext.config import checks, schema
 from opd_ext.config.compose import compose_config
+from opd_ext.config.overrides import from_words
 from opd_ext.errors import ConfigError
 from opd_ext.files import write_whole
 from opd_ext.launch import PATH_VARIABLE
+from opd_ext.preflight import preflight
 from opd_ext.progress import STARTED
 
 
@@ -138,7 +140,8 @@ def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Path:
     prepare_environment(config)
     with warm_python(config.opd.warm_python, {}):
         opd = validate(config)
-        checks.check_inputs(config)
+        for sentence in preflight(config, opd, starting=True).notes:
+            print(f"note: {sentence}", flush=True)
         _train(config, opd)
     return Path(opd.run_dir)
 
@@ -149,7 +152,9 @@ def _plan(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
 
     config = compose_config(list(overrides), config_dirs)
     prepare_environment(config)
-    print_plan(config, validate(config))
+    opd = validate(config)
+    findings = preflight(config, opd, starting=False)
+    print_plan(config, opd, findings.facts, findings.notes)
 
 
 def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
@@ -183,21 +188,27 @@ def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status (2: refused configuration)."""
-    parser = argparse.ArgumentParser(prog="opd train", description=__doc__.split("\n")[0], add_help=True)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. method=crisp scale=cpu_tiny opd.seed=2")
+    parser = argparse.ArgumentParser(
+        prog="opd train",
+        usage="opd train [METHOD] [KEY=VALUE ...] [--dry-run] [--config-dir DIR] [--cfg]",
+        description=__doc__.split("\n")[0],
+        epilog="e.g. opd train method=crisp scale=cpu_tiny opd.seed=2",
+        allow_abbrev=False,
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the configuration and print the plan")
     parser.add_argument(
         "--config-dir", action="append", default=[], metavar="DIR", help="a folder with presets (method/NAME.yaml)"
     )
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
-    args = parser.parse_intermixed_args(argv)
+    args, words = parser.parse_known_args(argv)
     try:
+        overrides = from_words(words, args.config_dir)
         if args.cfg:
-            print(OmegaConf.to_yaml(compose_config(args.overrides, args.config_dir)))
+            print(OmegaConf.to_yaml(compose_config(overrides, args.config_dir)))
         elif args.dry_run:
-            _plan(args.overrides, args.config_dir)
+            _plan(overrides, args.config_dir)
         else:
-            run(args.overrides, args.config_dir)
+            run(overrides, args.config_dir)
     except ConfigError as error:
         print(f"opd train: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,9 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     if not rows:
         return {}
     tokens = np.array([row["response_tokens"] for row in rows])
+    accuracy = float(np.mean([row["acc"] for row in rows]))
     metrics = {
-        f"{prefix}/accuracy": float(np.mean([row["acc"] for row in rows])),
+        **({f"{prefix}/accuracy": accuracy} if math.isfinite(accuracy) else {}),  # nothing is graded: there is none
         f"{prefix}/tokens_mean": float(tokens.mean()),
         f"{prefix}/tokens_min": float(tokens.min()),
         f"{prefix}/tokens_max": float(tokens.max()),
@@ -81,7 +83,7 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     for key in ("acc_answer_only", "acc_boxed_only", "format_ok"):
         if key in rows[0]:
             metrics[f"{prefix}/{key}"] = float(np.mean([row[key] for row in rows]))
-    return metrics | _pass_at_k(rows, prefix)
+    return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})
 
 
 def summarise_by_source(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:

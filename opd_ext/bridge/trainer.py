@@ -27,7 +27,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import best, checkpoint, discovery, rollouts
+from opd_ext.bridge import best, checkpoint, datasets, discovery, rollouts
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import StepPrinter
 from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
@@ -76,11 +76,12 @@ class OPDTrainer(PPOTrainerSync):
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
+        datasets.complete(self.train_dataset, self.val_dataset)
+        self.total_training_steps = datasets.settle_steps(self.config, self.train_dataset, self.total_training_steps)
         # Line buffered and appended to: `opd train` follows this file, and a resumed run continues it.
         self.console = terminal(file=(self.run_dir / "console.log").open("a", buffering=1), width=120)
         self.printer = StepPrinter(self.total_training_steps, self.console)
-        prompts = f"{len(self.train_dataset):,} prompts to train on, {len(self.val_dataset):,} to validate"
-        self._say(f"{prompts}; loading the models and starting vLLM")
+        self._say(f"{datasets.counts(self.train_dataset, self.val_dataset)}; loading the models and starting vLLM")
 
     def _say(self, what: str) -> None:
         """A line about the start of the run."""

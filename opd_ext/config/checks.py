@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config import verl_keys
 from opd_ext.config.schema import OPDConfig, load
+from opd_ext.config.verl_values import check_values
 from opd_ext.credit.credits import CreditInputs, get_credit
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.objective.objective import DENOMINATORS
@@ -34,6 +35,7 @@ def check(config: DictConfig) -> OPDConfig:
     one_of("opd.reduction", opd.reduction, REDUCTIONS)
     one_of("opd.denominator", opd.denominator, DENOMINATORS)
     positive("opd.head.chunk_size", opd.head.chunk_size)
+    check_values(config)
     if opd.stop_on_collapse is not None and not 0 < opd.stop_on_collapse <= 1:
         raise ConfigError(f"opd.stop_on_collapse={opd.stop_on_collapse} must be in (0, 1], or null.")
     if opd.distils:
@@ -121,15 +123,14 @@ def check_inputs(config: DictConfig) -> None:
         paths.append(("opd.teacher.path", config.opd.teacher.path))
     for key in ("train_files", "val_files"):
         files = config.data[key]
-        paths += [(f"data.{key}", file) for file in ([files] if isinstance(files, str) else files)]
+        paths += [(f"data.{key}", file) for file in ([files] if isinstance(files, str) else files or ())]
     for key, path in paths:
-        local = str(path).startswith(("/", "~", "."))
+        local = "://" not in str(path) and (key.startswith("data.") or str(path).startswith(("/", "~", ".")))
         if local and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}={path} does not exist.{hint}")
-    _check_vocabularies(config)
 
 
-def _check_vocabularies(config: DictConfig) -> None:
+def check_vocabularies(config: DictConfig) -> None:
     """An external teacher scores the ids of the student: compared here if both are on this machine, else later."""
     teacher, student = OmegaConf.select(config, "opd.teacher.path"), config.actor_rollout_ref.model.path
     if teacher is None or not (Path(teacher).is_dir() and Path(student).is_dir()):

@@ -2,6 +2,7 @@
 """From YAML files and overrides to one resolved configuration."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,38 +11,69 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.config.overrides import keys_of, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).parent
+_OPEN = ("opd.", "reward.custom_reward_function.reward_kwargs.")
 
 
 def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
     """verl's ``ppo_trainer`` + method + scale + ``overrides``, composed by Hydra and fully resolved.
 
     Args:
-        overrides: in Hydra's grammar, but keys of `opd` need no `+`.
+        overrides: in Hydra's grammar, but keys of `opd` and arguments of the grader need no `+`.
         config_dirs: further folders with presets of the same groups (``method/``, ``scale/``, ``tuning/``).
 
     Raises:
         ConfigError: for an override that Hydra cannot apply.
     """
+    _find_home()
+    for folder in config_dirs:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--config-dir {folder} is no folder: name the one that holds method/NAME.yaml.")
+    search_path = _search_path(config_dirs)
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            config = compose("opd", overrides=[search_path, *(_addable(readable(each)) for each in overrides)])
+        config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())  # what follows from it included
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refusal(error, overrides, "opd train", known=_known_keys) from None
+    return config
+
+
+def _search_path(config_dirs: Sequence[Path]) -> str:
+    """The override that has Hydra look into verl's presets and those of the user."""
     # Located without importing it: verl settles its platform at import, and the platform is part of this config.
     verl = importlib.util.find_spec("verl")
     if verl is None or verl.origin is None:
         raise ConfigError("verl is not installed in this environment; run `bash setup.sh`.")
     folders = [Path(verl.origin).parent / "trainer" / "config", *(Path(folder).absolute() for folder in config_dirs)]
-    search_path = f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            config = compose("opd", overrides=[search_path, *map(_addable, overrides)])
-        config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())  # what follows from it included
-        OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise refusal(error, overrides, "opd train") from None
-    return config
+    return f"hydra.searchpath=[{','.join(quoted(f'file://{folder}') for folder in folders)}]"
+
+
+def _find_home() -> None:
+    """A service may run without HOME, under which presets look for worlds, and Ray and Hugging Face for their files."""
+    if not os.environ.get("HOME"):
+        try:
+            os.environ["HOME"] = str(Path.home())
+        except RuntimeError:
+            raise ConfigError("HOME is not set and this user has no home folder: set HOME to a folder.") from None
+
+
+def _known_keys() -> list[str]:
+    """Choices and keys of the configuration without overrides."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        config = compose("opd", overrides=[_search_path([])])
+    groups = [path.name for path in CONFIG_DIR.iterdir() if path.is_dir()]
+    return [*groups, *keys_of(OmegaConf.to_container(config))]
 
 
 def _addable(override: str) -> str:
-    """Keys of `opd` that a preset leaves at their default can be set like any other; the schema knows which exist."""
-    return f"++{override}" if override.startswith("opd.") else override
+    """Keys of `opd` that a preset leaves at their default can be set like any other; the schema knows which exist.
+
+    So can a grader's arguments, of which verl's YAML has none.
+    """
+    return f"++{override}" if override.startswith(_OPEN) else override

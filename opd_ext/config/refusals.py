@@ -2,19 +2,26 @@
 """What Hydra and OmegaConf refuse, in the words of this project: one sentence, the key, what to change."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from opd_ext.errors import ConfigError
+from opd_ext.config.overrides import unreadable
+from opd_ext.errors import ConfigError, did_you_mean
 
 RECIPES = Path(__file__).parent / "recipe"
 
 
 def refusal(
-    error: Exception, overrides: Sequence[str], command: str, recipes: Path = RECIPES, own: str = ""
+    error: Exception,
+    overrides: Sequence[str],
+    command: str,
+    recipes: Path = RECIPES,
+    own: str = "",
+    known: Callable[[], Iterable[str]] = tuple,
 ) -> ConfigError:
     """The refusal that says of ``error`` what a user can act on.
 
@@ -23,11 +30,12 @@ def refusal(
         overrides: what the user wrote.
         command: whose ``--cfg`` shows the keys that exist, e.g. ``opd train``.
         recipes: the folder of recipes; ``own``: with what the names of the command's own begin.
+        known: gives the keys that exist, among which a mistyped one is looked for.
     """
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return ConfigError(
-        _sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", _names(recipes, own))
-    )
+    told = _sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", _names(recipes, own))
+    wrong = re.match(r"[\w.]+(?= does not exist)", told)
+    return ConfigError(told + (did_you_mean(wrong[0], known()) if wrong else ""))
 
 
 def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], where: str, recipes: list[str]) -> str:
@@ -36,11 +44,10 @@ def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], wher
         available = _available(lines)
         if group.split("/")[0] == "recipe":  # Hydra does not look into its folders
             group, name, available = "recipe", wanted[0].strip("'").removeprefix("recipe/"), recipes
-        return f"{group}={name} does not exist; choose one of: {', '.join(available) or 'none is there'}."
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override} cannot be read: write KEY=VALUE, and quote a value that holds spaces, commas or braces."
-        )
+        listed = ", ".join(available) or "none is there"
+        return f"{group}={name} does not exist; choose one of: {listed}.{did_you_mean(name, available)}"
+    if unread := _unread(error, lines, overrides):
+        return unreadable(unread)
     if isinstance(error, ConfigCompositionException) and (
         wanted := re.match(r"Could not override '([^']+)'", lines[0])
     ):
@@ -56,6 +63,20 @@ def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], wher
     if isinstance(error, OmegaConfBaseException):
         return f"{_key(error)}: {lines[0]}; {where} for what it is."
     return f"The configuration does not compose: {lines[0]}."
+
+
+def _unread(error: Exception, lines: list[str], overrides: Sequence[str]) -> str | None:
+    """The override that Hydra's grammar stumbled over; its lexer does not name it, so each is tried again."""
+    if isinstance(error, ConfigCompositionException) and "Ambiguous value" in lines[0]:
+        return next((given for given in overrides if given in lines[0]), lines[0])
+    if isinstance(error, ConfigCompositionException) or not isinstance(error, HydraException):
+        return None
+    for override in overrides:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException:
+            return override
+    return None
 
 
 def _available(lines: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.config.overrides import keys_of
 from opd_ext.config.refusals import refusal
 from opd_ext.context.config import ContextConfig
 from opd_ext.credit.annotate.config import AnnotatorConfig
@@ -85,7 +86,8 @@ class OPDConfig:
     @property
     def external_libs(self) -> list[str]:
         """Modules that register themselves: the world's, then the user's."""
-        own = [self.external_lib] if isinstance(self.external_lib, str) else list(self.external_lib or ())
+        own = list(self.external_lib or ()) if isinstance(self.external_lib, (list, tuple)) else [self.external_lib]
+        own = [library for library in own if library is not None]
         return [self.world_lib, *own] if self.world_lib else own
 
     def import_external_libs(self) -> None:
@@ -95,10 +97,15 @@ class OPDConfig:
             ConfigError: naming the module that cannot be imported.
         """
         for library in self.external_libs:
+            if not isinstance(library, str):
+                raise ConfigError(
+                    f"opd.external_lib={self.external_lib} must be the name of a module, or a list of them."
+                )
             try:
                 importlib.import_module(library)
-            except ImportError as error:
-                raise ConfigError(f"opd.external_lib: {library} cannot be imported ({error}).") from None
+            except Exception as error:  # code of the user's, with whatever is wrong in it
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                raise ConfigError(f"opd.external_lib: {library} cannot be imported ({reason}).") from None
 
     @property
     def distils(self) -> bool:
@@ -170,7 +177,8 @@ def load(section: DictConfig) -> OPDConfig:
         opd: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OPDConfig), content))
     except OmegaConfBaseException as error:
         error.full_key = f"opd.{error.full_key}"
-        raise refusal(error, (), "opd train") from None
+        keys = OmegaConf.to_container(OmegaConf.structured(OPDConfig))
+        raise refusal(error, (), "opd train", known=lambda: keys_of(keys, "opd.")) from None
     return opd
 
 

@@ -21,8 +21,19 @@ def check_teacher(opd: OPDConfig, config: DictConfig) -> None:
         raise ConfigError("distillation.enabled=true starts verl's teacher servers: set opd.teacher.backend=server.")
     if opd.divergence.extrapolation != 1.0:
         _check_extrapolation(opd, config)
+    if opd.context.kind == "feedback" and config.actor_rollout_ref.rollout.n < 2:
+        _check_lonely_feedback(opd)
     if opd.credit.rollout_cap is not None and not config.actor_rollout_ref.rollout.calculate_log_probs:
         raise ConfigError("opd.credit.rollout_cap needs actor_rollout_ref.rollout.calculate_log_probs=true.")
+
+
+def _check_lonely_feedback(opd: OPDConfig) -> None:
+    """A group of one has no other rollout to show: without feedback no rollout ever has a teacher."""
+    if not opd.context.args.get("include_feedback", True) and opd.context.args.get("exclude_own_success", True):
+        raise ConfigError(
+            "actor_rollout_ref.rollout.n=1 with opd.context.include_feedback=false never has anything to show a "
+            "teacher: sample at least 2, or include feedback."
+        )
 
 
 def _check_server(opd: OPDConfig, config: DictConfig) -> None:

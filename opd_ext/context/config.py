@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opd_ext.context.base import NoContext, TeacherContext, context_names, get_context
-from opd_ext.errors import ABSENT, ConfigError, check_options, one_of
+from opd_ext.errors import ABSENT, ConfigError, check_options, check_types, one_of
 
 
 @dataclass
@@ -29,6 +29,7 @@ class ContextConfig:
         one_of("opd.context.kind", self.kind, context_names())
         options = {entry.name for entry in dataclasses.fields(get_context(self.kind))} - {"tokenizer"}
         check_options("opd.context", f"kind={self.kind}", self.args, options)
+        check_types("opd.context", get_context(self.kind), self.args)
         try:
             build_context(self)
         except (TypeError, ValueError) as error:

@@ -72,6 +72,11 @@ class DivergenceTerm:
         for name in ("temperature", "k", "clip"):
             if getattr(self, name) is not None:
                 positive(f"{key}.{name}", getattr(self, name))
+        if self.support == "topk" and self.tail == "renorm" and self.k == 1:
+            raise ConfigError(
+                f"{key}.k=1 with tail=renorm compares one token of probability 1 with another (gradient 0): set "
+                "tail=bucket, or more tokens."
+            )
         self._check_beta(key)
         allowed = parameters(get_divergence(self.registered), skip=2)
         check_options(key, f"kind={self.kind}", self.branch(None).kind_args, allowed)

@@ -76,9 +76,10 @@ def _check(config: PipelineConfig) -> None:
     """What would otherwise come out after hours."""
     check_inputs(config)
     problems.load_grader(config.reward)
-    problems.check_columns(config.prompts.file, graded=isinstance(config, T3SConfig))
+    problems.check_columns(config.prompts.file, isinstance(config, T3SConfig), bool(config.prompts.wording))
+    wording = config.prompts.wording if config.evaluate.wording is None else config.evaluate.wording
     for file in filter(None, (config.evaluate.file, config.evaluate.select_file)):
-        problems.check_columns(file, graded=True)
+        problems.check_columns(file, graded=True, worded=bool(wording))
 
 
 def _overview(pipeline: Pipeline) -> Table:

@@ -54,7 +54,8 @@ def discover(
         row: which of its questions, from 0.
         budget: attempts per search, rounded up to whole steps.
         success: score from which an attempt counts as right.
-        overrides: of the configuration; the method is ``sdpo`` unless they say otherwise.
+        overrides: of the configuration; the method is ``sdpo`` unless they say otherwise. ``recipe=sdpo/discover`` has
+            the published settings of a search.
 
     Returns:
         Attempt of the first success of each search, or None.
@@ -69,14 +70,13 @@ def discover(
     question = _write_question(data, row, out)
     steps = math.ceil(budget / attempts_per_step)
     settings = [
-        *(() if any(override.startswith("method=") for override in overrides) else ("method=sdpo",)),
+        *(() if any(override.startswith(("method=", "recipe=")) for override in overrides) else ("method=sdpo",)),
         f"data.train_files={question}",
         f"data.val_files={question}",
         "data.train_batch_size=1",
         f"actor_rollout_ref.rollout.n={attempts_per_step}",
         f"opd.stop_on_success={success}",
         f"trainer.total_training_steps={steps}",
-        f"trainer.total_epochs={steps}",
         "trainer.test_freq=-1",
         "trainer.val_before_train=false",
         "trainer.max_actor_ckpt_to_keep=1",

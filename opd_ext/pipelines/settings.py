@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from jinja2 import Environment, TemplateSyntaxError, meta
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.config.overrides import quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.sampling.config import VLLMConfig
@@ -32,6 +34,10 @@ class PromptsConfig:
     count: int | None = None  # the first so many, after duplicates are gone; null: all
     deduplicate: bool = True  # one prompt per statement, compared with normalised white space
     system: str | None = None  # a system message put before the conversation
+    wording: dict[str, str] = field(default_factory=dict)
+    """How programs are asked for, in Jinja's syntax with `question` and `starter_code`: `function` for problems with
+    `extra_info.starter_code`, `stdin` for those without; each the text itself, or `file:` and a path. Empty: prompts
+    stay as they are."""
     template: dict[str, Any] = field(default_factory=dict)  # options of the chat template
 
 
@@ -76,6 +82,7 @@ class EvaluationConfig:
     temperatures: list[float] = field(default_factory=lambda: [1.0])  # every model is evaluated at each of them
     top_k: int = -1  # -1: all
     top_p: float = 1.0  # 1: all
+    wording: dict[str, str] | None = None  # as prompts.wording; null: that of the prompts
 
 
 @dataclass
@@ -105,6 +112,9 @@ class PipelineConfig:
         one_of("device", self.device, ("cpu", "cuda"))
         if not self.model:
             raise ConfigError("model is missing: set it to a folder with a model, or its hub id.")
+        self.prompts.wording = check_wording("prompts.wording", self.prompts.wording)
+        if self.evaluate.wording is not None:
+            self.evaluate.wording = check_wording("evaluate.wording", self.evaluate.wording)
         positive("vllm.replicas", self.vllm.replicas)
         positive("vllm.shard", self.vllm.shard)
         check_training("train", self.train)
@@ -152,10 +162,11 @@ def compose_pipeline(
     for override in overrides:
         if override.startswith("recipe=") and override[7:].split("/")[0] in _others(name):
             raise ConfigError(f"{override} is one of `opd {override[7:].split('/')[0]}`, not of `opd {name}`.")
-    folders = ",".join(f"'file://{Path(folder).absolute()}'" for folder in config_dirs)
+    folders = ",".join(quoted(f"file://{Path(folder).absolute()}") for folder in config_dirs)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            composed: DictConfig = compose(name, overrides=[f"hydra.searchpath=[{folders}]", *map(_addable, overrides)])
+            given = [_addable(readable(each)) for each in overrides]
+            composed: DictConfig = compose(name, overrides=[f"hydra.searchpath=[{folders}]", *given])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides, f"opd {name}", CONFIG_DIR / "recipe", f"{name}/") from None
@@ -179,6 +190,31 @@ def check_decoding(key: str, decoding: Any) -> None:
     """Temperature, where it has one, and top-p."""
     positive(f"{key}.temperature", decoding.temperature, zero=True)
     check_share(f"{key}.top_p", decoding.top_p)
+
+
+_WORDINGS = {"function": {"question", "starter_code"}, "stdin": {"question"}}
+
+
+def check_wording(key: str, wording: dict[str, str]) -> dict[str, str]:
+    """The texts of a wording, read from files where it names some.
+
+    Raises:
+        ConfigError: a text is missing, or does not use exactly what is filled in.
+    """
+    if wording and wording.keys() != _WORDINGS.keys():
+        raise ConfigError(f"{key} has {', '.join(wording)}: give it function and stdin, or drop it with ~{key}.")
+    texts = {}
+    for kind, text in wording.items():
+        try:
+            path = text.removeprefix("file:")
+            texts[kind] = text if path == text else Path(path).expanduser().read_text(encoding="utf-8")
+            used = meta.find_undeclared_variables(Environment().parse(texts[kind]))
+        except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
+            raise ConfigError(f"{key}.{kind} is no template: {' '.join(str(error).split()).rstrip('.')}.") from None
+        if used != _WORDINGS[kind]:
+            wanted = " and ".join(f"{{{{ {name} }}}}" for name in sorted(_WORDINGS[kind]))
+            raise ConfigError(f"{key}.{kind} must contain {wanted} and no other variable.")
+    return texts
 
 
 def check_share(key: str, value: float) -> None:

@@ -102,8 +102,9 @@ def formula(opd: OPDConfig) -> list[str]:
 
 def recipes(name: str) -> list[str]:
     """Commands that run the method, the miniature world first."""
-    folder = PRESETS / "recipe" / name
-    found = [f"opd train recipe={name}/{path.stem}" for path in sorted(folder.glob("*.yaml"))]
+    commands = {"discover": "opd discover QUESTIONS"}  # a search is for one question
+    stems = sorted(path.stem for path in (PRESETS / "recipe" / name).glob("*.yaml"))
+    found = [f"{commands.get(stem, 'opd train')} recipe={name}/{stem}" for stem in stems]
     return [f"opd train method={name} scale=cpu_tiny", *found]
 
 

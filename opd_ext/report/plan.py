@@ -2,6 +2,7 @@
 """What a run would do: devices, batches, tokens per step, memory per GPU. Printed by ``opd train --dry-run``."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,19 @@ def _pairs_per_rank(config: DictConfig) -> int:
     return max(1, pairs // ranks)
 
 
-def print_plan(config: DictConfig, opd: OPDConfig) -> None:
-    """Print the plan as tables; needs neither a GPU nor the model nor the data."""
+def print_plan(
+    config: DictConfig, opd: OPDConfig, facts: Mapping[str, str] | None = None, notes: Sequence[str] = ()
+) -> None:
+    """Print the plan as tables; needs neither a GPU nor the model nor the data.
+
+    Args:
+        facts: further rows, in the place of those of the same name: what a preflight has seen.
+        notes: sentences below the plan.
+    """
     console = terminal()
-    console.print(_plan_table(config, opd))
+    console.print(_plan_table(config, opd, facts or {}))
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     size = model_size(config.actor_rollout_ref.model.path)
     if size is None:
         console.print("Memory: no estimate, because the model is neither a folder here nor a model known by name.")
@@ -106,7 +116,7 @@ def print_plan(config: DictConfig, opd: OPDConfig) -> None:
     console.print("The configuration passes this package's schema and verl's validation. Nothing was started.")
 
 
-def _plan_table(config: DictConfig, opd: OPDConfig) -> Table:
+def _plan_table(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> Table:
     rollout, trainer, data = config.actor_rollout_ref.rollout, config.trainer, config.data
     ranks = trainer.n_gpus_per_node * trainer.nnodes
     pairs = data.train_batch_size * rollout.n
@@ -144,7 +154,7 @@ def _plan_table(config: DictConfig, opd: OPDConfig) -> Table:
         ("run folder", opd.run_dir),
     ]
     table = Table(title="Plan", show_header=False, title_justify="left")
-    for name, value in rows:
+    for name, value in (dict(rows) | dict(facts)).items():
         table.add_row(name, str(value))
     return table
 

@@ -122,10 +122,9 @@ def verdict(table: pd.DataFrame) -> str:
     tokens = _direction(row, "tokens_change", "fewer", "more", "not significantly different")
     points, points_low, points_high = (row[f"accuracy_change{end}"] for end in ("", "_low", "_high"))
     accuracy = _direction(row, "accuracy_change", "lower", "higher", "not significantly lower")
-    sentence = (
-        f"tokens {fewer:+.1f} % [{low:+.1f}, {high:+.1f}]: {tokens}; "
-        f"accuracy {points:+.1f} points [{points_low:+.1f}, {points_high:+.1f}]: {accuracy}"
-    )
+    sentence = f"tokens {fewer:+.1f} % [{low:+.1f}, {high:+.1f}]: {tokens}"
+    if math.isfinite(points):  # of data without reference answers there is no accuracy
+        sentence += f"; accuracy {points:+.1f} points [{points_low:+.1f}, {points_high:+.1f}]: {accuracy}"
     scope = f"steps {table.attrs['first_step']} to {table.attrs['last_step']}, {row.problems} problems"
     return f"{sentence} (95 % intervals, paired by problem; {scope})"
 
@@ -340,5 +339,7 @@ def comparison_table(table: pd.DataFrame, title: str) -> Table:
 
 def _with_interval(row: Mapping, key: str, sign: str = "") -> str:
     """``value`` over ``[low, high]``, one decimal each, for a row of the comparison."""
+    if not math.isfinite(row[key]):
+        return "-"
     value, low, high = (format(row[f"{key}{end}"], f"{sign}.1f") for end in ("", "_low", "_high"))
     return f"{value}\n[{low}, {high}]"

@@ -49,6 +49,8 @@ def compute_score(
     answers = _ANSWER.findall(solution_str or "")
     stated = answers[-1].strip().rstrip(".,;:?\"' ") if answers else ""
     readable = _INTEGER.fullmatch(stated) is not None
+    if not _INTEGER.fullmatch(str(ground_truth)):  # a fault of the data, whatever the response
+        raise ValueError(f"the miniature world's answers are whole numbers, ground_truth={ground_truth!r} is none")
     correct = readable and int(stated) == int(ground_truth)
     question = (extra_info or {}).get("question")
     return {

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What verl's data sets lack: the columns that a set without reference answers leaves out; the steps that they give."""
+
+from collections.abc import Sized
+from typing import Any
+
+from omegaconf import DictConfig
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+_DEFAULTS = {"data_source": "data", "reward_model": {"ground_truth": ""}}
+
+
+def complete(*datasets: Any) -> None:
+    """Add ``data_source`` and ``reward_model`` where they are missing: verl reads both of every row.
+
+    Args:
+        datasets: of verl, changed in place; one of the user's own class holds what it likes.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, RLHFDataset):
+            table = dataset.dataframe
+            for name in sorted(_DEFAULTS.keys() - set(table.column_names)):
+                table = table.add_column(name, [_DEFAULTS[name]] * len(table))
+            dataset.dataframe = table
+
+
+def counts(train: Sized, validation: Sized) -> str:
+    """How many prompts there are, for the console."""
+    return f"{len(train):,} prompts to train on, {len(validation):,} to validate"
+
+
+def settle_steps(config: DictConfig, dataset: Sized, steps: int) -> int:
+    """How many steps the run has: ``steps``, or what ``trainer.total_epochs`` gives where that is fewer.
+
+    verl's loop would end there without its last checkpoint and validation, and the rate would decay for steps that
+    never come.
+
+    Args:
+        config: of the run; its optimiser is told.
+        dataset: the prompts that are left to train on.
+
+    Raises:
+        ValueError: they do not fill one batch.
+    """
+    rows = len(dataset)
+    per_epoch = rows // config.data.train_batch_size
+    if per_epoch == 0:
+        raise ValueError(
+            f"{rows} prompts are left to train on, fewer than one batch of data.train_batch_size="
+            f"{config.data.train_batch_size}: lower it, or add rows."
+        )
+    optim = config.actor_rollout_ref.actor.optim
+    optim.total_training_steps = min(steps, per_epoch * config.trainer.total_epochs)
+    return int(optim.total_training_steps)

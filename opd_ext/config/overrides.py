@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user types on a command line, as overrides in Hydra's grammar."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from opd_ext.errors import ConfigError, did_you_mean
+
+KEY = r"[+~]*[\w.@/-]+"
+_PRESETS = Path(__file__).parent
+
+
+def from_words(words: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> list[str]:
+    """``crisp``, ``--method crisp`` and ``method = crisp`` are all ``method=crisp``; the rest stays as it is.
+
+    Args:
+        words: of a command line, without the options of the command itself.
+        config_dirs: further folders with presets.
+
+    Raises:
+        ConfigError: a lone word that is nearly the name of a method.
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].endswith("=") and "=" not in word:
+            joined[-1] += word  # method= crisp; method = crisp
+        elif joined and word.startswith("=") and "=" not in joined[-1]:
+            joined[-1] += word  # method =crisp
+        elif joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"  # --method crisp
+        else:
+            joined.append(word)
+    return [_as_choice(word.removeprefix("--"), config_dirs) for word in joined]
+
+
+def _as_choice(word: str, config_dirs: Sequence[str | Path]) -> str:
+    """A lone word is a method, or a recipe where it has a slash."""
+    if "=" in word or word.startswith("~"):
+        return word
+    group = "recipe" if "/" in word else "method"
+    names = {
+        str(path.relative_to(folder).with_suffix(""))
+        for folder in (Path(root) / group for root in (_PRESETS, *config_dirs))
+        for path in folder.rglob("*.yaml")
+    }
+    if word not in names and (meant := did_you_mean(word, names)):
+        raise ConfigError(f"{group}={word} does not exist.{meant}")
+    return f"{group}={word}" if word in names else word
+
+
+def readable(override: str) -> str:
+    """A value that a shell can hold and Hydra's grammar cannot, such as a path with blanks, becomes a quoted text."""
+    key, equals, value = override.partition("=")
+    if equals and re.fullmatch(KEY, key) and not re.search(r"[\[\]{}'\",]", value):
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException:
+            return f"{key}={quoted(value)}"
+    return override
+
+
+def quoted(text: str) -> str:
+    """``text`` as Hydra's grammar quotes it."""
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def unreadable(override: str) -> str:
+    """The sentence for an override that Hydra's grammar cannot read."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(KEY, key):
+        return f"{override} cannot be read: write KEY=VALUE, without blanks around the equals sign."
+    if "," in value and not value.startswith(("[", "{", "'", '"')):
+        return f'{override} cannot be read: write a list as "{key}=[A,B]", and a text with a comma as "{key}=\'A,B\'".'
+    return f"{override} cannot be read: close its brackets and quotes, and quote a text that holds any."
+
+
+def keys_of(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of a nested section, in dots."""
+    for key, value in section.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from keys_of(value, f"{prefix}{key}.")

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run needs of the machine: a folder to write to, room for checkpoints, devices, loggers."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from opd_ext.config.schema import OPDConfig
+from opd_ext.errors import ConfigError, did_you_mean
+from opd_ext.preflight.findings import Findings, refuse
+
+GiB = 2**30
+CORES_PER_RANK = 3  # what verl asks Ray for, per rank of a resource pool
+
+
+def check_machine(config: DictConfig, opd: OPDConfig, starting: bool) -> None:
+    """Loggers and the run folder; devices only for a run that starts here, since a plan may be for another machine.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    check_loggers(config)
+    check_folder(Path(opd.run_dir))
+    if starting and not _cluster():
+        check_devices(config, opd)
+
+
+def check_loggers(config: DictConfig) -> None:
+    from opd_ext.bridge.inputs import loggers
+
+    known, wanted = loggers(), config.trainer.logger
+    for name in [wanted] if isinstance(wanted, str) else list(wanted or ()):
+        if name not in known:
+            listed = ", ".join(known)
+            raise ConfigError(f"trainer.logger={name} does not exist; choose of: {listed}.{did_you_mean(name, known)}")
+        package = {"vemlp_wandb": "volcengine_ml_platform", "console": None, "file": None}.get(name, name)
+        if package and name != "tensorboard" and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"trainer.logger={name} needs the package {package}: install it, or take the logger out.")
+
+
+def check_folder(folder: Path) -> None:
+    """The run folder can be made and written to; looks without making it."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"opd.run_dir={folder} cannot be a folder, because {there} is a file: choose another.")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise refuse(f"opd.run_dir={folder} cannot be written: choose a folder of yours", error) from None
+
+
+def check_room(config: DictConfig, opd: OPDConfig, parameters: float, findings: Findings) -> None:
+    """Disk for the checkpoints of a model: fp32 weights, two moments, a Hugging Face folder, a teacher that moved."""
+    trainer = config.trainer
+    if trainer.save_freq < 1:
+        return
+    moving = opd.needs_teacher_engine and opd.teacher.weights not in ("external", "frozen")
+    one = parameters * (4 * 3 + 4 + (4 if moving else 0))
+    kept = trainer.max_actor_ckpt_to_keep or max(1, (trainer.total_training_steps or 1) // trainer.save_freq)
+    there = next(parent for parent in (Path(opd.run_dir), *Path(opd.run_dir).parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    findings.fact(
+        "disk", f"{free / GiB:,.0f} GiB free, a checkpoint takes about {one / GiB:.2g} GiB and {kept} are kept"
+    )
+    if one > free:
+        raise ConfigError(
+            f"A checkpoint takes about {one / GiB:.1f} GiB and {there} has {free / GiB:.1f} GiB free: choose another "
+            "opd.run_dir, or trainer.save_freq=-1."
+        )
+    if one * (kept + 1) > free:  # the new one is written before the oldest goes
+        findings.note(
+            f"{kept} checkpoints and one that is being written take about {one * (kept + 1) / GiB:.0f} GiB, "
+            f"{free / GiB:.0f} GiB are free: lower trainer.max_actor_ckpt_to_keep."
+        )
+
+
+def check_devices(config: DictConfig, opd: OPDConfig, count: Callable[[], int] | None = None) -> None:
+    """Ranks and nodes against what this machine has; ``count`` says how many GPUs there are."""
+    trainer, ranks = config.trainer, config.trainer.n_gpus_per_node
+    if trainer.nnodes > 1:
+        raise ConfigError(
+            f"trainer.nnodes={trainer.nnodes} needs a Ray cluster and none runs here: start one (`ray start`) and set "
+            "RAY_ADDRESS, or set trainer.nnodes=1."
+        )
+    if opd.device == "cuda":
+        found = (count or _gpus)()
+        if found < ranks:
+            raise ConfigError(
+                f"opd.device=cuda with trainer.n_gpus_per_node={ranks} needs {ranks} GPUs and {found} are visible: "
+                "lower it, choose scale=cpu_tiny, or run `opd doctor`."
+            )
+        return
+    cores = config.ray_kwargs.ray_init.get("num_cpus")
+    if cores is not None and ranks * CORES_PER_RANK > cores:
+        raise ConfigError(
+            f"trainer.n_gpus_per_node={ranks} asks Ray for {ranks * CORES_PER_RANK} cores and "
+            f"ray_kwargs.ray_init.num_cpus={cores}: lower the former or raise the latter, which is bookkeeping."
+        )
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _cluster() -> bool:
+    """Whether Ray will join a cluster, whose machines are not this one: it is named, or was started here."""
+    started_here = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    return bool(os.environ.get("RAY_ADDRESS")) or started_here.exists()

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run needs of its models: a config, a tokenizer with a chat template, weights that arrive at vLLM."""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from opd_ext.config import checks
+from opd_ext.config.schema import OPDConfig
+from opd_ext.context.sequence import render
+from opd_ext.errors import ConfigError
+from opd_ext.preflight.findings import Findings, refuse
+from opd_ext.preflight.machine import check_room
+
+STUDENT, TEACHER = "actor_rollout_ref.model.path", "opd.teacher.path"
+MiB = 2**20
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_HUB = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: Findings) -> Any:
+    """The student's folder and the teacher's, each on its own and against the other; returns the student's tokenizer.
+
+    None where the student is not on this machine. A run that starts must find its models here or at the hub.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    model = config.actor_rollout_ref.model
+    trusted = bool(model.get("trust_remote_code"))
+    student = find_model(STUDENT, model.path, starting)
+    if student is None:
+        findings.fact("model files", "not on this machine: not looked at")
+        return None
+    check_config(STUDENT, student, trusted)
+    if sizes := check_weights(STUDENT, student):
+        largest = max(sizes, key=sizes.__getitem__)
+        check_bucket(config, opd, largest, sizes[largest])
+        check_room(config, opd, sum(sizes.values()), findings)
+    tokenizer = load_tokenizer(STUDENT, model.get("tokenizer_path") or student, trusted)
+    if model.custom_chat_template:
+        tokenizer.chat_template = model.custom_chat_template
+    check_template(tokenizer, config, opd, findings)
+    if opd.teacher.path and (teacher := find_model(TEACHER, opd.teacher.path, starting)) is not None:
+        check_config(TEACHER, teacher, trusted)
+        check_weights(TEACHER, teacher)
+        teachers = load_tokenizer(TEACHER, teacher, trusted)
+        checks.check_vocabularies(config)
+        compare_ends(tokenizer, teachers, student, teacher, findings)
+    return tokenizer
+
+
+def find_model(key: str, path: str, starting: bool) -> str | None:
+    """A folder of this machine, or the name of a hub model whose config is at hand; None: neither, for a plan.
+
+    Raises:
+        ConfigError: a file, or a hub model that a run cannot get.
+    """
+    if Path(path).expanduser().is_dir():
+        return str(Path(path).expanduser())
+    if Path(path).expanduser().is_file():
+        raise ConfigError(f"{key}={path} is a file: name the folder that holds it.")
+    if not _HUB.fullmatch(path):
+        return None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return path
+    if not starting:
+        return None
+    try:
+        hf_hub_download(path, "config.json", etag_timeout=5)
+    except Exception as error:
+        raise refuse(f"{key}={path} is no folder here, and no model that the Hugging Face hub gives", error) from None
+    return path
+
+
+def check_config(key: str, path: str, trusted: bool) -> None:
+    from transformers import AutoConfig
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise ConfigError(f"{key}={path} holds no config.json: name a folder of transformers' format.")
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+    except Exception as error:
+        raise refuse(f"{key}={path} has no config.json that transformers can read", error) from None
+
+
+def load_tokenizer(key: str, path: str, trusted: bool) -> Any:
+    """The tokenizer of a model folder; ConfigError where there is none, or an empty one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+    except Exception as error:
+        raise refuse(f"{key}={path} has no tokenizer that loads: copy its files beside the weights", error) from None
+    if len(tokenizer) < 2:  # transformers makes an empty one of a folder without tokenizer files
+        raise ConfigError(f"{key}={path} has no tokenizer: copy tokenizer.json and tokenizer_config.json beside it.")
+    tokenizer.model_max_length = sys.maxsize  # nothing is cut here, and transformers need not warn of what is long
+    return tokenizer
+
+
+def check_weights(key: str, path: str) -> dict[str, int]:
+    """Every file of the weights is there and whole; returns the entries of each tensor, as far as headers tell."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return {}
+    for index in folder.glob("*.index.json"):
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise refuse(f"{key}: {index} is no index of weights", error) from None
+        if missing := sorted(name for name in named if not (folder / name).exists()):
+            raise ConfigError(f"{key}={path} misses {len(missing)} of {len(named)} weight files, first {missing[0]}.")
+    files = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
+    if not files:
+        raise ConfigError(f"{key}={path} holds no weights (*.safetensors): copy them beside config.json.")
+    if empty := next((file for file in files if file.stat().st_size == 0), None):
+        raise ConfigError(f"{key}: {empty} is empty: copy it again.")
+    return dict(_tensors(key, files))
+
+
+def _tensors(key: str, files: list[Path]) -> Iterator[tuple[str, int]]:
+    from safetensors import safe_open
+
+    for file in files:
+        if file.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118 (no mapping)
+                    yield name, math.prod(content.get_slice(name).get_shape())
+        except Exception as error:
+            raise refuse(f"{key}: {file} is no whole file of weights: copy it again", error) from None
+
+
+def check_bucket(config: DictConfig, opd: OPDConfig, name: str, entries: int) -> None:
+    """Through shared memory, as on a CPU, a weight must fit one transfer bucket; between GPUs verl sends it apart."""
+    key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+    bucket = config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes
+    size = entries * _BYTES[config.actor_rollout_ref.actor.fsdp_config.model_dtype]
+    if opd.device == "cpu" and size > bucket * MiB:
+        raise ConfigError(
+            f"{key}={bucket} cannot hold {name}, which has {size / MiB:.0f} MiB: set it to {-(-size // MiB)} or more."
+        )
+
+
+def check_template(tokenizer: Any, config: DictConfig, opd: OPDConfig, findings: Findings) -> None:
+    """There is a chat template, it can render a question, and it knows the switch that the settings turn."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{STUDENT}={config.actor_rollout_ref.model.path} has no chat template, as base models have none: set "
+            "actor_rollout_ref.model.custom_chat_template."
+        )
+    question = [{"role": "user", "content": "1 + 1 = ?"}]
+    given = dict(config.data.apply_chat_template_kwargs or {})
+    try:
+        off, on = (render(tokenizer, question, {**given, "enable_thinking": thinks}) for thinks in (False, True))
+    except Exception as error:
+        raise refuse(f"{STUDENT}: the chat template cannot render a question", error) from None
+    switch = "" if off != on else "; enable_thinking changes nothing in its template"
+    findings.fact("tokenizer", f"{len(tokenizer):,} tokens, a turn ends with {tokenizer.eos_token}{switch}")
+    if off == on and (opd.context.args.get("thinking") is not None or given.get("enable_thinking") is False):
+        findings.note("The chat template has no enable_thinking: what the settings say of thinking changes nothing.")
+
+
+def compare_ends(student: Any, teacher: Any, student_path: str, teacher_path: str, findings: Findings) -> None:
+    """A teacher that ends its turns otherwise than the student teaches it not to end, or to end elsewhere."""
+    ends = [_ends(tokenizer, path) for tokenizer, path in ((student, student_path), (teacher, teacher_path))]
+    if ends[0] and ends[1] and not ends[0] & ends[1]:
+        shown = [
+            ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(ids))))
+            for tokenizer, ids in zip((student, teacher), ends, strict=True)
+        ]
+        findings.note(
+            f"The student ends with {shown[0]}, the teacher with {shown[1]}: responses may grow until they are cut; "
+            "choose a teacher that ends as the student does."
+        )
+
+
+def _ends(tokenizer: Any, path: str) -> set[int]:
+    file = Path(path) / "generation_config.json"
+    try:
+        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    except ValueError:
+        found = None
+    found = tokenizer.eos_token_id if found is None else found
+    return set(found) if isinstance(found, list) else {found} - {None}

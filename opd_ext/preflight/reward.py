@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward function, imported and called once on the first row, before a thousand rollouts wait for it."""
+
+import asyncio
+import inspect
+import math
+import numbers
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from opd_ext.errors import ConfigError
+from opd_ext.preflight.findings import Findings, refuse
+
+KEY = "reward.custom_reward_function"
+UNGRADED = "pkg://opd_ext.rewards.ungraded"
+SECONDS = 10.0  # a judge behind a network may take longer: then nothing is said against it
+_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def check_reward(config: DictConfig, row: Mapping[str, Any] | None, findings: Findings) -> None:
+    """Load the function, and let it grade an empty response to ``row``, a row with a reference answer, if there is one.
+
+    Raises:
+        ConfigError: it cannot be imported, takes other arguments, raises, or returns no score.
+    """
+    from opd_ext.bridge.inputs import reward_function
+
+    path, name = (config.reward.custom_reward_function[part] for part in ("path", "name"))
+    shown = f"{KEY}.path={path}, name={name}," if path else "verl's grader (reward.custom_reward_function.path is null)"
+    try:
+        function, always = reward_function(config)
+    except (Exception, SystemExit) as error:
+        raise refuse(f"{shown} cannot be loaded", error) from None
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(_ARGUMENTS), **always)
+    except TypeError as error:
+        raise refuse(f"{shown} must take {', '.join(_ARGUMENTS)}", error) from None
+    if row is None or config.reward.reward_model.enable:  # a model that grades is not up yet
+        return
+    source, answer = row.get("data_source"), row["reward_model"]["ground_truth"]
+    given = dict(zip(_ARGUMENTS, (source, "", answer, dict(row.get("extra_info") or {})), strict=True)) | always
+    finished, result = _within(lambda: _call(function, given))
+    if not finished:
+        findings.note(f"{shown} took more than {SECONDS:.0f} s for one empty response: a step waits for all of them.")
+    elif isinstance(result, BaseException):
+        raise refuse(f"{shown} fails on the first row, data_source={source} and ground_truth={answer!r:.60}", result)
+    else:
+        _check_score(shown, result)
+
+
+def leave_ungraded(config: DictConfig, findings: Findings) -> None:
+    """Data without reference answers, where nothing that is trained reads a grade: then there is none."""
+    config.reward.custom_reward_function.path = UNGRADED
+    config.reward.custom_reward_function.name = "compute_score"
+    findings.note("The data has no reward_model, so nothing is graded and no accuracy is reported.")
+
+
+def _call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    result = function(**given)
+    return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
+
+
+async def _await(result: Any) -> Any:
+    return await result
+
+
+def _within(work: Callable[[], Any]) -> tuple[bool, Any]:
+    """Whether ``work`` ended in time, and what it returned or raised; verl calls graders from threads, too."""
+    outcome: list[Any] = []
+
+    def attempt() -> None:
+        try:
+            outcome.append(work())
+        except (Exception, SystemExit) as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return bool(outcome), outcome[0] if outcome else None
+
+
+def _check_score(shown: str, result: Any) -> None:
+    if isinstance(result, Mapping) and "score" not in result:
+        raise ConfigError(f"{shown} returns a dict without 'score': it has {', '.join(map(str, result)) or 'nothing'}.")
+    score = result["score"] if isinstance(result, Mapping) else result
+    if not isinstance(score, numbers.Real) or not math.isfinite(score):
+        raise ConfigError(f"{shown} returns {score!r:.60} for the first row: a score must be a finite number.")
