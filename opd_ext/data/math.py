@@ -328,13 +328,15 @@ def _data_set(read: Iterable[Problem], data_source: str, split: str, render: Cal
 
 
 def _refuse_empty(data_sets: Mapping[str, DataSet], path: Path) -> None:
-    for name, data in data_sets.items():
-        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in data.dropped.most_common())
-        if not data.rows and reasons:
-            raise ValueError(f"{path} gives no row to {name}, because none of its part can be used: {reasons}.")
-        if not data.rows:
-            few = "it has too few questions to hold some out, so add more or set --val-fraction 0"
-            raise ValueError(f"{path} gives no row to {name}: {few}.")
+    if all(data.rows for data in data_sets.values()):
+        return
+    if not any(data.rows for data in data_sets.values()):
+        dropped = sum((data.dropped for data in data_sets.values()), Counter())
+        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in dropped.most_common())
+        raise ValueError(f"{path} has no row that can be used: {reasons}.")
+    name = next(name for name, data in data_sets.items() if not data.rows)
+    few = "too few questions that can be used to hold some out, so add more or set --val-fraction 0"
+    raise ValueError(f"{path} gives no row to {name}: it has {few}.")
 
 
 def _tell_copies(name: str, data: DataSet, console: Console) -> None:

@@ -263,12 +263,15 @@ def _dapo(prompt, **row):
         ([_dapo("q", reward_model=None)], "no answer in reward_model (3)"),
         ([{"prompt": "q", "answer": text} for text in ("nan", "None", "N/A")], "no answer in answer (3)"),
         ([{"prompt": "q", "solution": "We compute the sum of both and find five"}], "no answer in solution (3)"),
-        ([_dapo("the only question")], "too few questions to hold some out, so add more or set --val-fraction 0"),
+        (
+            [_dapo("the only question")],
+            "too few questions that can be used to hold some out, so add more or set --val-fraction 0",
+        ),
     ],
 )
 def test_a_set_without_rows_is_refused_with_the_reason(tmp_path, rows, sentence):
     source = jsonl(tmp_path / "rows.jsonl", rows * (3 // len(rows)))
-    with pytest.raises(ValueError, match="gives no row to dapo_train") as refusal:
+    with pytest.raises(ValueError, match=r"no row (that can be used: |to dapo_train: )") as refusal:
         prepare({"dapo": source}, tmp_path / "out", console=terminal(file=io.StringIO()))
     assert sentence in str(refusal.value) and not (tmp_path / "out").exists()
 
