@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each rollout of a batch is to be taught: the teacher's token sequence and the labels of its annotated spans."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from verl.utils import tensordict_utils as tu
 
 from opd_ext.context.contexts import TeacherContext
 from opd_ext.context.sequence import build_teacher_sequence, render
+from opd_ext.control_tokens import as_text
 from opd_ext.credit.annotate import annotation_metrics
 
 
@@ -58,9 +59,10 @@ def plan_teacher_inputs(
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
     prompts, responses, masks = (data[name].unbind() for name in fields[:3])
     raw_prompts, extra_infos = list(data["raw_prompt"]), list(data["extra_info"])
+    body = as_text(tokenizer)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        member = {"session": row["sample"], "score": row["score"], "response": row["output"]}
+        member = {"session": row["sample"], "score": row["score"], "response": body(row["output"])}
         groups.setdefault(row["uid"], []).append(member)
     overrides, sent_with, longest = context.template_kwargs(), {}, 0
     inputs, samples = [], []
@@ -68,12 +70,12 @@ def plan_teacher_inputs(
         annotation = row.get("annotation") or {}
         sample = {
             "raw_prompt": list(_data(raw_prompts[i])),
-            "extra_info": _data(extra_infos[i]),
+            "extra_info": _as_text(body, _data(extra_infos[i])),
             "uid": row["uid"],
             "session": row["sample"],
             "score": row["score"],
-            "feedback": row.get("feedback") or "",
-            "response": row["output"],
+            "feedback": body(row.get("feedback") or ""),
+            "response": body(row["output"]),
             "group": groups[row["uid"]],
             "types": list(annotation.get("types", ())),
             "correct": row["acc"] > 0.5,
@@ -108,6 +110,13 @@ def plan_teacher_inputs(
     if active_spans is not None:
         metrics |= annotation_metrics([row.get("annotation") for row in rows], [len(ids) for ids in responses])
     return inputs, metrics | {f"context/{name}": value for name, value in context.metrics(samples).items()}
+
+
+def _as_text(body: Callable[[str], str], extra_info: Any) -> Any:
+    """A row's own texts (a solution, say), as a teacher may be shown them."""
+    if not isinstance(extra_info, Mapping):
+        return extra_info
+    return {key: body(value) if isinstance(value, str) else value for key, value in extra_info.items()}
 
 
 def rendered_with(
