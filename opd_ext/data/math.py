@@ -27,7 +27,7 @@ from rich.table import Table
 from opd_ext.context import prompts
 from opd_ext.files import whole
 from opd_ext.progress import Progress
-from opd_ext.rewards.math_dual import last_box
+from opd_ext.rewards.math_dual import check_reference, last_box
 from opd_ext.terminal import terminal
 
 SPLIT_SEED = 42
@@ -229,7 +229,8 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
     """Every row of a source, usable or not, in the order of ``frame``; its index labels are the rows' places.
 
     Raises:
-        ValueError: the file has no column for the question or for the answer.
+        ValueError: the file has no column for the question or for the answer, or an answer that is none, see
+            :func:`opd_ext.rewards.answers.check_reference`.
     """
     source = SOURCES[name]
     question_column = _column(frame, source.questions)
@@ -251,7 +252,16 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
             reason = "empty question"
         elif not answer:
             reason = "no answer" if answer_column else f"no box in {boxed_column}"
+        else:
+            _check_answer(answer, path, int(index))
         yield Problem(int(index), question or "", answer, _level(level), reason)
+
+
+def _check_answer(answer: str, path: Path, row: int) -> None:
+    try:
+        check_reference(answer)
+    except ValueError as error:
+        raise ValueError(f"{path}: row {row} cannot be graded: {error}.") from None
 
 
 def user_text(prompt: Any) -> str | None:
