@@ -229,8 +229,7 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
     """Every row of a source, usable or not, in the order of ``frame``; its index labels are the rows' places.
 
     Raises:
-        ValueError: the file has no column for the question or for the answer, or an answer that is none, see
-            :func:`opd_ext.rewards.answers.check_reference`.
+        ValueError: the file has no column for the question or for the answer, or an answer is none.
     """
     source = SOURCES[name]
     question_column = _column(frame, source.questions)
@@ -253,15 +252,8 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
         elif not answer:
             reason = "no answer" if answer_column else f"no box in {boxed_column}"
         else:
-            _check_answer(answer, path, int(index))
+            check_reference(answer, f"{path}: row {index} cannot be graded: ")
         yield Problem(int(index), question or "", answer, _level(level), reason)
-
-
-def _check_answer(answer: str, path: Path, row: int) -> None:
-    try:
-        check_reference(answer)
-    except ValueError as error:
-        raise ValueError(f"{path}: row {row} cannot be graded: {error}.") from None
 
 
 def user_text(prompt: Any) -> str | None:

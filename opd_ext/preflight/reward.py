@@ -40,7 +40,7 @@ def check_reward(config: DictConfig, graded: Sequence[Samples], findings: Findin
     try:
         inspect.signature(function).bind(**dict.fromkeys(_ARGUMENTS), **always)
     except TypeError as error:
-        raise refuse(f"{shown} must take {', '.join(_ARGUMENTS)}", error) from None
+        raise refuse(f"{shown} must take {', '.join((*_ARGUMENTS, *always))}", error) from None
     if not graded or config.reward.reward_model.enable:  # a model that grades is not up yet
         return
     _check_references(function, graded)
@@ -69,7 +69,7 @@ def _check_references(function: Callable[..., Any], graded: Sequence[Samples]) -
             first, fault = next(iter(faults.items()))
             raise ConfigError(
                 f"{samples.name}: {len(faults)} of {len(samples.sample)} rows cannot be graded, the first is row "
-                f"{first}: {fault}."
+                f"{first}: {fault}"
             )
 
 

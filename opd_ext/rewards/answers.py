@@ -4,14 +4,16 @@
 import re
 from itertools import accumulate
 
-_ANSWER = re.compile(r"Answer\s*[:：][\s*]*(\$\$(?s:.+?)\$\$|\\\[(?s:.+?)\\\]|[^\n]+)", re.IGNORECASE)
+_ANSWER = re.compile(r"Answer\s*[:：][\s*]*(\$\$(?s:.{1,2000}?)\$\$|\\\[(?s:.{1,2000}?)\\\]|[^\n]+)", re.IGNORECASE)
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
 _STARTS_WITH_BOX = re.compile(r"[\s$]*(?:\\[(\[]\s*)?\\f?box(?:ed)?\b")
 
 _NO_REFERENCE = {"nan", "none", "null", "n/a", "<na>", "unknown"}
 _PROSE_WORDS = 20
-_LONGEST_REFERENCE = 1000
+
+LONGEST = 1000
+"""Characters of a reference; an answer that is longer is not spelled anew."""
 
 
 def answer_line(response: str) -> str:
@@ -59,8 +61,8 @@ def final_answers(response: str) -> list[str]:
     return [text for text in ("" if _STARTS_WITH_BOX.match(line) else line, box.strip()) if text]
 
 
-def check_reference(reference: object) -> str:
-    """The reference answer as text.
+def check_reference(reference: object, where: str = "") -> str:
+    """The reference answer as text; ``where`` begins the sentence that refuses one.
 
     Raises:
         ValueError: it is empty, says that there is none, is a whole solution, or its braces do not match; one sentence.
@@ -73,13 +75,14 @@ def check_reference(reference: object) -> str:
         "is empty": not text,
         "says that there is none": text.casefold() in _NO_REFERENCE,
         "holds a box, so it is a solution": bool(_BOX.search(text) or _BARE_BOX.search(text)),
-        "is a text, not an answer": len(text) > _LONGEST_REFERENCE or len(prose) > _PROSE_WORDS,
+        "is a text, not an answer": len(text) > LONGEST or len(prose) > _PROSE_WORDS,
         "has braces that do not match": min(depths) < 0 or depths[-1] != 0,
     }
     fault = next((words for words, found in faults.items() if found), None)
     if fault:
         shown = f" {text!r:.60}" if text else ""
-        raise ValueError(f"the reference answer{shown} {fault}: give the bare answer in LaTeX, or leave the row out")
+        remedy = "give the bare answer in LaTeX, or leave the row out"
+        raise ValueError(f"{where}the reference answer{shown} {fault}: {remedy}.")
     return text
 
 

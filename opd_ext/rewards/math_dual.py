@@ -60,10 +60,7 @@ def compute_score(
     if policy not in POLICIES:
         key = "reward.custom_reward_function.reward_kwargs.policy"
         raise ValueError(f"{key}={policy} does not exist: choose {' or '.join(POLICIES)}")
-    try:
-        gold = check_reference(ground_truth)
-    except ValueError as error:
-        raise ValueError(f"data source {data_source!r}: {error}") from None
+    gold = check_reference(ground_truth, f"data source {data_source!r}: ")
     response = (solution_str or "")[-MAX_RESPONSE_CHARS:]
     line, box = answer_line(response), last_box(response)
     by_line = _verdict(gold, line)

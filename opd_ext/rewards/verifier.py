@@ -18,7 +18,7 @@ from functools import cache
 from multiprocessing.connection import Connection, Pipe
 from queue import Empty, LifoQueue
 
-from opd_ext.rewards.answers import readings, sides
+from opd_ext.rewards.answers import LONGEST, readings, sides
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +198,12 @@ def _judge() -> Callable[[str, str, bool, int], int]:
         gold = read(f"\\boxed{{{reference}}}", latex, limit)
         if whole:
             return RIGHT if same(gold, read(text, both, limit), limit) else WRONG
-        right = same(gold, read(f"\\boxed{{{text}}}", both, limit), limit) or any(
+        right, short = same(gold, read(f"\\boxed{{{text}}}", both, limit), limit), len(text) <= LONGEST
+        right = right or any(
             same(read(f"${a}$", latex, limit), read(f"${b}$", latex, limit), limit)
-            for a, b in readings(reference, text)
+            for a, b in (readings(reference, text) if short else ())
         )
-        return WRONG if not right else RIGHT if consistent(reference, text, limit) else UNSURE
+        return WRONG if not right else RIGHT if short and consistent(reference, text, limit) else UNSURE
 
     return judge
 
