@@ -2,6 +2,7 @@
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,6 @@ _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "
 def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
     """One row per trajectory of ``batch``, in its order.
 
-    A response is *truncated* if it used all of ``max_tokens`` without sampling the end-of-sequence token.
-
     Returns:
         Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
         ``response_tokens``, ``truncated``, ``score``, every key of the grader (``acc``, ``feedback``, ...),
@@ -36,7 +35,6 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
         extra_fields = _item(data, "extra_fields", i) or {}
         grade = dict(extra_fields.get("reward_extra_info") or {})
         tokens = responses[i].tolist()
-        ended = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
         rows.append(
             {
                 "uid": uid,
@@ -47,7 +45,7 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
                 "input": tokenizer.decode(prompts[i], skip_special_tokens=True),
                 "output": tokenizer.decode(tokens, skip_special_tokens=True),
                 "response_tokens": len(tokens),
-                "truncated": len(tokens) >= max_tokens and not ended,
+                "truncated": is_truncated(tokens, tokenizer, max_tokens),
                 "score": scores[i],
                 **grade,
                 "acc": float(grade.get("acc", scores[i])),
@@ -56,6 +54,16 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
             }
         )
     return rows
+
+
+def is_truncated(response: Sequence[int], tokenizer: Any, max_tokens: int) -> bool:
+    """Whether a response used all of ``max_tokens`` without sampling the end-of-sequence token."""
+    return len(response) >= max_tokens and not (response and response[-1] == tokenizer.eos_token_id)
+
+
+def is_correct(acc: float, score: float) -> bool:
+    """Whether a rollout is right where its label decides what is trained: the grader says so, and pays for it."""
+    return acc > 0.5 and score > 0
 
 
 def _item(data: Any, name: str, i: int) -> Any:
@@ -80,7 +88,7 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
         f"{prefix}/empty": float((tokens == 0).mean()),
         f"{prefix}/samples": float(len(rows)),
     }
-    for key in ("acc_answer_only", "acc_boxed_only", "format_ok"):
+    for key in ("acc_strict", "acc_answer_only", "acc_boxed_only", "format_ok"):
         if key in rows[0]:
             metrics[f"{prefix}/{key}"] = float(np.mean([row[key] for row in rows]))
     return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})

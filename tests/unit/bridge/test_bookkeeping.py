@@ -3,6 +3,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -123,6 +124,19 @@ def test_rollout_metrics_are_means_over_samples():
         "val/samples": 2.0,
         "val/format_ok": 0.5,
     }
+
+
+def test_a_response_is_truncated_if_it_used_its_limit_without_an_end():
+    tokenizer = SimpleNamespace(eos_token_id=2)
+    assert rollouts.is_truncated([5, 5, 5], tokenizer, 3)
+    assert not rollouts.is_truncated([5, 5, 2], tokenizer, 3)
+    assert not rollouts.is_truncated([5, 5], tokenizer, 3) and not rollouts.is_truncated([], tokenizer, 3)
+
+
+def test_a_rollout_that_is_not_paid_for_is_not_labelled_right():
+    """`acc` reads all of a response, the score one final answer: a label must not teach what the reward refuses."""
+    assert rollouts.is_correct(acc=1.0, score=1.0) and rollouts.is_correct(acc=1.0, score=10.0)
+    assert not rollouts.is_correct(acc=1.0, score=0.0) and not rollouts.is_correct(acc=0.0, score=0.1)
 
 
 def test_two_runs_on_one_machine_exchange_no_weights(monkeypatch):
