@@ -10,6 +10,7 @@ from transfer_queue import KVBatchMeta
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 
+from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 from opd_ext.bridge.rollouts import read_rows
 from opd_ext.bridge.teacher_inputs import plan_teacher_inputs, put_teacher_inputs
 from opd_ext.context.base import get_context
@@ -24,31 +25,25 @@ CHATS = [[{"role": "user", "content": f"What is {'1+' * n}1?"}] for n in (0, 3, 
 RESPONSES = ["4.", "It is 4, since 2+2 is 4 and nothing else.", "", "Answer: 4"]
 
 
-def put_rollouts(config, queue, monkeypatch, tokenizer, chats=CHATS, texts=RESPONSES) -> KVBatchMeta:
-    """What verl's agent loop puts into its queue for these chats and responses."""
+async def graded_right(self, outputs, kwargs):
+    outputs[-1].reward_score = 1.0
+
+
+def put_rollouts(config, queue, monkeypatch, tokenizer, score=graded_right, tools=None) -> KVBatchMeta:
+    """What the agent loop puts into the queue for the chats and responses above, sent with ``tools``."""
     from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
     from verl.trainer.ppo.v1 import agent_loop_tq
 
     async def put(keys, fields, tags, partition_id):
         queue.kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id=partition_id)
 
-    async def score(outputs, kwargs):
-        outputs[-1].reward_score = 1.0
-
-    async def nothing(*args, **kwargs):
-        pass
-
     monkeypatch.setattr(agent_loop_tq.tq, "async_kv_batch_put", put)
-    worker = bare(
-        agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class,
-        config=config,
-        processor=None,
-        hf_model_type=None,
-    )
-    object.__setattr__(worker, "_compute_score", score)
-    object.__setattr__(worker, "_compute_teacher_logprobs", nothing)
-    for i, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-        prompt, response = render(tokenizer, chat), [*tokenizer.encode(text), tokenizer.eos_token_id]
+    monkeypatch.setattr(OPDAgentLoopWorker.__mro__[1], "_compute_score", score)
+    parts = {"config": config, "processor": None, "hf_model_type": None}
+    worker = bare(OPDAgentLoopWorker, **parts, distillation_enabled=False, annotator=None)
+    for i, (chat, text) in enumerate(zip(CHATS, RESPONSES, strict=True)):
+        prompt = render(tokenizer, chat, {"tools": tools})
+        response = [*tokenizer.encode(text), tokenizer.eos_token_id]
         output = AgentLoopOutput(
             prompt_ids=prompt, response_ids=response, response_mask=[1] * len(response), metrics={}
         )
