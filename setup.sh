@@ -101,6 +101,8 @@ step() {
 
 pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$constraints" "$@"; }
 
+optionally() { "$@" || true; }
+
 install_torch() { pip_install --no-deps ${OPD_TORCH_INDEX_URL:+--index-url "$OPD_TORCH_INDEX_URL"} "$(pin torch)"; }
 
 # torch goes first and alone, so that no other package's resolution swaps its build.
@@ -153,6 +155,10 @@ say "stack: $stack, pins: $constraints, log: $log"
 rm -f "$venv"/.opd-*
 : >"$log"
 "install_$stack"
+# One of its packages is compiled here; without it everything but `opd data gym` works.
+step "installing reasoning-gym" optionally pip_install -e ".[gym]"
+"$venv/bin/python" -c "import reasoning_gym" 2>/dev/null ||
+    say "reasoning-gym is left out: install a C compiler and Python's headers, remove $venv/.opd-*, and run again."
 say "checking what was installed"
 check_consistency
 step "importing torch, vLLM and verl" "$venv/bin/python" -c "import torch, vllm, verl, opd_ext"

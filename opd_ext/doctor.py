@@ -20,7 +20,9 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from opd_ext.terminal import terminal
 from opd_ext.versions import Stack, compare, stack_in_use
 
 GIB = 2**30
@@ -67,7 +69,7 @@ def visible_gpus() -> list[str]:
     if shutil.which(query[0]) is None:
         return []
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
+    return [line for line in answer.stdout.split("\n") if line.strip()] if answer.returncode == 0 else []
 
 
 def check_devices(stack: Stack, gpus: list[str]) -> Check:
@@ -119,7 +121,7 @@ def check_plugin(stack: Stack) -> Check:
         problem = f"The verl plugin did not load within {PLUGIN_TIMEOUT} s; free the processor and try again."
         return Check("verl plugin", "no answer", wanted, problem)
     if answer.returncode != 0:
-        error = (answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"])[-1]
+        error = answer.stderr.strip().split("\n")[-1] or f"exit status {answer.returncode}"
         return Check("verl plugin", "fails", wanted, f"The verl plugin does not load: {error}")
     device = answer.stdout.split()[-1]
     problem = f"verl would train on {device} instead of {wanted}; unset VERL_PLATFORM or set it to {wanted}."
@@ -178,7 +180,7 @@ def tell(checks: Sequence[Check], console: Console) -> int:
     for column in ("", "found", "tested with / needed", ""):
         table.add_column(column)
     for check in checks:
-        mark = "[red]problem[/red]" if check.problem else "[green]ok[/green]"
+        mark = Text("problem", "red") if check.problem else Text("ok", "green")
         table.add_row(check.subject, check.found, check.wanted, mark)
     console.print(table)
     problems = [check.problem for check in checks if check.problem]
@@ -189,7 +191,7 @@ def tell(checks: Sequence[Check], console: Console) -> int:
 
 def main() -> int:
     """The command; returns its exit status."""
-    console = Console()
+    console = terminal()
     with console.status("looking at this machine"):
         checks = run_checks()
     return tell(checks, console)

@@ -37,8 +37,33 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object per line."""
-    with whole(path) as scratch, scratch.open("w") as file:
+    # Half a character (a lone surrogate in feedback) has no bytes; its escape is one that JSON knows.
+    with whole(path) as scratch, scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, default=float) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path, cut_off_end: bool = False) -> list[Any]:
+    """One value per line that is not blank. Lines end with a line feed alone: JSON text may hold U+2028 and U+0085.
+
+    Args:
+        cut_off_end: ignore a last line that is no JSON, as a process leaves it that was killed.
+
+    Raises:
+        ValueError: a line is not JSON, or the file is not UTF-8; one sentence.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            if cut_off_end and number == len(lines):
+                break
+            raise ValueError(f"line {number} of {path} is not JSON: repair or remove the line") from error
+    return rows
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -46,7 +71,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

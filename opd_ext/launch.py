@@ -135,10 +135,8 @@ def _stop(children: list[subprocess.Popen]) -> None:
 
 def _tail(log: Path) -> str:
     # Libraries that end with the interpreter complain on their way out; what failed stands before that.
-    lines = [
-        line for line in log.read_text(errors="replace").splitlines() if not line.startswith((" - leaked", "nanobind"))
-    ]
-    return "\n".join(lines[-LOG_LINES:])
+    lines = log.read_text(errors="replace").strip().split("\n")
+    return "\n".join([line for line in lines if not line.startswith((" - leaked", "nanobind"))][-LOG_LINES:])
 
 
 def _run_on_ray(commands: Sequence[Command], device: str, watch: Callable[[], None]) -> None:

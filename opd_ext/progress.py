@@ -14,6 +14,8 @@ from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from opd_ext.terminal import terminal
+
 EVERY_S = 10.0
 """Between two plain lines; also while nothing moves, so that a log tells slow work from a dead process."""
 
@@ -52,7 +54,7 @@ class Progress(AbstractContextManager):
     ):
         self.title, self.total, self.unit = title, total, unit
         self.completed, self.note = 0, ""
-        self._console, self._shown, self._every = console or Console(), shown, every
+        self._console, self._shown, self._every = console or terminal(), shown, every
         self._began = time.monotonic()
         self._ended = threading.Event()
         self._bars: Bars | None = None
@@ -62,7 +64,12 @@ class Progress(AbstractContextManager):
         self._began = time.monotonic()
         if self._shown and self._console.is_terminal:
             rate = _Rate(self)
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), rate
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f}%"),
+                rate,
+            )
             self._bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
             self._task = self._bars.add_task(self.title, total=self.total)
             self._bars.start()

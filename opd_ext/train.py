@@ -9,6 +9,7 @@ opd train --config-dir DIR method=mine                 a preset of yours: DIR/me
 
 import argparse
 import os
+import shlex
 import sys
 import threading
 import time
@@ -159,7 +160,12 @@ def _plan(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
 def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
     """Train, then print and write the report of the run folder."""
     from opd_ext.bridge.runner import train
-    from opd_ext.report.run_report import write_report
+    from opd_ext.report.after import after_run
+
+    def write_report() -> None:
+        from opd_ext.report.run_report import write_report
+
+        write_report(run_dir)
 
     run_dir = Path(opd.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -177,7 +183,7 @@ def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
     with _Follow(console), verl_output, _ray_of_this_run():
         train(config)
     if len(list((run_dir / "generations").glob("val_*.jsonl"))) > 1:  # before and after
-        write_report(run_dir)
+        after_run(write_report, f"opd report {shlex.quote(str(run_dir))}")
 
 
 def main(argv: list[str] | None = None) -> int:

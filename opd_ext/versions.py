@@ -15,7 +15,7 @@ Stack = Literal["cpu", "gpu"]
 
 def pins(stack: Stack) -> dict[str, str]:
     """Canonical distribution name -> pinned version, for the running Python."""
-    lines = files("opd_ext").joinpath("constraints", f"{stack}.txt").read_text().splitlines()
+    lines = files("opd_ext").joinpath("constraints", f"{stack}.txt").read_text().split("\n")
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {
         canonicalize_name(r.name): str(r.specifier).removeprefix("==")

@@ -6,10 +6,10 @@ python examples/from_python/train.py         # CRISP on it, then what came of it
 python examples/from_python/train.py trainer.total_training_steps=10 opd.teacher.interval=5
 """
 
-import json
 import sys
 
 from opd_ext.errors import ConfigError
+from opd_ext.files import read_jsonl
 from opd_ext.train import run
 
 
@@ -20,9 +20,8 @@ def main(overrides: list[str]) -> int:
     except ConfigError as error:  # one sentence: which key is wrong and what it may be
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    *_, last = (folder / "metrics.jsonl").read_text().splitlines()
-    row = json.loads(last)
-    print(f"{folder} holds {row['step']} steps; `opd report {folder}` prints its table")
+    *_, last = read_jsonl(folder / "metrics.jsonl")
+    print(f"{folder} holds {last['step']} steps; `opd report {folder}` prints its table")
     return 0
 
 

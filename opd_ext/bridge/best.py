@@ -4,9 +4,10 @@
 Both are read from ``metrics.jsonl``, which a resumed run cuts to the step that it resumes from.
 """
 
-import json
 import math
 from pathlib import Path
+
+from opd_ext.files import read_jsonl
 
 STANDARD_ERRORS = 3.0  # how far apart two validations must be to count as different
 
@@ -14,7 +15,7 @@ STANDARD_ERRORS = 3.0  # how far apart two validations must be to count as diffe
 def validations(run_dir: Path) -> dict[int, float]:
     """Step -> accuracy of every validation, as a share, in the order of the steps."""
     path = run_dir / "metrics.jsonl"
-    lines = map(json.loads, path.read_text().split("\n")[:-1]) if path.exists() else ()
+    lines = read_jsonl(path, cut_off_end=True) if path.exists() else ()
     found = {line["step"]: line["val/accuracy"] for line in lines if line["phase"] == "val" and "val/accuracy" in line}
     return dict(sorted(found.items()))
 

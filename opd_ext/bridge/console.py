@@ -9,6 +9,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.text import Text
 
+from opd_ext.terminal import terminal
+
 
 class StepPrinter:
     """One line of fixed width per step, made for logs: nothing wraps or moves, colours on terminals only.
@@ -38,7 +40,7 @@ class StepPrinter:
 
     def __init__(self, total_steps: int | None = None, console: Console | None = None, header_every: int = 20):
         self._total = total_steps
-        self._console = console or Console()
+        self._console = console or terminal()
         self._header_every = header_every
         self._rows = 0
         self._recent_seconds: deque[float] = deque(maxlen=10)

@@ -12,7 +12,7 @@ def policy_loss_source(name: str) -> tuple[Path, int] | None:
     if verl is None or verl.origin is None:
         return None
     file = Path(verl.origin).parent / "trainer" / "ppo" / "core_algos.py"
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text().split("\n"), start=1):
         if re.search(rf"register_policy_loss\(\s*[\"']{re.escape(name)}[\"']", line):
             return file, number
     return None

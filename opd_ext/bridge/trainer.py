@@ -17,7 +17,6 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
@@ -38,6 +37,7 @@ from opd_ext.context import build_context
 from opd_ext.objective.metrics import means
 from opd_ext.progress import since_start
 from opd_ext.teacher.vocabulary import check_same_ids
+from opd_ext.terminal import terminal
 
 # What the workers read of a rollout; everything else stays in the queue.
 _UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mask", "has_teacher"]
@@ -79,13 +79,13 @@ class OPDTrainer(PPOTrainerSync):
         datasets.complete(self.train_dataset, self.val_dataset)
         self.total_training_steps = datasets.settle_steps(self.config, self.train_dataset, self.total_training_steps)
         # Line buffered and appended to: `opd train` follows this file, and a resumed run continues it.
-        self.console = Console(file=(self.run_dir / "console.log").open("a", buffering=1), width=120)
+        self.console = terminal(file=(self.run_dir / "console.log").open("a", buffering=1), width=120)
         self.printer = StepPrinter(self.total_training_steps, self.console)
         self._say(f"{datasets.counts(self.train_dataset, self.val_dataset)}; loading the models and starting vLLM")
 
     def _say(self, what: str) -> None:
         """A line about the start of the run."""
-        self.console.print(since_start(what), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(since_start(what), highlight=False, soft_wrap=True)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -382,7 +382,7 @@ class OPDTrainer(PPOTrainerSync):
         self._record("val", metrics)
         problems = len({row["uid"] for row in rows})
         if collapsed := best.collapse(best.validations(self.run_dir), problems, self.opd.stop_on_collapse):
-            self.console.print(collapsed, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(collapsed, highlight=False, soft_wrap=True)
             self.total_training_steps = self.global_steps
         return metrics
 

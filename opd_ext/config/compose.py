@@ -16,13 +16,14 @@ from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).parent
+_OPEN = ("opd.", "reward.custom_reward_function.reward_kwargs.")
 
 
 def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
     """verl's ``ppo_trainer`` + method + scale + ``overrides``, composed by Hydra and fully resolved.
 
     Args:
-        overrides: in Hydra's grammar, but keys of `opd` need no `+`.
+        overrides: in Hydra's grammar, but keys of `opd` and arguments of the grader need no `+`.
         config_dirs: further folders with presets of the same groups (``method/``, ``scale/``, ``tuning/``).
 
     Raises:
@@ -71,5 +72,8 @@ def _known_keys() -> list[str]:
 
 
 def _addable(override: str) -> str:
-    """Keys of `opd` that a preset leaves at their default can be set like any other; the schema knows which exist."""
-    return f"++{override}" if override.startswith("opd.") else override
+    """Keys of `opd` that a preset leaves at their default can be set like any other; the schema knows which exist.
+
+    So can a grader's arguments, of which verl's YAML has none.
+    """
+    return f"++{override}" if override.startswith(_OPEN) else override

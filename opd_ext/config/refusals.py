@@ -32,7 +32,7 @@ def refusal(
         recipes: the folder of recipes; ``own``: with what the names of the command's own begin.
         known: gives the keys that exist, among which a mistyped one is looked for.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     told = _sentence(error, lines or [type(error).__name__], overrides, f"see `{command} --cfg`", _names(recipes, own))
     wrong = re.match(r"[\w.]+(?= does not exist)", told)
     return ConfigError(told + (did_you_mean(wrong[0], known()) if wrong else ""))

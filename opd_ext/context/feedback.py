@@ -59,7 +59,7 @@ class FeedbackContext(TeacherContext):
         failures_only: a sample that succeeded has no teacher (SRPO, arXiv 2604.02288: its policy term teaches it).
         include_solution: show a demonstration where there is one.
         exclude_own_success: never show a sample its own response.
-        demonstration: ``random`` or ``first``, see :func:`choose_demonstration`.
+        demonstration: ``random``, or ``first`` of the group by session, see :func:`choose_demonstration`.
         seed: of ``random``.
         remove_thinking: show the demonstration without its ``<think>`` blocks.
         include_feedback: show feedback that is not blank.
@@ -157,10 +157,11 @@ def choose_demonstration(
     """One of the successful rollouts that a sample may be shown.
 
     Args:
-        candidates: rollouts with a ``session``, in batch order.
+        candidates: rollouts with a ``session``, in any order.
         how: ``random`` draws uniformly and independently for every sample; the draw depends on ``seed``,
-            ``step``, ``uid`` and ``session`` and not on the order of the candidates. ``first`` is the published
-            behaviour: the whole group shares the demonstration that comes first in the batch.
+            ``step``, ``uid`` and ``session``. ``first`` is the success of the lowest session, which the whole group
+            shares. The release shares one, too, but the first of a batch that verl has reordered by length and number
+            of GPUs, so that it depends on lengths; that order is not reproduced.
         seed, step, uid, session: the run, the training step, the prompt, and the sample's place in its group.
 
     Returns:
@@ -168,9 +169,9 @@ def choose_demonstration(
     """
     if not candidates:
         return None
-    if how == "first":
-        return candidates[0]
     ordered = sorted(candidates, key=lambda rollout: int(rollout["session"]))
+    if how == "first":
+        return ordered[0]
     return random.Random(f"{seed}/{step}/{uid}/{session}").choice(ordered)
 
 

@@ -126,6 +126,11 @@ def student_prompt(question: str) -> str:
     return STUDENT_HEADER + question + REMINDER
 
 
+def boxed_prompt(question: str) -> str:
+    """The question and, once, a request for a boxed answer as in IW-OPD's evaluation (``math_eval/eval_math.py``)."""
+    return question.removesuffix(f"\n{OPSD_BOXED}") + f"\n{OPSD_BOXED}"
+
+
 def teacher_prompt(question: str, text_id: str) -> str:
     """CRISP's teacher message: the instruction *replaces* the DAPO header in front of the question.
 

@@ -3,7 +3,8 @@
 
 A comparison with published numbers stands or falls with the rows and the bytes around each question, so both
 follow CRISP (arXiv 2603.05433) and its release: the same shuffle and split of the training file, and evaluation
-prompts that open like the training prompt but do not repeat the reminder at their end.
+prompts that open like the training prompt but do not repeat the reminder at their end (the teacher's do, there as in
+training). ``boxed`` is the wording of the evaluation of IW-OPD (arXiv 2606.22600) instead.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from opd_ext.context import prompts
 from opd_ext.files import whole
 from opd_ext.progress import Progress
 from opd_ext.rewards.math_dual import last_box
+from opd_ext.terminal import terminal
 
 SPLIT_SEED = 42
 
@@ -91,6 +93,7 @@ SOURCES = {
     "aime25": Source("aime25", ("problem", "question"), ("answer",), ("solution",)),
 }
 TRAINING = "dapo"
+PROMPTS = {"dapo": prompts.student_prompt, "boxed": prompts.boxed_prompt}
 
 
 class Problem(NamedTuple):
@@ -116,6 +119,7 @@ def prepare(
     out: Path,
     *,
     val_fraction: float = 0.2,
+    prompt: str = "dapo",
     eval_suffix: bool = False,
     teacher_prompt: str | None = None,
     force: bool = False,
@@ -130,6 +134,7 @@ def prepare(
         files: source name (a key of ``SOURCES``) -> parquet, JSON or JSON-lines file.
         out: destination folder.
         val_fraction: share of the shuffled training source that is held out, in [0, 1).
+        prompt: wording of the student's prompts: ``dapo``, or ``boxed``, which asks for the answer in a box.
         eval_suffix: close evaluation prompts with the reminder, as training prompts do. The release does not.
         teacher_prompt: instruction id; adds ``<source>_<id>`` files, the evaluation sets as the teacher reads
             them: the baseline that only asks for brevity.
@@ -144,11 +149,16 @@ def prepare(
         FileNotFoundError: a source does not exist.
         FileExistsError: a file exists with other content.
     """
-    console = console or Console()
+    console = console or terminal()
     if not files:
         raise ValueError(f"nothing to prepare: name at least one of {', '.join('--' + name for name in SOURCES)}.")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"--val-fraction {val_fraction:g} must be at least 0 and below 1.")
+    if prompt not in PROMPTS:
+        raise ValueError(f"--prompt {prompt} does not exist: choose one of {', '.join(PROMPTS)}.")
+    if prompt != "dapo" and (eval_suffix or teacher_prompt is not None):
+        option = "--eval-suffix" if eval_suffix else "--teacher-prompt"
+        raise ValueError(f"{option} belongs to the wording of DAPO: leave out --prompt {prompt}.")
     if teacher_prompt is not None:
         prompts.instruction(teacher_prompt)
         if set(files) <= {TRAINING}:
@@ -160,9 +170,10 @@ def prepare(
             frame = read_frame(Path(path))
             _warn_of_other_file(name, Path(path), console)
             if name == TRAINING:
-                data_sets |= training_sets(frame, path, val_fraction)
+                data_sets |= training_sets(frame, path, val_fraction, PROMPTS[prompt])
             else:
-                data_sets |= evaluation_sets(name, frame, path, eval_suffix, teacher_prompt)
+                asked = PROMPTS[prompt] if eval_suffix else lambda q: PROMPTS[prompt](q).removesuffix(prompts.REMINDER)
+                data_sets |= evaluation_sets(name, frame, path, asked, teacher_prompt)
             progress.update(advance=1)
         status = write_tables({Path(out) / f"{name}.parquet": _table(data) for name, data in data_sets.items()}, force)
     console.print(_summary(data_sets, status))
@@ -286,8 +297,10 @@ def _level(value: Any) -> int | None:
 # ---------------------------------------------------------------------- data sets
 
 
-def training_sets(frame: pd.DataFrame, path: Path, val_fraction: float) -> dict[str, DataSet]:
-    """``dapo_train`` and ``dapo_val`` (absent for a fraction of 0) under the unchanged DAPO prompt.
+def training_sets(
+    frame: pd.DataFrame, path: Path, val_fraction: float, asked: Callable[[str], str] = prompts.student_prompt
+) -> dict[str, DataSet]:
+    """``dapo_train`` and ``dapo_val`` (absent for a fraction of 0), each question as ``asked``: the DAPO prompt.
 
     The split is made before unusable rows are dropped, so that it is the published one whatever is dropped.
     """
@@ -295,29 +308,23 @@ def training_sets(frame: pd.DataFrame, path: Path, val_fraction: float) -> dict[
     held_out = math.ceil(round(len(frame) * val_fraction, 6))
     parts = {"train": frame.iloc[: len(frame) - held_out], "val": frame.iloc[len(frame) - held_out :]}
     return {
-        f"{TRAINING}_{split}": _data_set(
-            problems(TRAINING, part, path), SOURCES[TRAINING].data_source, split, prompts.student_prompt
-        )
+        f"{TRAINING}_{split}": _data_set(problems(TRAINING, part, path), SOURCES[TRAINING].data_source, split, asked)
         for split, part in parts.items()
         if split == "train" or held_out
     }
 
 
 def evaluation_sets(
-    name: str, frame: pd.DataFrame, path: Path, suffix: bool, teacher_prompt: str | None
+    name: str, frame: pd.DataFrame, path: Path, asked: Callable[[str], str], teacher_prompt: str | None
 ) -> dict[str, DataSet]:
-    """``{name: ...}`` under the student's prompt, and ``{name}_{id}`` under the teacher's if that is asked for."""
-
-    def ending(prompt: str) -> str:
-        return prompt if suffix else prompt.removesuffix(prompts.REMINDER)
-
+    """``{name: ...}``, each question as ``asked``, and ``{name}_{id}`` as the teacher reads it if that is wanted."""
     read = list(problems(name, frame.reset_index(drop=True), path))
     source = SOURCES[name].data_source
-    data_sets = {name: _data_set(read, source, "test", lambda q: ending(prompts.student_prompt(q)))}
+    data_sets = {name: _data_set(read, source, "test", asked)}
     if teacher_prompt is not None:
         label = "own" if teacher_prompt.startswith(prompts.TEXT_PREFIX) else teacher_prompt
         data_sets[f"{name}_{label}"] = _data_set(
-            read, f"{source}_{label}", "test", lambda q: ending(prompts.teacher_prompt(q, teacher_prompt))
+            read, f"{source}_{label}", "test", lambda q: prompts.teacher_prompt(q, teacher_prompt)
         )
     return data_sets
 

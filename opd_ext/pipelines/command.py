@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``opd ssd`` and ``opd t3s``: settings, stages, report."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from opd_ext.bridge.warm_python import warm_python
@@ -17,6 +17,8 @@ from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.stages import Pipeline
 from opd_ext.pipelines.t3s import pipeline as t3s_pipeline
 from opd_ext.pipelines.t3s.config import T3SConfig
+from opd_ext.report.after import after_run
+from opd_ext.terminal import terminal
 
 _PIPELINES = {"ssd": (SSDConfig, ssd_pipeline), "t3s": (T3SConfig, t3s_pipeline)}
 
@@ -49,7 +51,7 @@ def run(
         return
     _check(config)
     pipeline, steps = module.build(config)
-    console = Console()
+    console = terminal()
     console.print(f"run folder: {config.run_dir}", soft_wrap=True, highlight=False)
     if dry_run:
         console.print(_overview(pipeline))
@@ -61,7 +63,8 @@ def run(
     content = OmegaConf.to_yaml(OmegaConf.structured(config))
     write_whole(Path(config.run_dir) / "config.yaml", content.encode())  # of what was accepted and ran
     if all(state == "done" for _, state, _ in pipeline.overview()):
-        module.write_report(config, pipeline, steps)
+        again = shlex.join(["opd", name, *overrides, *(f"--config-dir={folder}" for folder in config_dirs)])
+        after_run(lambda: module.write_report(config, pipeline, steps), again)
 
 
 def compose(name: str, overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> PipelineConfig:
@@ -73,9 +76,10 @@ def _check(config: PipelineConfig) -> None:
     """What would otherwise come out after hours."""
     check_inputs(config)
     problems.load_grader(config.reward)
-    problems.check_columns(config.prompts.file, graded=isinstance(config, T3SConfig))
+    problems.check_columns(config.prompts.file, isinstance(config, T3SConfig), bool(config.prompts.wording))
+    wording = config.prompts.wording if config.evaluate.wording is None else config.evaluate.wording
     for file in filter(None, (config.evaluate.file, config.evaluate.select_file)):
-        problems.check_columns(file, graded=True)
+        problems.check_columns(file, graded=True, worded=bool(wording))
 
 
 def _overview(pipeline: Pipeline) -> Table:

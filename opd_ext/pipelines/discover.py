@@ -22,6 +22,8 @@ from rich.table import Table
 from opd_ext.estimators import discovery_at_k
 from opd_ext.files import write_whole
 from opd_ext.progress import track
+from opd_ext.report.after import after_run
+from opd_ext.terminal import terminal
 
 LOG_LINES = 15
 
@@ -52,7 +54,8 @@ def discover(
         row: which of its questions, from 0.
         budget: attempts per search, rounded up to whole steps.
         success: score from which an attempt counts as right.
-        overrides: of the configuration; the method is ``sdpo`` unless they say otherwise.
+        overrides: of the configuration; the method is ``sdpo`` unless they say otherwise. ``recipe=sdpo/discover`` has
+            the published settings of a search.
 
     Returns:
         Attempt of the first success of each search, or None.
@@ -62,12 +65,12 @@ def discover(
     """
     if seeds < 1 or budget < 1 or attempts_per_step < 1:
         raise SearchError("seeds, budget and attempts per step must each be at least 1.")
-    console = console or Console()
+    console = console or terminal()
     out = Path(out).absolute()
     question = _write_question(data, row, out)
     steps = math.ceil(budget / attempts_per_step)
     settings = [
-        *(() if any(override.startswith("method=") for override in overrides) else ("method=sdpo",)),
+        *(() if any(override.startswith(("method=", "recipe=")) for override in overrides) else ("method=sdpo",)),
         f"data.train_files={question}",
         f"data.val_files={question}",
         "data.train_batch_size=1",
@@ -84,7 +87,9 @@ def discover(
         if not _finished(folder, steps):
             _search(folder, [*settings, f"opd.seed={seed}", f"opd.run_dir={folder}", *overrides])
         times.append(_outcome(folder)["found"])
-    _report(times, steps * attempts_per_step, out, console)
+    after_run(
+        lambda: _report(times, steps * attempts_per_step, out, console), "the same command, which keeps the searches"
+    )
     return times
 
 
@@ -118,7 +123,7 @@ def _search(folder: Path, settings: list[str]) -> None:
     with log.open("a") as output:
         done = subprocess.run([sys.executable, "-m", "opd_ext.train", *settings], stdout=output, stderr=output)
     if done.returncode:
-        last = "\n".join(log.read_text().splitlines()[-LOG_LINES:])
+        last = "\n".join(log.read_text().strip().split("\n")[-LOG_LINES:])
         raise SearchError(f"the search in {folder} failed with status {done.returncode}; the end of {log}:\n{last}")
 
 

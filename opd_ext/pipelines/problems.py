@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import Template
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd_ext.context import render as render_chat
@@ -73,11 +75,18 @@ def read_problems(settings: PromptsConfig) -> pd.DataFrame:
     return rows.reset_index(drop=True)
 
 
-def check_columns(file: str, graded: bool) -> None:
-    """Raises ConfigError if a file in verl's format lacks a column that prompts, or grades, are made of."""
+def check_columns(file: str, graded: bool, worded: bool = False) -> None:
+    """Raises ConfigError if a file in verl's format lacks what prompts, grades or a wording are made of."""
     needed = ["prompt", *(["data_source", "reward_model"] if graded else [])]
-    if missing := [name for name in needed if name not in pq.read_schema(file).names]:
+    schema = pq.read_schema(file)
+    if missing := [name for name in needed if name not in schema.names]:
         raise ConfigError(f"{file} has no column {missing[0]}; verl's format has prompt, data_source and reward_model.")
+    extra = schema.field("extra_info").type if "extra_info" in schema.names else None
+    if worded and not (pa.types.is_struct(extra) and extra.get_field_index("starter_code") >= 0):
+        raise ConfigError(
+            f"{file} has no extra_info.starter_code, which chooses the prompts.wording: add it, null for programs that "
+            "read standard input, or ask as the file does with ~prompts.wording."
+        )
 
 
 def fingerprint(model: str) -> str:
@@ -98,8 +107,21 @@ def fingerprint(model: str) -> str:
 def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
     """``uid`` and ``prompt_ids`` up to where the assistant begins, through the chat template, once."""
     system = [{"role": "system", "content": settings.system}] if settings.system else []
-    ids = [render_chat(tokenizer, system + list(messages), settings.template) for messages in rows["prompt"]]
+    ids = [render_chat(tokenizer, system + messages, settings.template) for messages in worded(rows, settings)]
     return pd.DataFrame({"uid": rows["uid"], "prompt_ids": ids})
+
+
+def worded(rows: pd.DataFrame, settings: PromptsConfig) -> list[list[dict[str, str]]]:
+    """The messages of every row, the last asked in the words of ``settings``, if they have any."""
+    chats = [list(messages) for messages in rows["prompt"]]
+    if not settings.wording:
+        return chats
+    texts = {kind: Template(text, keep_trailing_newline=True) for kind, text in settings.wording.items()}
+    for messages, info in zip(chats, rows["extra_info"], strict=True):
+        code = info["starter_code"] or ""
+        text = texts["function" if code.strip() else "stdin"]
+        messages[-1] = {**messages[-1], "content": text.render(question=messages[-1]["content"], starter_code=code)}
+    return chats
 
 
 def check_lengths(prompts: pd.DataFrame, max_tokens: int, max_model_len: int, key: str) -> None:

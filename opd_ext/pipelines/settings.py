@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from jinja2 import Environment, TemplateSyntaxError, meta
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,6 +34,10 @@ class PromptsConfig:
     count: int | None = None  # the first so many, after duplicates are gone; null: all
     deduplicate: bool = True  # one prompt per statement, compared with normalised white space
     system: str | None = None  # a system message put before the conversation
+    wording: dict[str, str] = field(default_factory=dict)
+    """How programs are asked for, in Jinja's syntax with `question` and `starter_code`: `function` for problems with
+    `extra_info.starter_code`, `stdin` for those without; each the text itself, or `file:` and a path. Empty: prompts
+    stay as they are."""
     template: dict[str, Any] = field(default_factory=dict)  # options of the chat template
 
 
@@ -77,6 +82,7 @@ class EvaluationConfig:
     temperatures: list[float] = field(default_factory=lambda: [1.0])  # every model is evaluated at each of them
     top_k: int = -1  # -1: all
     top_p: float = 1.0  # 1: all
+    wording: dict[str, str] | None = None  # as prompts.wording; null: that of the prompts
 
 
 @dataclass
@@ -106,6 +112,9 @@ class PipelineConfig:
         one_of("device", self.device, ("cpu", "cuda"))
         if not self.model:
             raise ConfigError("model is missing: set it to a folder with a model, or its hub id.")
+        self.prompts.wording = check_wording("prompts.wording", self.prompts.wording)
+        if self.evaluate.wording is not None:
+            self.evaluate.wording = check_wording("evaluate.wording", self.evaluate.wording)
         positive("vllm.replicas", self.vllm.replicas)
         positive("vllm.shard", self.vllm.shard)
         check_training("train", self.train)
@@ -181,6 +190,31 @@ def check_decoding(key: str, decoding: Any) -> None:
     """Temperature, where it has one, and top-p."""
     positive(f"{key}.temperature", decoding.temperature, zero=True)
     check_share(f"{key}.top_p", decoding.top_p)
+
+
+_WORDINGS = {"function": {"question", "starter_code"}, "stdin": {"question"}}
+
+
+def check_wording(key: str, wording: dict[str, str]) -> dict[str, str]:
+    """The texts of a wording, read from files where it names some.
+
+    Raises:
+        ConfigError: a text is missing, or does not use exactly what is filled in.
+    """
+    if wording and wording.keys() != _WORDINGS.keys():
+        raise ConfigError(f"{key} has {', '.join(wording)}: give it function and stdin, or drop it with ~{key}.")
+    texts = {}
+    for kind, text in wording.items():
+        try:
+            path = text.removeprefix("file:")
+            texts[kind] = text if path == text else Path(path).expanduser().read_text(encoding="utf-8")
+            used = meta.find_undeclared_variables(Environment().parse(texts[kind]))
+        except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
+            raise ConfigError(f"{key}.{kind} is no template: {' '.join(str(error).split()).rstrip('.')}.") from None
+        if used != _WORDINGS[kind]:
+            wanted = " and ".join(f"{{{{ {name} }}}}" for name in sorted(_WORDINGS[kind]))
+            raise ConfigError(f"{key}.{kind} must contain {wanted} and no other variable.")
+    return texts
 
 
 def check_share(key: str, value: float) -> None:

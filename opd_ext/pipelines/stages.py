@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.text import Text
 
 from opd_ext.files import write_whole
 from opd_ext.moved import MOVED
+from opd_ext.terminal import terminal
 from opd_ext.tokens.tables import file_digest
 
 MANIFEST = "manifest.json"
@@ -92,7 +93,7 @@ class Pipeline:
         """``refusals`` are errors by which a stage says that it did not begin: it then counts as never run."""
         self._folder, self._stages = folder, {stage.name: stage for stage in stages}
         self._manifest = Manifest(folder)
-        self._console, self._refusals = Console(), refusals
+        self._console, self._refusals = terminal(), refusals
 
     @property
     def names(self) -> list[str]:
@@ -219,7 +220,7 @@ class Pipeline:
             yield
 
     def _say(self, stage: Stage, text: str) -> None:
-        self._console.print(f"[bold]{stage.name}[/bold]: {text}", highlight=False)
+        self._console.print(Text.assemble((stage.name, "bold"), f": {text}"))
 
 
 def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -54,6 +54,8 @@ class Steps:
 
         # A file may move; what it holds must not change.
         content = {**plain(settings), "file": hashlib.sha256(Path(settings.file).read_bytes()).hexdigest()}
+        if not settings.wording:
+            del content["wording"]  # stages of runs that are older than the key still count
         model = {"model": problems.fingerprint(self.config.model), "stop_ids": self.stop_ids}
         return Stage(f"prompts-{name}", run, {**content, **model}, [f"prompts/{name}.parquet"], list(after))
 
@@ -158,7 +160,9 @@ class Steps:
     def splits(self) -> dict[str, PromptsConfig]:
         """Where temperatures are chosen, and what is reported."""
         e = self.config.evaluate
-        shared = {"count": e.count, "system": self.config.prompts.system, "template": self.config.prompts.template}
+        prompts = self.config.prompts
+        wording = prompts.wording if e.wording is None else e.wording
+        shared = {"count": e.count, "system": prompts.system, "template": prompts.template, "wording": wording}
         files = {"report": e.file} | ({"select": e.select_file} if e.select_file else {})
         return {name: PromptsConfig(file=file, deduplicate=False, **shared) for name, file in files.items()}
 

@@ -9,7 +9,6 @@ interval then errs on the narrow side, which is why the seeds' extremes stand be
 import io
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ from rich.table import Table
 
 from opd_ext.files import write_whole
 from opd_ext.report.bootstrap import LEVEL, SEED
-from opd_ext.report.run_report import LOG_WIDTH, Run, load_run
+from opd_ext.report.run_report import Run, load_run
+from opd_ext.terminal import LOG_WIDTH, terminal
 
 RESAMPLES = 4_000
 _PROBLEM = ["data_source", "index"]
@@ -272,7 +272,7 @@ def write_comparison(folder: Path, pairs: Sequence[tuple[str, str]] = (), consol
     """
     arms = load_arms(folder)
     table, differences = compare(arms, pairs)
-    console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = console or terminal(LOG_WIDTH)
     text = markdown(table, differences)
     for block in text.split("\n\n"):
         head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().split("\n"))

@@ -8,15 +8,14 @@ import functools
 import inspect
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from opd_ext.bridge.sources import policy_loss_source
 from opd_ext.config.schema import OPDConfig
@@ -29,6 +28,7 @@ from opd_ext.errors import ConfigError
 from opd_ext.policy import get_policy
 from opd_ext.report.methods import LOG_WIDTH, PRESETS, preset, preset_files
 from opd_ext.teacher import get_teacher
+from opd_ext.terminal import terminal
 
 LOSS = "loss = policy(log q) + sum_t weight_t * lambda * credit_t * D_t"
 
@@ -102,8 +102,9 @@ def formula(opd: OPDConfig) -> list[str]:
 
 def recipes(name: str) -> list[str]:
     """Commands that run the method, the miniature world first."""
-    folder = PRESETS / "recipe" / name
-    found = [f"opd train recipe={name}/{path.stem}" for path in sorted(folder.glob("*.yaml"))]
+    commands = {"discover": "opd discover QUESTIONS"}  # a search is for one question
+    stems = sorted(path.stem for path in (PRESETS / "recipe" / name).glob("*.yaml"))
+    found = [f"{commands.get(stem, 'opd train')} recipe={name}/{stem}" for stem in stems]
     return [f"opd train method={name} scale=cpu_tiny", *found]
 
 
@@ -117,17 +118,17 @@ def print_method(name: str, config_dirs: Sequence[Path] = ()) -> None:
     if name not in files:
         raise ConfigError(f"{name} is no method; choose one of: {', '.join(sorted(files))}.")
     opd = preset(OmegaConf.load(files[name]))
-    says = [line.lstrip("# ").rstrip() for line in files[name].read_text().splitlines() if line.startswith("# ")]
+    says = [line.lstrip("# ").rstrip() for line in files[name].read_text().split("\n") if line.startswith("# ")]
     says = [line for line in says if not line.startswith("@package")]
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
-    console.print(f"[bold]{name}[/bold]: {' '.join(says)}", soft_wrap=True)
+    console = terminal(LOG_WIDTH, highlight=False)
+    console.print(Text.assemble((name, "bold"), f": {' '.join(says)}"), soft_wrap=True)
     console.print(f"preset: {os.path.relpath(files[name])}", soft_wrap=True)
     table = Table("place", "choice", "where", "what it is", show_lines=True)
     for choice in choices(opd):
         table.add_row(choice.key, choice.name, choice.where, choice.what)
     console.print(table)
-    console.print("[bold]formula[/bold]", *(f"  {line}" for line in formula(opd)), sep="\n")
+    console.print(Text("formula", "bold"), *(f"  {line}" for line in formula(opd)), sep="\n")
     papers = sorted(set(re.findall(r"arXiv[: ](\d{4}\.\d{5})", " ".join(says))))
     if papers:
-        console.print("[bold]paper[/bold]", *(f"  https://arxiv.org/abs/{paper}" for paper in papers), sep="\n")
-    console.print("[bold]recipes[/bold]", *(f"  {line}" for line in recipes(name)), sep="\n")
+        console.print(Text("paper", "bold"), *(f"  https://arxiv.org/abs/{paper}" for paper in papers), sep="\n")
+    console.print(Text("recipes", "bold"), *(f"  {line}" for line in recipes(name)), sep="\n")

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods as what they are: choices in five places. Printed by ``opd methods``."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from opd_ext.config.schema import OPDConfig, load
+from opd_ext.terminal import terminal
 
 PRESETS = Path(__file__).parents[1] / "config"
 NOTHING = "-"
-LOG_WIDTH = 140  # a log has no width of its own
+LOG_WIDTH = 140
 
 
 def describe(opd: OPDConfig) -> dict[str, str]:
@@ -69,6 +68,6 @@ def print_methods(config_dirs: Sequence[Path] = ()) -> None:
         table.add_column(column, overflow="fold")
     for name, places in found.items():
         table.add_row(name, *places.values())
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = terminal(LOG_WIDTH)
     console.print(table)
     console.print("Pipelines around fine-tuning instead of a step loss: opd ssd, opd t3s", highlight=False)

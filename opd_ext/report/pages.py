@@ -3,7 +3,6 @@
 
 import base64
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ext.files import write_whole
-from opd_ext.report.run_report import LOG_WIDTH
+from opd_ext.terminal import LOG_WIDTH, terminal
 
 
 @dataclass
@@ -46,11 +45,11 @@ def write_pages(
     Args:
         records: the numbers behind the report, for ``report.json``.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = console or terminal(LOG_WIDTH)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}"]
     for section in sections:
-        console.print(f"\n[bold]{section.title}[/bold]")
+        console.print(f"\n{section.title}", style="bold", highlight=False)
         lines += ["", f"## {section.title}"]
         if section.text:
             console.print(section.text, highlight=False)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from opd_ext.config.schema import OPDConfig
 from opd_ext.report.methods import describe
+from opd_ext.terminal import terminal
 
 GiB = 1024**3
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -105,10 +104,10 @@ def print_plan(
         facts: further rows, in the place of those of the same name: what a preflight has seen.
         notes: sentences below the plan.
     """
-    console = Console()
+    console = terminal()
     console.print(_plan_table(config, opd, facts or {}))
     for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     size = model_size(config.actor_rollout_ref.model.path)
     if size is None:
         console.print("Memory: no estimate, because the model is neither a folder here nor a model known by name.")
@@ -156,7 +155,7 @@ def _plan_table(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) ->
     ]
     table = Table(title="Plan", show_header=False, title_justify="left")
     for name, value in (dict(rows) | dict(facts)).items():
-        table.add_row(name, escape(str(value)))
+        table.add_row(name, str(value))
     return table
 
 

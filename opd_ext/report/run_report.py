@@ -5,10 +5,11 @@ import base64
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,15 +18,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from opd_ext.files import write_whole
+from opd_ext.files import read_jsonl, write_whole
 from opd_ext.report.bootstrap import LEVEL, RESAMPLES, SEED, estimate, resampled_means
 from opd_ext.report.curves import draw_curves
+from opd_ext.terminal import LOG_WIDTH, terminal
 
 EXAMPLES = 6
 REGRESSIONS = 4
-LOG_WIDTH = 120
 _PROBLEM = ["data_source", "index"]
-_REQUIRED = {*_PROBLEM, "acc", "response_tokens"}
+_REQUIRED = {"data_source", "acc", "response_tokens"}
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,19 @@ class Run:
     validations: dict[int, Path]
 
     def generations(self, step: int) -> pd.DataFrame:
-        """The samples evaluated at that step, one row each.
+        """The samples evaluated at that step, one row each; ``index`` and ``difficulty`` as :func:`_tidy` has them.
 
         Raises:
             ValueError: the file is empty, broken, or lacks a column that the comparison needs.
         """
         path = self.validations[step]
-        frame = pd.DataFrame(_read_jsonl(path))
+        frame = pd.DataFrame(read_jsonl(path))
         missing = sorted(_REQUIRED - set(frame.columns))
         if missing:
             columns = ", ".join(missing)
             raise ValueError(f"{path} has no {columns}: it is empty or no validation dump")
-        optional = {"difficulty": None, "truncated": False, "sample": 0, "input": "", "output": ""}
-        return frame.assign(**{key: value for key, value in optional.items() if key not in frame.columns})
+        optional = {"index": None, "difficulty": None, "truncated": False, "sample": 0, "input": "", "output": ""}
+        return _tidy(frame.assign(**{key: value for key, value in optional.items() if key not in frame.columns}))
 
 
 def load_run(run_dir: str | Path) -> Run:
@@ -74,7 +75,7 @@ def load_run(run_dir: str | Path) -> Run:
     log = directory / "metrics.jsonl"
     if not log.is_file():
         raise FileNotFoundError(f"{directory} is no run folder: it holds no metrics.jsonl")
-    metrics = pd.DataFrame(_read_jsonl(log, cut_off_end=True))
+    metrics = pd.DataFrame(read_jsonl(log, cut_off_end=True))
     if not metrics.empty:
         metrics = metrics.drop_duplicates(["phase", "step"], keep="last").sort_values("step", kind="stable")
     config = directory / "config.yaml"
@@ -140,8 +141,7 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
     first, last = _first_and_last(run)
     table = _compare(first, last)
     sentence = verdict(table)
-    # A log has no width of its own; rich would assume 80 columns and break the intervals.
-    console = console or Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = console or terminal(LOG_WIDTH)
     console.print(comparison_table(table, title=run.directory.resolve().name))
     console.print(sentence, soft_wrap=True, highlight=False)
 
@@ -154,6 +154,7 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
         steps=table.attrs,
         png=base64.b64encode(png).decode("ascii"),
         config=run.config,
+        words=_words,
         **_side_by_side(first[1], last[1]),
     )
     summary = {
@@ -201,7 +202,7 @@ def _compare(first: tuple[int, pd.DataFrame], last: tuple[int, pd.DataFrame]) ->
     if sources.nunique() > 1:
         groups |= {str(source): sources == source for source in sorted(sources.unique())}
     difficulty = paired["difficulty_before"]
-    groups |= {f"difficulty {level:g}": difficulty == level for level in sorted(difficulty.dropna().unique())}
+    groups |= {f"difficulty {_words(level)}": difficulty == level for level in sorted(difficulty.dropna().unique())}
     table = pd.DataFrame([_group_row(name, paired[mask]) for name, mask in groups.items()])
     table.attrs = {"first_step": first[0], "last_step": last[0]}
     return table
@@ -209,8 +210,7 @@ def _compare(first: tuple[int, pd.DataFrame], last: tuple[int, pd.DataFrame]) ->
 
 def _per_problem(frame: pd.DataFrame) -> pd.DataFrame:
     numbers = {column: frame[column].astype(float) for column in ("acc", "response_tokens", "truncated")}
-    numbers["difficulty"] = pd.to_numeric(frame["difficulty"])
-    grouped = frame[_PROBLEM].assign(**numbers, samples=1).groupby(_PROBLEM)
+    grouped = frame[[*_PROBLEM, "difficulty"]].assign(**numbers, samples=1).groupby(_PROBLEM)
     return grouped.agg(
         {
             "acc": "mean",
@@ -275,17 +275,30 @@ def _side_by_side(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[d
     }
 
 
-def _read_jsonl(path: Path, cut_off_end: bool = False) -> list[dict]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if cut_off_end and number == len(lines):
-                break
-            raise ValueError(f"line {number} of {path} is not JSON: repair or remove the line") from error
-    return rows
+def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
+    """The samples with sources, indices and difficulties that can be grouped, sorted and paired, whatever they were.
+
+    A problem without an index gets a name made of its prompt, the same in every validation, and a number if other
+    problems have that prompt. Difficulties stay numbers if all are, else they are words.
+    """
+    frame = frame.assign(data_source=frame["data_source"].map(_words), input=frame["input"].map(_words))
+    prompts = [f"#{sha256(text.encode(errors='replace')).hexdigest()[:8]}" for text in frame["input"]]
+    named = pd.Series(prompts, frame.index).str.cat(
+        frame.groupby(["data_source", "sample", "input"]).cumcount().astype(str), sep="."
+    )
+    index, difficulty = frame["index"], frame["difficulty"]
+    if index.isna().any() or not pd.api.types.is_numeric_dtype(index):
+        index = index.map(_words, na_action="ignore").where(index.notna(), named)
+    numbers = pd.to_numeric(difficulty.map(_words, na_action="ignore"), errors="coerce")
+    difficulty = difficulty.map(_words, na_action="ignore") if (numbers.isna() & difficulty.notna()).any() else numbers
+    return frame.assign(index=index, difficulty=difficulty)
+
+
+def _words(value: Any) -> str:
+    """A name of the data set's, as text."""
+    if isinstance(value, float):
+        return "none" if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    return "none" if value is None else str(value)
 
 
 def _plain(value):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_ext import launch
-from opd_ext.files import write_whole
+from opd_ext.files import read_jsonl, write_whole
 from opd_ext.progress import Progress
 from opd_ext.tokens.dataset import Corruption
 
@@ -96,10 +96,6 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """verl's metrics of every step, in order; of a step that was made twice, the later line."""
     steps: dict[int, dict[str, Any]] = {}
     for file in sorted(out.glob("metrics-from-*.jsonl")):
-        for line in file.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                break  # being written, or left half written by a process that was killed
+        for entry in read_jsonl(file, cut_off_end=True):
             steps[entry["step"]] = {"step": entry["step"], **entry["data"]}
     return [steps[step] for step in sorted(steps)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # T3S for the masked-diffusion model LLaDA2.0-mini; its autoregressive relative Ling-mini-2.0 selects the tokens. Little
 # of the published run is known: README.md says what, what must be downloaded, and why both models need a patch first.
-# Settings: opd_ext/config/pipelines/recipe/llada2_mini.yaml, on top of preset/diffusion.yaml, t3s.yaml and
+# Settings: opd_ext/config/pipelines/recipe/t3s/llada2_mini.yaml, on top of preset/diffusion.yaml, t3s.yaml and
 # scale/node_8xh200.yaml.
 #
 #   recipes/t3s/llada2_mini.sh                              all stages; run again, it goes on in OUT

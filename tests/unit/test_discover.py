@@ -5,8 +5,11 @@ import json
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
+from opd_ext.config import checks
+from opd_ext.config.compose import compose_config
 from opd_ext.pipelines.discover import SearchError, discover
 
 
@@ -54,6 +57,44 @@ def test_bad_input_is_named(questions, tmp_path):
         discover(questions, 3, tmp_path / "out")
     with pytest.raises(SearchError, match="at least 1"):
         discover(questions, 0, tmp_path / "out", seeds=0)
+
+
+# SDPO, arXiv 2601.20802 (v2), table of hyper-parameters, column of section 5.
+PUBLISHED = {
+    "opd.method": "sdpo",
+    "opd.teacher.rate": 0.01,
+    "opd.context.include_feedback": True,
+    "opd.divergence.kind": "reverse_kl",
+    "opd.divergence.support": "topk",
+    "opd.divergence.k": 20,
+    "opd.divergence.tail": "bucket",
+    "opd.credit.importance_cap": 2.0,
+    "opd.credit.rollout_cap": 2.0,
+    "data.train_batch_size": 1,
+    "actor_rollout_ref.rollout.n": 16,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
+    "actor_rollout_ref.actor.optim.lr": 1e-6,
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
+    "actor_rollout_ref.model.path": "Qwen/Qwen3-8B",
+    "reward.custom_reward_function.path": "pkg://opd_ext.rewards.code",
+    "opd.stop_on_success": 1.0,
+    "trainer.total_training_steps": 172,
+}
+
+
+def test_the_recipe_of_a_search_is_the_published_one(questions, tmp_path, monkeypatch):
+    asked = []
+
+    def search(folder, settings):
+        asked.extend(settings)
+        finish(tmp_path / "out", 1, 5)
+
+    monkeypatch.setattr("opd_ext.pipelines.discover._search", search)
+    overrides = ["recipe=sdpo/discover"]
+    discover(questions, 0, tmp_path / "out", seeds=1, budget=2752, overrides=overrides, console=Console(quiet=True))
+    config = compose_config(asked)
+    checks.check(config)
+    assert {key: OmegaConf.select(config, key) for key in PUBLISHED} == PUBLISHED
 
 
 def test_a_search_that_fails_shows_the_end_of_its_log(questions, tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guides of the pipelines' recipes: files that exist, and commands for data that work as they stand there."""
+"""The guides of recipes: files that exist, and commands for data that work as they stand there."""
 
 import base64
 import json
@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from opd_ext.data.math import SCHEMA
 from opd_ext.pipelines import problems
-from opd_ext.pipelines.settings import CONFIG_DIR, PromptsConfig, RewardConfig
+from opd_ext.pipelines.settings import CONFIG_DIR, PromptsConfig, RewardConfig, compose_pipeline
+from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.tokens.tables import SAMPLES, write_table
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -30,14 +31,14 @@ def test_a_guide_names_its_scripts_and_only_files_that_exist(folder):
         assert f"recipes/{folder}/{script.name}" in text
     for path in set(re.findall(r"recipes/[\w/]+\.\w+", text)):
         assert (RECIPES.parent / path).is_file(), path
-    for recipe in set(re.findall(rf"opd {folder} recipe=(\w+)|`recipe/(\w+)\.yaml", text)):
+    for recipe in set(re.findall(rf"opd {folder} recipe=([\w/]+)|`recipe/([\w/]+)\.yaml", text)):
         assert (CONFIG_DIR / "recipe" / f"{''.join(recipe)}.yaml").is_file(), recipe
 
 
 @pytest.mark.parametrize("script", [*RECIPES.glob("ssd/*.sh"), *RECIPES.glob("t3s/*.sh")], ids=lambda path: path.name)
 def test_a_script_names_only_settings_that_exist(script):
     said = script.read_text().replace("$PRESET", "qwen3_4b_instruct")
-    for path in set(re.findall(r"(?:opd_ext/config/pipelines/)?((?:(?:recipe|preset|scale)/)?\w+\.yaml)", said)):
+    for path in set(re.findall(r"(?:opd_ext/config/pipelines/)?((?:(?:recipe/\w+|preset|scale)/)?\w+\.yaml)", said)):
         assert (CONFIG_DIR / path).is_file(), path
 
 
@@ -63,10 +64,36 @@ def python(tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_questions_for_sdpo_keep_their_own_system_message_byte_by_byte(tmp_path, python):
+    rows = [
+        {
+            "idx": 7,
+            "kind": "mcq",
+            "answer": answer,
+            "prompt": f"Q{answer}\n\nA: 1\nB: 2",
+            "system": "\nChoose ä.\n",
+            "elo": 1,
+        }
+        for answer in "BA"
+    ]
+    for split in ("train", "test"):
+        file = tmp_path / "chemistry" / f"{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = python(snippet("sdpo", "row.system"), "out", "chemistry/train.json", "chemistry/test.json")
+    assert said == "chemistry_train 2\nchemistry_test 2\n"
+    made = pd.read_parquet(tmp_path / "out" / "chemistry_test.parquet")
+    assert [list(messages) for messages in made["prompt"]] == [
+        [{"role": "system", "content": "\nChoose ä.\n"}, {"role": "user", "content": row["prompt"]}] for row in rows
+    ]
+    assert [row["ground_truth"] for row in made["reward_model"]] == ["B", "A"]
+
+
 def test_prompts_for_ssd_are_made_as_the_guide_says(tmp_path, python):
     table = pd.DataFrame(
         {
             "question": ["Add  two\nnumbers.", "Add two numbers.", "Sort a list.", "Sort a list."],
+            "starter_code": [None, None, "def sort(a):", "def sort(a):"],
             "is_passed": [True, True, False, False],
             "response": ["x"] * 4,
         }
@@ -78,6 +105,15 @@ def test_prompts_for_ssd_are_made_as_the_guide_says(tmp_path, python):
     assert said == "rstar_coder 2\nrstar_coder_passed 1\n"
     rows = problems.read_problems(PromptsConfig(file=str(out / "rstar_coder.parquet")))
     assert [messages[0]["content"] for messages in rows["prompt"]] == ["Add  two\nnumbers.", "Sort a list."]
+    stdin, function = asked(rows)
+    assert "Add  two\nnumbers." in stdin and "stdin" in stdin
+    assert "Sort a list." in function and "```python\ndef sort(a):\n```" in function
+
+
+def asked(rows: pd.DataFrame) -> list[str]:
+    """The prompts of the recipe."""
+    recipe = compose_pipeline("ssd", SSDConfig, ["recipe=ssd/qwen3_4b_instruct"])
+    return [messages[0]["content"] for messages in problems.worded(rows, recipe.prompts)]
 
 
 def livecodebench(folder: Path) -> None:
@@ -109,6 +145,9 @@ def test_evaluation_problems_are_made_as_the_guide_says_and_graded_by_all_their_
         "lcb_v5": "a, b = map(int, input().split())\nprint(a + b)",
         "lcb_v6": "class Solution:\n    def add(self, a, b):\n        return a + b",
     }
+    said = {name: asked(pd.read_parquet(tmp_path / f"{name}.parquet"))[0] for name in right}
+    assert "Question a." in said["lcb_v5"] and "stdin" in said["lcb_v5"]
+    assert "Question b." in said["lcb_v6"] and "```python\nclass Solution:\n```" in said["lcb_v6"]
     for name, program in right.items():
         row = pd.read_parquet(tmp_path / f"{name}.parquet").iloc[0]
         truth = row["reward_model"]["ground_truth"]

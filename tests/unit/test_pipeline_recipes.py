@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
@@ -82,9 +83,11 @@ def selected(config: PipelineConfig, keys: dict) -> dict:
 
 # ---------------------------------------------------------------------- the settings
 
-# arXiv 2604.01193, table of hyper-parameters; the response cap is that of the released code.
+# arXiv 2604.01193, table of hyper-parameters; response cap, filter and the lack of a system message: released code.
 SSD = {
     "prompts.deduplicate": True,
+    "prompts.system": None,
+    "drop_shortest": 0.1,  # filter_shortest_percent: 10 of the released config.yaml
     "max_tokens": 65_536,
     "arms.control": Decoding(1.0, -1, 1.0),
     "train.batch_size": 32,
@@ -154,12 +157,22 @@ def test_ssd_settings_are_the_published_ones(preset, composed):
     assert config.max_tokens < config.vllm.max_model_len and config.train.ranks == config.vllm.replicas == 8
 
 
-def test_only_instruct_models_are_told_to_reason_step_by_step(composed):
-    told = {name: composed("ssd/qwen3_4b_instruct.sh", PRESET=name).prompts.system for name in PRESETS}
-    assert {name for name, text in told.items() if "step by step" in text} == {
-        name for name in PRESETS if name.endswith("instruct")
-    }
-    assert all("```python" in text for text in told.values())
+@pytest.mark.parametrize("preset", PRESETS)
+def test_ssd_asks_in_the_two_ways_of_the_release_and_evaluates_likewise(preset, composed):
+    """What the released templates say: function problems come with their signature, others read standard input."""
+    config = composed("ssd/qwen3_4b_instruct.sh", PRESET=preset)
+    rows = pd.DataFrame(
+        {
+            "prompt": [[{"role": "user", "content": "Add two numbers."}]] * 2,
+            "extra_info": [{"starter_code": "def add(a, b):"}, {"starter_code": None}],
+        }
+    )
+    function, stdin = (messages[0]["content"] for messages in problems.worded(rows, config.prompts))
+    for text in (function, stdin):
+        assert "Add two numbers." in text and "nothing else" in text and text.endswith("```") and "```python\n" in text
+    assert "```python\ndef add(a, b):\n```" in function and "stdin" not in function
+    assert "stdin" in stdin and "stdout" in stdin and "sample inputs" in stdin
+    assert config.evaluate.wording is None  # that of the prompts
 
 
 def test_t3s_settings_are_the_published_ones(composed):

@@ -5,6 +5,7 @@ What that YAML holds: test_published.py and test_presets.py. Copies of a folder:
 """
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -35,6 +36,8 @@ RUN_FOLDERS = {
     "sdpo/qwen3_8b.sh": "sdpo-qwen3-8b",
     "trace/qwen3_8b.sh": "trace-qwen3-8b",
 }
+# What every guide of a paper answers, in this order; what one has besides stands a level deeper.
+SECTIONS = ["Run it", "Published numbers", "On the miniature world", "Pitfalls", "What differs from the paper"]
 
 
 # ---------------------------------------------------------------------- the folders
@@ -69,6 +72,15 @@ def test_a_readme_names_its_scripts_and_only_files_that_exist(method):
     named = {word.strip("`|()[],.:") for word in text.split()}
     for path in {word for word in named if word.startswith("recipes/") and word.endswith(".sh")}:
         assert (RECIPES.parent / path).is_file(), path
+
+
+@pytest.mark.parametrize("folder", [*METHODS, "ssd", "t3s"])
+def test_every_guide_of_a_paper_has_the_same_sections_and_something_in_each(folder):
+    text = re.sub(r"^```.*?^```", "", (RECIPES / folder / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
+    *_, differs = sections = text.split("\n## ")[1:]
+    assert all(len(section.split("\n", 1)[1].strip()) > 100 for section in sections)
+    assert "\n|---|" in differs and differs.count("\n|") >= 4, "a table: published, here, why"
 
 
 # ---------------------------------------------------------------------- the settings

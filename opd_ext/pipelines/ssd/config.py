@@ -13,6 +13,7 @@ class SSDConfig(PipelineConfig):
     """Simple self-distillation: one arm per way of sampling."""
 
     max_tokens: int = 1024  # of a sampled response
+    drop_shortest: float = 0.0  # share of the responses, the shortest in characters, that is not trained on
     arms: dict[str, Decoding] = field(default_factory=dict)
     """Name -> how its samples are drawn; `control` must be there."""
     sweep: list[float] = field(default_factory=list)  # T_train of further arms without truncation
@@ -38,3 +39,5 @@ class SSDConfig(PipelineConfig):
         for temperature in self.sweep:
             positive("sweep", temperature)
         self.check_limit("max_tokens", self.max_tokens)
+        if not 0 <= self.drop_shortest < 1:
+            raise ConfigError(f"drop_shortest={self.drop_shortest} must be in [0, 1).")

@@ -10,13 +10,14 @@ comes from fitting one fixed sample per prompt, and not from the method.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from opd_ext.pipelines import problems
 from opd_ext.pipelines.ssd import lockfork
 from opd_ext.pipelines.ssd import report as ssd_report
 from opd_ext.pipelines.ssd.config import SSDConfig
-from opd_ext.pipelines.ssd.target import is_stub
+from opd_ext.pipelines.ssd.target import are_short, is_stub
 from opd_ext.pipelines.stages import Pipeline, Stage
 from opd_ext.pipelines.steps import REFUSALS, Steps
 from opd_ext.sampling.config import Decoding
@@ -55,17 +56,21 @@ def _sampling(steps: Steps, config: SSDConfig, arm: str) -> Stage:
         if not jobs[arm].done:
             steps.sample(list(jobs.values()), "sampling")
         samples = read_table(Path(jobs[arm].out), SAMPLES)
-        stubs = [is_stub(text) for text in problems.decode(samples, steps.tokenizer)]
-        kept = samples[[not stub for stub in stubs]]
+        texts = problems.decode(samples, steps.tokenizer)
+        stubs = np.array([is_stub(text) for text in texts], bool)
+        short = np.array(are_short(texts, config.drop_shortest), bool) & ~stubs
+        kept = samples[~(stubs | short)]
         write_table(steps.folder / "training" / f"{arm}.parquet", kept, SAMPLES, **jobs[arm].metadata)
         return {
             "samples": len(samples),
-            "stubs": sum(stubs),
+            "stubs": int(stubs.sum()),
+            "short": int(short.sum()),
             "truncated": int((samples["finish_reason"] == "length").sum()),
             "mean_tokens": float(samples["response_ids"].map(len).mean()),
         }
 
     settings = steps.sampling_settings(config.model, all_arms(config)[arm], 1, config.max_tokens)
+    settings |= {"drop_shortest": config.drop_shortest} if config.drop_shortest else {}
     return Stage(
         f"sample-{arm}", run, settings, [f"samples/{arm}.parquet", f"training/{arm}.parquet"], ["prompts-train"]
     )

@@ -45,17 +45,20 @@ def write_report(
 
 
 def _samples(decodings: Mapping[str, Any], notes: Mapping[str, dict[str, Any]]) -> Section:
-    head = ["arm", "T_train / top-k / top-p", "samples", "stubs dropped", "truncated", "mean tokens"]
+    head = ["arm", "T_train / top-k / top-p", "samples", "stubs dropped", "short dropped", "truncated", "mean tokens"]
     rows = [
         [
             arm,
             str(decodings[arm]),
-            *(str(notes[arm][key]) for key in ("samples", "stubs", "truncated")),
+            *(str(notes[arm].get(key, 0)) for key in ("samples", "stubs", "short", "truncated")),
             f"{notes[arm]['mean_tokens']:.1f}",
         ]
         for arm in decodings
     ]
-    text = "One sample per prompt of the frozen model. Only empty responses and one-line stubs are dropped."
+    text = (
+        "One sample per prompt of the frozen model. Dropped are empty responses, one-line stubs, and as short ones the "
+        "share drop_shortest of all."
+    )
     return Section("Samples", text, head, rows)
 
 

@@ -7,6 +7,7 @@ population target is ``q = truncate(p_0^(1/T))``, and everything that the method
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -116,7 +117,23 @@ def kept_mass(logits: Float[Tensor, "*states V"], target: Float[Tensor, "*states
 def is_stub(text: str) -> bool:
     """Whether a response is dropped: nothing, or a single line of fewer than ten characters.
 
-    Nothing else is filtered: the method keeps wrong, truncated and odd responses alike.
+    The paper filters nothing else: the method keeps wrong, truncated and odd responses alike.
     """
     stripped = text.strip()
     return "\n" not in stripped and len(stripped) < STUB_CHARACTERS
+
+
+def are_short(texts: Sequence[str], share: float) -> list[bool]:
+    """Which responses are among the shortest; the rule of the release (``generate.py``), of which the paper is silent.
+
+    Args:
+        texts: responses; white space around them and empty ones do not count.
+        share: of the responses. Those as long as the first that stays stay, too.
+
+    >>> are_short(["one", "", "two", "four", "fives"], share=0.5)
+    [True, True, True, False, False]
+    """
+    lengths = [len(text.strip()) for text in texts]
+    counted = sorted(length for length in lengths if length)
+    least = counted[int(round(len(counted) * share, 6))] if counted else 0
+    return [length < least for length in lengths]

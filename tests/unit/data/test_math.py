@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from opd_ext.cli import app
+from opd_ext.context.contexts import InstructionContext
 from opd_ext.context.prompts import ANSWER_CLAUSE, INSTRUCTIONS, REMINDER, STUDENT_HEADER, student_prompt
 from opd_ext.data import math as math_data
 from opd_ext.data.math import prepare
@@ -104,14 +105,29 @@ def test_evaluation_prompts_open_like_training_prompts_and_end_with_the_question
     assert release["difficulty"] == 3
 
 
-def test_the_concise_prompt_baseline_differs_in_nothing_but_the_instruction(tmp_path, console):
+def test_the_concise_prompt_baseline_is_asked_what_the_teacher_is_asked_in_training(tmp_path, console):
     source = jsonl(tmp_path / "m.jsonl", [{"problem": "1 + 1?", "answer": "2", "level": 3}])
     prepare({"math500": source}, tmp_path, teacher_prompt="v2", console=console)
     plain, concise = (pd.read_parquet(tmp_path / f"{name}.parquet").iloc[0] for name in ("math500", "math500_v2"))
-    assert concise["prompt"][0]["content"] == f"{INSTRUCTIONS['v2']}\n\n{ANSWER_CLAUSE}\n\n1 + 1?"
-    assert REMINDER not in concise["prompt"][0]["content"]
+    # The release renders them with its training prompt for the teacher, reminder included (`length_prune_teacher`).
+    assert concise["prompt"][0]["content"] == f"{INSTRUCTIONS['v2']}\n\n{ANSWER_CLAUSE}\n\n1 + 1?{REMINDER}"
     assert (plain["data_source"], concise["data_source"]) == ("math500", "math500_v2")
     assert plain["reward_model"] == concise["reward_model"] and plain["extra_info"] == concise["extra_info"]
+    in_training = InstructionContext("v2").messages(
+        {"raw_prompt": [{"role": "user", "content": student_prompt("1 + 1?")}]}
+    )
+    assert list(concise["prompt"]) == in_training
+
+
+def test_boxed_prompts_are_those_of_the_published_evaluation(tmp_path, console):
+    """``math_eval/eval_math.py`` of IW-OPD's release; a question that asks for it by itself is not asked twice."""
+    ending = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    asked = [student_prompt("1 + 1?"), "1 + 1?", f"1 + 1?{ending}"]
+    dapo = jsonl(tmp_path / "d.jsonl", [{"prompt": text, "answer": "2"} for text in asked])
+    aime = jsonl(tmp_path / "a.jsonl", [{"problem": "1 + 1?", "answer": 2}])
+    prepare({"dapo": dapo, "aime25": aime}, tmp_path, val_fraction=0, prompt="boxed", console=console)
+    rows = contents(tmp_path / "dapo_train.parquet") + contents(tmp_path / "aime25.parquet")
+    assert [row["text"] for row in rows] == [f"1 + 1?{ending}"] * 4
 
 
 def test_references_are_text_and_integers_stay_integers(tmp_path, console):
@@ -179,6 +195,14 @@ def test_other_content_is_replaced_only_by_force_and_then_whole(tmp_path, consol
         (["--math500", "{tmp}/good.jsonl", "--teacher-prompt", "v9"], "unknown instruction 'v9'"),
         (["--dapo", "{tmp}/good.jsonl", "--teacher-prompt", "v2"], "name at least one besides --dapo"),
         (["--dapo", "{tmp}/good.jsonl", "--val-fraction", "1"], "--val-fraction 1 must be"),
+        (
+            ["--math500", "{tmp}/good.jsonl", "--prompt", "box"],
+            "--prompt box does not exist: choose one of dapo, b",
+        ),
+        (
+            ["--math500", "{tmp}/good.jsonl", "--prompt", "boxed", "--teacher-prompt", "v2"],
+            "--teacher-prompt belongs to the wording of DAPO: leave out --prompt boxed",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path, arguments, sentence):

@@ -53,6 +53,26 @@ def test_rendering_ends_where_the_assistant_begins(file, tokenizer):
         problems.check_lengths(rendered, 512, 512, "max_tokens")
 
 
+WORDING = {"function": "Solve {{ question }}\nwith {{ starter_code }}!", "stdin": "Read, solve {{ question }}\n"}
+
+
+@pytest.mark.parametrize(
+    ("code", "asked"),
+    [
+        ("def f(a):\n    ", "Solve <{{ q }}> & {starter_code}\n\nwith def f(a):\n    !"),
+        (" \n", "Read, solve <{{ q }}> & {starter_code}\n\n"),
+        (None, "Read, solve <{{ q }}> & {starter_code}\n\n"),
+    ],
+)
+def test_a_program_is_asked_for_as_its_starter_code_says_and_nothing_in_a_problem_is_a_template(code, asked):
+    earlier = {"role": "system", "content": "s"}
+    question = {"role": "user", "content": "<{{ q }}> & {starter_code}\n"}
+    rows = pd.DataFrame({"prompt": [[earlier, question]], "extra_info": [{"starter_code": code}]})
+    ((first, last),) = problems.worded(rows, PromptsConfig(wording=WORDING))
+    assert first == earlier and last == {"role": "user", "content": asked}
+    assert problems.worded(rows, PromptsConfig()) == [[earlier, question]]
+
+
 def samples(tokenizer, *texts, uids=None, reason="stop"):
     ids = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
     return pd.DataFrame(
@@ -141,3 +161,12 @@ def test_what_is_graded_must_say_how(tmp_path, file):
     problems.check_columns(str(tmp_path / "plain.parquet"), graded=False)
     with pytest.raises(ConfigError, match="no column data_source"):
         problems.check_columns(str(tmp_path / "plain.parquet"), graded=True)
+
+
+def test_a_file_without_starter_code_would_lose_signatures_and_is_refused_before_anything_is_sampled(tmp_path, file):
+    problems.check_columns(file, graded=True)
+    with pytest.raises(ConfigError, match="no extra_info.starter_code.*~prompts.wording"):
+        problems.check_columns(file, graded=True, worded=True)
+    row = {"prompt": [chat("Add.")], "extra_info": [{"starter_code": None}]}
+    pd.DataFrame(row).to_parquet(tmp_path / "programs.parquet")
+    problems.check_columns(str(tmp_path / "programs.parquet"), graded=False, worded=True)

@@ -92,6 +92,27 @@ REFUSED = {
     "ranks": ("t3s", ["train.ranks=3"], "train.batch_size=64.*multiple of train.ranks"),
     "no teacher": ("t3s", ["teacher=null"], "teacher is missing: set it to a model, or traces_column"),
     "ratio": ("t3s", ["preset=diffusion_tiny", "diffusion.ratio=[0.8,0.3]"], r"diffusion.ratio=\[0.8, 0.3\]"),
+    "everything is short": ("ssd", ["drop_shortest=1"], r"drop_shortest=1.0 must be in \[0, 1\)"),
+    "one wording of two": (
+        "ssd",
+        ["prompts.wording.stdin='{{ question }}'"],
+        "prompts.wording has stdin: give it function and stdin, or drop it with ~prompts.wording",
+    ),
+    "wording without the problem": (
+        "ssd",
+        ["recipe=ssd/qwen3_4b_instruct", "prompts.wording.stdin=hello"],
+        "prompts.wording.stdin must contain {{ question }} and no other variable",
+    ),
+    "wording without the signature": (
+        "ssd",
+        ["recipe=ssd/qwen3_4b_instruct", "evaluate.wording={stdin: '{{ question }}', function: '{{ question }}'}"],
+        "evaluate.wording.function must contain {{ question }} and {{ starter_code }} and no other",
+    ),
+    "wording that is no file": (
+        "ssd",
+        ["recipe=ssd/qwen3_4b_instruct", "prompts.wording.stdin=file:/none.j2"],
+        "prompts.wording.stdin is no template: .*No such file or directory: '/none.j2'.$",
+    ),
     "recipe": (
         "t3s",
         ["recipe=t3s/none"],
@@ -121,6 +142,17 @@ def test_a_folder_is_made_absolute_and_a_name_that_is_nothing_is_refused(tmp_pat
     (tmp_path / "model" / "config.json").touch()
     check_inputs(config)
     check_inputs(compose_pipeline("ssd", SSDConfig, ["model=Qwen/Qwen3-8B", *files]))
+
+
+def test_a_wording_is_read_from_the_file_that_it_names(tmp_path):
+    (tmp_path / "f.j2").write_text("ä {{ question }}\n{{ starter_code }}\n", encoding="utf-8")
+    overrides = ["recipe=ssd/qwen3_4b_instruct", f"prompts.wording.function=file:{tmp_path}/f.j2"]
+    config = compose_pipeline("ssd", SSDConfig, overrides)
+    assert config.prompts.wording["function"] == "ä {{ question }}\n{{ starter_code }}\n"
+    config.check()
+    assert (
+        compose_pipeline("ssd", SSDConfig, ["recipe=ssd/qwen3_4b_instruct", "~prompts.wording"]).prompts.wording == {}
+    )
 
 
 def test_a_published_preset_is_not_overwritten_by_a_scale():

@@ -9,7 +9,7 @@ import torch
 
 from opd_ext.estimators import pass_at_k
 from opd_ext.pipelines.problems import statement_key
-from opd_ext.pipelines.ssd.target import is_stub, kept_mass, split_loss, truncated_distribution
+from opd_ext.pipelines.ssd.target import are_short, is_stub, kept_mass, split_loss, truncated_distribution
 
 # The numbers were made in float64; float32 carries 24 bits through a softmax over at most 32 entries.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -135,6 +135,25 @@ def test_filter_and_duplicates(golden):
         assert is_stub(case["text"]) == case["drop"], case
     for case in golden["dedup"]:
         assert statement_key(case["text"]) == case["key"]
+
+
+# As generate.py of apple/ml-ssd has it: of the n sorted lengths of what is not empty, that at int(n * percent / 100) is
+# the least that stays.
+@pytest.mark.parametrize(
+    ("lengths", "share", "dropped"),
+    [
+        (range(1, 21), 0.1, [1, 2]),
+        (range(1, 20), 0.1, [1]),
+        ([5, 5, 5, 9], 0.5, []),
+        ([0, 0, 3, 4, 5, 6], 0.25, [0, 0, 3]),
+        ([3, 4], 0.0, []),
+        ([0, 0], 0.5, []),
+        (range(100), 0.29, range(29)),
+    ],
+)
+def test_the_shortest_responses_are_those_that_the_release_drops(lengths, share, dropped):
+    texts = [f" {'x' * length}\n" for length in lengths]
+    assert [n for n, short in zip(lengths, are_short(texts, share), strict=True) if short] == list(dropped)
 
 
 def test_pass_at_k(golden):

@@ -62,6 +62,12 @@ def test_every_method_has_a_page_with_its_paper_and_its_command(method):
     assert f"opd train method={method} scale=cpu_tiny" in page.output
 
 
+def test_a_recipe_of_a_search_is_shown_with_the_command_that_searches():
+    shown = " ".join(_page("sdpo").output.split())
+    assert "opd discover QUESTIONS recipe=sdpo/discover" in shown and "opd train recipe=sdpo/qwen3_8b" in shown
+    assert "opd train recipe=sdpo/discover" not in shown
+
+
 def test_the_formula_names_what_is_switched_on():
     lines = {method: formula(preset(OmegaConf.load(preset_files()[method]))) for method in ("grpo", "crisp", "trace")}
     assert lines["grpo"] == ["loss = policy(log q)"]

@@ -194,10 +194,11 @@ def test_the_draw_does_not_depend_on_the_order_of_the_batch():
             assert draw(order, uid=uid) == expected
 
 
-def test_first_is_the_first_of_the_batch_for_the_whole_group():
+def test_first_is_the_lowest_session_for_the_whole_group_whatever_the_order_of_the_batch():
     for session in range(3):
-        chosen = choose_demonstration(candidates(5, 2, 9), "first", seed=1, step=3, uid="u", session=session)
-        assert chosen["session"] == 5
+        for order in ((5, 2, 10), (10, 5, 2), (2, 10, 5)):
+            chosen = choose_demonstration(candidates(*order), "first", seed=1, step=3, uid="u", session=session)
+            assert chosen["session"] == 2
     assert choose_demonstration([], "first", seed=1, step=3, uid="u", session=0) is None
     assert choose_demonstration([], "random", seed=1, step=3, uid="u", session=0) is None
 
