@@ -2,6 +2,7 @@
 """verl's agent loop with additions per request: its own sampling seed, the token limit of its phase, annotation."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
@@ -58,6 +59,14 @@ class OPDAgentLoopWorker(_Worker):
         # Only the finished token ids are read: no text and no intermediate output per token and request.
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         return await super()._run_agent_loop(params, trajectory=trajectory, **kwargs)
+
+    async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
+        """A row whose data set has no reference answers is not graded: it scores 0, and whether it is right is open."""
+        if (kwargs.get("reward_model") or {}).get("ground_truth", "") is None:
+            outputs[-1].reward_score = 0.0
+            outputs[-1].extra_fields["reward_extra_info"] = {"score": 0.0, "acc": math.nan, "feedback": ""}
+        else:
+            await super()._compute_score(outputs, kwargs=kwargs)
 
     # ------------------------------------------------------------------ annotation
 

@@ -65,6 +65,13 @@ def _as_choice(word: str, config_dirs: Sequence[str | Path]) -> str:
     return f"{group}={word}" if word in names else word
 
 
+def check_folders(config_dirs: Sequence[str | Path]) -> None:
+    """Raises ConfigError for a folder of presets that is not there: Hydra would go on without it."""
+    for folder in config_dirs:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--config-dir {folder} is no folder: name the one that holds the folders of presets.")
+
+
 def readable(override: str) -> str:
     """A value that a shell can hold and Hydra's grammar cannot, such as a path with blanks, becomes a quoted text."""
     key, equals, value = override.partition("=")

@@ -55,6 +55,8 @@ def check_data(config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Fin
         if tokenizer is not None and found[key]:
             lost, rendered = check_prompts(found[key], config, tokenizer, findings)
         subject = "train data" if key == "train_files" else "validation data"
+        if found[key] and not found[key][0].answered:
+            findings.note(f"data.{key} has no reward_model, so it is not graded and no accuracy is reported of it.")
         findings.fact(subject, ", ".join(paths) + _counted(found[key], len(paths), lost) + rendered)
         if key == "train_files" and opd.context.kind in _PLAIN_CONTEXTS:
             check_teacher(found[key], config, opd, tokenizer, findings)
@@ -105,7 +107,7 @@ def _message(fault: Callable[[Mapping[str, Any]], bool]) -> Callable[[Mapping[st
 
 
 def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value)) or value == ""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 _ROW_FAULTS: tuple[tuple[str, str, Callable[[Mapping[str, Any], str], bool]], ...] = (
@@ -152,10 +154,10 @@ def check_rows(samples: Samples, config: DictConfig, opd: OPDConfig) -> None:
                     "{'ground_truth': ANSWER} as reward_model and a name as data_source."
                 )
     if "reward_model" in samples.columns:
-        answers = [(row.get("reward_model") or {}) for row in samples.sample]
-        if not all(isinstance(answer, Mapping) for answer in answers):
+        answers = [row.get("reward_model") for row in samples.sample]
+        if not all(answer is None or isinstance(answer, Mapping) for answer in answers):
             raise ConfigError(f"{samples.name}: reward_model must be {{'ground_truth': ANSWER}} in every row.")
-        missing = [i for i, answer in enumerate(answers) if _blank(answer.get("ground_truth"))]
+        missing = [i for i, answer in enumerate(answers) if _blank((answer or {}).get("ground_truth"))]
         _none_of(samples, missing, "have no reward_model.ground_truth", "drop them, or leave the whole column out")
 
 
