@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config import verl_keys
 from opd_ext.config.schema import OPDConfig, load
+from opd_ext.config.unread import check_unread
 from opd_ext.config.verl_values import check_values
 from opd_ext.credit.credits import CreditInputs, get_credit
 from opd_ext.errors import ConfigError, one_of, positive
@@ -46,6 +47,7 @@ def check(config: DictConfig) -> OPDConfig:
         opd.policy.check()
         _check_policy(opd)
         verl_keys.check_policy(opd, config)
+    check_unread(opd, config)
     verl_keys.check_lengths(opd, config)
     verl_keys.check_engine(opd, config)
     return opd

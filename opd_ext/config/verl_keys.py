@@ -81,6 +81,8 @@ def check_policy(opd: OPDConfig, config: DictConfig) -> None:
         )
     if opd.distils and (actor.use_kl_loss or algorithm.use_kl_in_reward):
         raise ConfigError("The reference engine holds the teacher: set use_kl_loss and use_kl_in_reward to false.")
+    if config.critic.enable:
+        raise ConfigError("critic.enable=true: this trainer has no critic; set it to false and adv_estimator to grpo.")
     if algorithm.adv_estimator == "gae":
         raise ConfigError("algorithm.adv_estimator=gae needs a critic, which this trainer has not: set grpo.")
     if policy.prompt_mean != (actor.loss_agg_mode == "token-sum"):
@@ -91,6 +93,8 @@ def check_policy(opd: OPDConfig, config: DictConfig) -> None:
     _check_correction(opd, config)
     if policy.loss == "cispo":
         _check_cispo(config)
+    if policy.loss == "gspo":
+        _check_gspo(config)
 
 
 def _check_correction(opd: OPDConfig, config: DictConfig) -> None:
@@ -124,6 +128,18 @@ def _check_cispo(config: DictConfig) -> None:
         )
     if actor.use_kl_loss or config.algorithm.use_kl_in_reward:
         raise ConfigError("CISPO has no KL term: set actor.use_kl_loss and algorithm.use_kl_in_reward to false.")
+
+
+def _check_gspo(config: DictConfig) -> None:
+    """GSPO (arXiv 2507.18071) clips the ratio of a response, at 3e-4 and 4e-4; bounds of a token's would never act."""
+    actor = config.actor_rollout_ref.actor
+    for key in ("clip_ratio_low", "clip_ratio_high"):
+        bound = actor[key] if actor[key] is not None else actor.clip_ratio
+        if bound > 0.01:
+            raise ConfigError(
+                f"actor_rollout_ref.actor.{key}={bound} is of a token's scale, and opd.policy.loss=gspo clips the "
+                "ratio of a whole response: set clip_ratio_low=3e-4 and clip_ratio_high=4e-4, the paper's."
+            )
 
 
 def check_lengths(opd: OPDConfig, config: DictConfig) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 from rich.console import Console
 
-
 from opd_ext.files import beside, put_in_place, write_whole
 from opd_ext.progress import Progress
 from opd_ext.terminal import terminal

@@ -118,7 +118,7 @@ def worded(rows: pd.DataFrame, settings: PromptsConfig) -> list[list[dict[str, s
         return chats
     texts = {kind: Template(text, keep_trailing_newline=True) for kind, text in settings.wording.items()}
     for messages, info in zip(chats, rows["extra_info"], strict=True):
-        code = info["starter_code"] or ""
+        code = (info or {}).get("starter_code") or ""
         text = texts["function" if code.strip() else "stdin"]
         messages[-1] = {**messages[-1], "content": text.render(question=messages[-1]["content"], starter_code=code)}
     return chats

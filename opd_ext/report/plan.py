@@ -63,16 +63,17 @@ def model_size(path: str) -> ModelSize | None:
 def memory_per_rank(config: DictConfig, opd: OPDConfig, size: ModelSize) -> dict[str, float]:
     """Estimated bytes per trainer rank while the student trains (vLLM asleep), by use.
 
-    Sharded states follow from the dtypes. Activations count one layer input per token (checkpointing on) or
-    34 hidden-sized tensors per token and layer (Korthikanti et al., 2022, eq. 2 without attention scores). The head
-    counts two logits buffers and softmax intermediates (4) per chunk row, the fp32 gradient of the vocabulary
-    projection and both gathered projections.
+    Sharded states follow from the dtypes; gradients and moments are those of what trains. Activations count one
+    layer input per token (checkpointing on) or 34 hidden-sized tensors per token and layer (Korthikanti et al.,
+    2022, eq. 2 without attention scores). The head counts two logits buffers and softmax intermediates (4) per
+    chunk row, the fp32 gradient of the vocabulary projection and both gathered projections.
     """
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
     master = _BYTES[actor.fsdp_config.model_dtype]
     compute = _BYTES[actor.fsdp_config.mixed_precision.param_dtype]
     shard = size.parameters / ranks
+    trained = _trained(config.actor_rollout_ref.model.lora_rank, size) / ranks * master
     tokens = actor.ppo_max_token_len_per_gpu
     per_token = size.hidden * compute * size.layers
     if not config.actor_rollout_ref.model.enable_gradient_checkpointing:
@@ -80,13 +81,21 @@ def memory_per_rank(config: DictConfig, opd: OPDConfig, size: ModelSize) -> dict
     offloaded = actor.fsdp_config.optimizer_offload
     return {
         "student weights": shard * master,
-        "gradients": shard * master,
-        "AdamW moments" + (" (in host memory)" if offloaded else ""): 0 if offloaded else 2 * shard * master,
+        "gradients": trained,
+        "AdamW moments" + (" (in host memory)" if offloaded else ""): 0 if offloaded else 2 * trained,
         "teacher weights": shard * _BYTES[ref.fsdp_config.model_dtype] if opd.needs_teacher_engine else 0,
         "activations": tokens * per_token,
         "head": opd.head.chunk_size * size.vocabulary * 4 * 6 + size.vocabulary * size.hidden * (4 + 2 * compute),
         "teacher rows": opd.max_pair_length * _pairs_per_rank(config) * size.hidden * compute,
     }
+
+
+def _trained(rank: int, size: ModelSize) -> float:
+    """Parameters that train: all, or adapters of ``rank`` on a layer's seven projections.
+
+    An adapter has rank x (inputs + outputs); in Qwen3 the seven have some 20 hidden sizes of them.
+    """
+    return min(size.parameters, 20 * rank * size.hidden * size.layers) if rank else size.parameters
 
 
 def _pairs_per_rank(config: DictConfig) -> int:

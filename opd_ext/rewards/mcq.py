@@ -33,12 +33,21 @@ def user_prompt(question: str, options: Sequence[str]) -> str:
 
 
 def compute_score(
-    data_source, solution_str, ground_truth, extra_info=None, *, choices: int = 4, closed: bool = False, **kwargs
+    data_source,
+    solution_str,
+    ground_truth,
+    extra_info=None,
+    *,
+    choices: int = 4,
+    closed: bool = False,
+    reward_router_address=None,
+    reward_model_tokenizer=None,
 ) -> dict:
     """Grade one response; the signature is that of verl's custom reward functions.
 
     Args:
-        data_source: named in the error only; ``extra_info`` and ``kwargs`` are ignored.
+        data_source: named in the error only; ``extra_info`` is ignored, as is what verl adds beside a reward model. No
+            other keyword is taken, so that a misspelt one is refused.
         solution_str: the decoded response. Its answer, see :func:`stated_answer`, must equal the reference exactly.
         ground_truth: the letter of the right option.
         choices: number of options; the reference is one of so many letters. Set it, and ``closed``, with

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CISPO (arXiv 2506.13585) on Qwen3-8B-Base. The paper's controlled study trains a base model (Qwen2.5-32B) on DAPO's
 # problems and discloses neither the cap of the weight nor learning rate, batch and group size: what is not published
-# says so there. The published parts: the loss, 16 updates per batch, AdamW's betas and epsilon, the fp32 head.
+# says so there. The published parts: the loss, 16 updates per batch, AdamW's betas and epsilon; the fp32 head is the trainer's.
 # Settings: opd_ext/config/recipe/cispo/qwen3_8b_base.yaml, on top of method/cispo.yaml, world/math.yaml and
 # scale/node_8xh200.yaml.
 #

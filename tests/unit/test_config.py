@@ -87,6 +87,15 @@ def test_the_node_carries_the_published_settings_of_crisp():
         (["method=cispo", "actor_rollout_ref.actor.clip_ratio_low=0.2"], ["clip_ratio_low=0.2", "lower bound"]),
         (["method=cispo", "actor_rollout_ref.actor.use_kl_loss=true"], ["CISPO has no KL"]),
         (["method=cispo", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"], ["prompt_mean", "token-sum"]),
+        (
+            ["method=grpo", "opd.policy.loss=gspo"],
+            ["clip_ratio_low=0.2", "set clip_ratio_low=3e-4"],
+        ),
+        (
+            ["method=grpo", "opd.policy.loss=gspo", "actor_rollout_ref.actor.clip_ratio_low=3e-4"],
+            ["clip_ratio_high=0.28", "gspo"],
+        ),
+        (["method=grpo", "critic.enable=true"], ["critic.enable", "no critic"]),
         (["method=grpo", "opd.policy.prompt_mean=true"], ["prompt_mean", "token-sum"]),
         (["method=grpo", "algorithm.adv_estimator=gae"], ["adv_estimator=gae", "critic"]),
         (

@@ -99,7 +99,6 @@ MACHINE = (
     "actor_rollout_ref.model.use_remove_padding",
     "actor_rollout_ref.model.override_config.attn_implementation",
     *(f"actor_rollout_ref.{part}.fsdp_config" for part in ("actor", "ref")),
-    "actor_rollout_ref.actor.use_torch_compile",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
     "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
     *(

@@ -6,6 +6,7 @@ which nobody reads cannot pass for a setting.
 """
 
 import dataclasses
+import re
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,15 @@ OPD = {
 }
 IW_OPD = OPD | {"opd.credit.kind": "position", "opd.credit.gamma": 0.5}
 
-# OPSD, arXiv 2601.18734: the release of March 2026. Its linear decay does not exist in verl, so it is a cosine here.
+# OPSD, arXiv 2601.18734: the release of March 2026. Its scripts set no scheduler and no maximum of steps, so the
+# rate falls linearly over 30 epochs, some 27,600 steps, and is 4.98e-6 at step 100: constant.
 OPSD = {
     THINKING: False,
-    "opd.teacher.weights": "frozen",
+    "opd.teacher.weights": "base",  # the adapter is off for the teacher
+    "actor_rollout_ref.model.lora_rank": 64,
+    "actor_rollout_ref.model.lora_alpha": 128,
+    "actor_rollout_ref.model.target_modules": "all-linear",
+    "actor_rollout_ref.model.lora.merge": True,
     "opd.context.kind": "solution",
     "opd.context.thinking": True,
     "opd.divergence.kind": "forward_kl",
@@ -172,7 +178,7 @@ OPSD = {
     **lengths(train=1024, val=38_912),
     **sampling("train", 1.1, 0.95, 20),
     **sampling("val", 1.0, 0.95, -1, n=12),
-    **optimiser(lr=5e-6, lr_scheduler_type="cosine", min_lr_ratio=0.0, weight_decay=0.0, clip_grad=0.1),
+    **optimiser(lr=5e-6, weight_decay=0.0, clip_grad=0.1),
     "trainer.total_training_steps": 100,
     "trainer.save_freq": 25,
 }
@@ -302,13 +308,6 @@ def test_sdpo_on_a_node_has_the_lengths_of_sdpo_whatever_other_methods_have(comp
     assert (config.opd.max_pair_length, config.actor_rollout_ref.rollout.max_model_len) == (18_944, 18_944)
 
 
-@pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")))
-def test_no_preset_sets_a_key_that_verl_keeps_but_does_not_read(method, compose):
-    """verl clips gradients by optim.clip_grad; its actor section has a grad_clip from earlier versions, too."""
-    assert "grad_clip:" not in (CONFIG_DIR / "method" / f"{method}.yaml").read_text()
-    assert read(compose(f"method={method}", "scale=node_8xh200"), f"{ACTOR}.optim.clip_grad") > 0
-
-
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_every_published_key_of_data_and_trainer_is_one_of_verls_own(method):
     """They have no dataclass: verl's YAML lists the keys that it reads."""
@@ -342,6 +341,31 @@ def test_a_recipe_keeps_what_is_published_and_adds_model_and_data(method, compos
     # Steps, not the size of the training set, end the run: 13,918 problems make so many steps an epoch.
     steps_per_epoch = 13_918 // config.data.train_batch_size
     assert config.trainer.total_training_steps <= config.trainer.total_epochs * steps_per_epoch
+
+
+def test_opsd_at_8b_has_the_clip_of_that_size_and_all_else_of_opsd(compose):
+    config = compose("recipe=opsd/qwen3_8b")
+    published = OPSD | {"opd.divergence.clip": 0.06}
+    assert {key: read(config, key) for key in published} == published
+
+
+def test_opsd_of_all_weights_is_what_its_guide_says(compose):
+    guide = (CONFIG_DIR.parents[1] / "recipes" / "opsd" / "README.md").read_text()
+    (said,) = re.findall(r"recipes/opsd/qwen3_1_7b\.sh (opd\.teacher\.weights=frozen .*?) {2,}#", guide, re.DOTALL)
+    config = compose("recipe=opsd/qwen3_1_7b", *said.replace("\\\n", " ").split())
+    assert checks.check(config).needs_teacher_engine
+    assert config.actor_rollout_ref.model.lora_rank == 0 and not config.actor_rollout_ref.model.lora.merge
+
+
+def test_gspo_in_the_guide_of_grpo_has_the_papers_clip(compose):
+    """arXiv 2507.18071: 3e-4 and 4e-4, four updates per batch."""
+    guide = (CONFIG_DIR.parents[1] / "recipes" / "grpo" / "README.md").read_text()
+    (said,) = re.findall(r"recipes/grpo/qwen3_8b\.sh (opd\.policy\.loss=gspo .*?) {2,}#", guide, re.DOTALL)
+    config = compose("recipe=grpo/qwen3_8b", *said.replace("\\\n", " ").split())
+    checks.check(config)
+    actor = read(config, f"{ACTOR}.policy_loss"), read(config, f"{ACTOR}.clip_ratio_low")
+    assert (actor[0].loss_mode, actor[1], read(config, f"{ACTOR}.clip_ratio_high")) == ("gspo", 3e-4, 4e-4)
+    assert config.data.train_batch_size // config.actor_rollout_ref.actor.ppo_mini_batch_size == 4
 
 
 def test_the_dataclasses_that_are_read_are_those_that_verl_hands_to_its_workers(compose):

@@ -74,6 +74,24 @@ def test_a_readme_names_its_scripts_and_only_files_that_exist(method):
         assert (RECIPES.parent / path).is_file(), path
 
 
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIG / "method").glob("*.yaml")))
+def test_every_preset_names_its_paper_and_has_a_guide_that_the_readme_links(method):
+    header = (CONFIG / "method" / f"{method}.yaml").read_text().partition("\nopd:")[0]
+    papers = re.findall(r"arXiv (\d{4}\.\d{5})", header)
+    variant = method not in METHODS
+    guide = (RECIPES / ("variants" if variant else method) / "README.md").read_text()
+    link = f"](recipes/variants/README.md#{method})" if variant else f"](recipes/{method}/README.md)"
+    assert link in (RECIPES.parent / "README.md").read_text()
+    own = re.search(rf"^## {method}\n(.*?)(?=^## |\Z)", guide, re.MULTILINE | re.DOTALL | re.IGNORECASE)
+    text = own[1] if variant else guide
+    assert papers and papers[0] in text
+    assert f"method/{method}.yaml" in text and "| published | here | why |" in text
+    if variant:
+        assert "**Use it**" in text and "**Do not**" in text and "```\n" in text, "when, and the formula"
+        commands = guide.split("```")[1]
+        assert "opd train method=" in commands and method in commands
+
+
 @pytest.mark.parametrize("folder", [*METHODS, "ssd", "t3s"])
 def test_every_guide_of_a_paper_has_the_same_sections_and_something_in_each(folder):
     text = re.sub(r"^```.*?^```", "", (RECIPES / folder / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)

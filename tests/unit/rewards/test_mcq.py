@@ -4,11 +4,14 @@
 import pytest
 
 from opd_ext.config.compose import compose_config
+from opd_ext.errors import ConfigError
+from opd_ext.preflight.findings import Findings
+from opd_ext.preflight.reward import check_reward
 from opd_ext.rewards.mcq import SYSTEM_PROMPT, compute_score, stated_answer, user_prompt
 
 
 def graded(response, letter="B", **kwargs):
-    result = compute_score("sciknoweval", response, letter, extra_info={"split": "train"}, truncated=False, **kwargs)
+    result = compute_score("sciknoweval", response, letter, extra_info={"split": "train"}, **kwargs)
     assert list(result) == ["score", "acc", "feedback", "format_ok"] and result["score"] == result["acc"]
     assert all(isinstance(value, float) for name, value in result.items() if name != "feedback")
     assert result["feedback"] == ""
@@ -85,6 +88,13 @@ def test_what_a_run_sets_reaches_the_grader():
     settings = [f"{function}.path=pkg://opd_ext.rewards.mcq", f"{function}.reward_kwargs.closed=true"]
     grade = get_custom_reward_fn(compose_config(["recipe=sdpo/qwen3_8b", *settings]))
     assert grade(data_source="m", solution_str="B", ground_truth="B", extra_info={})["score"] == 0.0
+
+
+def test_a_misspelt_argument_is_refused_before_a_run():
+    function = "reward.custom_reward_function"
+    settings = [f"{function}.path=pkg://opd_ext.rewards.mcq", f"{function}.reward_kwargs.closd=true"]
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'closd'"):
+        check_reward(compose_config(["recipe=sdpo/qwen3_8b", *settings]), None, Findings())
 
 
 def test_a_long_response_is_graded_at_once():
