@@ -2,6 +2,7 @@
 """verl's agent loop with additions per request: its own sampling seed, the token limit of its phase, annotation."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
@@ -67,6 +68,14 @@ class OPDAgentLoopWorker(_Worker):
         for one in output if isinstance(output, list) else [output]:
             one.extra_fields["truncated"] = is_truncated(one.response_ids, self.tokenizer, self._limit(validate))
         return await super()._agent_loop_postprocess(output, validate, **kwargs)
+
+    async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
+        """A row whose data set has no reference answers is not graded: it scores 0, and whether it is right is open."""
+        if (kwargs.get("reward_model") or {}).get("ground_truth", "") is None:
+            outputs[-1].reward_score = 0.0
+            outputs[-1].extra_fields["reward_extra_info"] = {"score": 0.0, "acc": math.nan, "feedback": ""}
+        else:
+            await super()._compute_score(outputs, kwargs=kwargs)
 
     # ------------------------------------------------------------------ annotation
 

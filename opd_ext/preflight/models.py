@@ -69,14 +69,14 @@ def find_model(key: str, path: str, starting: bool) -> str | None:
         raise ConfigError(f"{key}={path} is a file: name the folder that holds it.")
     if not _HUB.fullmatch(path):
         return None
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(path, "config.json"), str):
         return path
     if not starting:
         return None
     try:
-        hf_hub_download(path, "config.json", etag_timeout=5)
+        get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=5)
     except Exception as error:
         raise refuse(f"{key}={path} is no folder here, and no model that the Hugging Face hub gives", error) from None
     return path

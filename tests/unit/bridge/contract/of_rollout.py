@@ -3,6 +3,7 @@
 
 import asyncio
 import inspect
+import math
 from types import SimpleNamespace
 from unittest.mock import AsyncMock, Mock
 
@@ -19,6 +20,8 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.workers.rollout.replica import TokenOutput
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
+
+from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 
 from .seams import bare, parameters, says, seam
 
@@ -96,6 +99,21 @@ def sessions(config, monkeypatch):
     assert statuses == [("t1p0", "train", "running"), ("t1p0", "train", "finished")]
     found = asyncio.run(agent_loop.get_trajectory_info(3, [0], True))
     assert found[0]["step"] == 3 and found[0]["validate"] is True
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="OPDAgentLoopWorker._compute_score outputs[-1].reward_score",
+    pins={f"{LOOP}_compute_score": "self outputs kwargs"},
+)
+def grades():
+    """A rollout that has a ``reward_score`` is not graded again; a row without an answer gets 0 and no grade."""
+    output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
+    ours = bare(OPDAgentLoopWorker, reward_loop_worker_handles=["would be asked"])
+    asyncio.run(ours._compute_score([output], kwargs={"reward_model": {"ground_truth": None}}))
+    assert output.reward_score == 0.0 and math.isnan(output.extra_fields["reward_extra_info"]["acc"])
+    asyncio.run(ours._compute_score([output], kwargs={"reward_model": {"ground_truth": "2"}}))
+    assert output.reward_score == 0.0, "verl left it as it was"
 
 
 @seam(
