@@ -16,6 +16,7 @@ from opd_ext.context.sequence import render
 from opd_ext.credit.annotate import Request, build_annotator
 from opd_ext.seeds import request_seed
 from opd_ext.spans import ERROR, KEY
+from opd_ext.tokens.ends import stop_ids
 
 
 def rollout_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
@@ -47,6 +48,7 @@ class OPDAgentLoopWorker(_Worker):
         self.opd.import_external_libs()
         self.annotator = None
         if self.opd.credit.annotates:
+            self.stop_ids = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
             self.annotator = build_annotator(self.opd.credit.annotator, self.tokenizer, self._generate_annotation)
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
@@ -86,7 +88,7 @@ class OPDAgentLoopWorker(_Worker):
             problem=str(extra_info.get("question") or messages[-1]["content"]),
             response_ids=tuple(ids),
             correct=correct,
-            finished=bool(ids) and ids[-1] == self.tokenizer.eos_token_id,
+            finished=bool(ids) and ids[-1] in self.stop_ids,
             extra_info=extra_info,
             seed=rollout_seed(self.opd.seed, step, messages, int(sample["session_id"])),
         )

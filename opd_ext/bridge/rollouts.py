@@ -2,6 +2,7 @@
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ ANNOTATION = "opd_annotation"
 _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "extra_info", "extra_fields"]
 
 
-def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collection[int]) -> list[dict[str, Any]]:
     """One row per trajectory of ``batch``, in its order.
 
-    A response is *truncated* if it used all of ``max_tokens`` without sampling the end-of-sequence token.
+    A response is *truncated* if it used all of ``max_tokens`` without sampling one of ``stops``, which end it.
 
     Returns:
         Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
@@ -36,7 +37,7 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
         extra_fields = _item(data, "extra_fields", i) or {}
         grade = dict(extra_fields.get("reward_extra_info") or {})
         tokens = responses[i].tolist()
-        ended = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
+        ended = bool(tokens) and tokens[-1] in stops
         rows.append(
             {
                 "uid": uid,
@@ -56,6 +57,13 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
             }
         )
     return rows
+
+
+def token_classes(tokenizer: Any, stops: list[int]) -> dict[str, list[int]]:
+    """Ids whose divergence is reported apart: ends of a response, and thinking tokens where there are such."""
+    vocabulary = tokenizer.get_vocab()
+    think = [vocabulary[token] for token in ("<think>", "</think>") if token in vocabulary]
+    return {"eos": stops, **({"think": think} if think else {})}
 
 
 def _item(data: Any, name: str, i: int) -> Any:
