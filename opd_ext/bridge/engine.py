@@ -90,7 +90,7 @@ class OPDEngine(FSDPEngineWithLMHead):
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
-        check_head(module.config, self.model_config.local_path)
+        check_head(module.config, module.config.name_or_path)
         self.alone = stateful_layer(module.config) is not None
         _open_head(module.get_output_embeddings())
         return module
