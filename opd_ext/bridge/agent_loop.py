@@ -10,7 +10,7 @@ import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from vllm.sampling_params import RequestOutputKind
 
-from opd_ext.bridge.rollouts import ANNOTATION
+from opd_ext.bridge.rollouts import ANNOTATION, is_correct, is_truncated
 from opd_ext.config import schema
 from opd_ext.context.sequence import render
 from opd_ext.credit.annotate import Request, build_annotator
@@ -46,9 +46,9 @@ class OPDAgentLoopWorker(_Worker):
         super().__init__(*args, **kwargs)
         self.opd = schema.load(self.config.opd)
         self.opd.import_external_libs()
+        self.stop_ids = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
         self.annotator = None
         if self.opd.credit.annotates:
-            self.stop_ids = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
             self.annotator = build_annotator(self.opd.credit.annotator, self.tokenizer, self._generate_annotation)
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
@@ -56,10 +56,19 @@ class OPDAgentLoopWorker(_Worker):
         step = 0 if validate else int(trajectory["step"])
         params = dict(sampling_params)
         params["seed"] = rollout_seed(self.opd.seed, step, _messages(kwargs), int(kwargs["session_id"]))
-        params["max_tokens"] = self.opd.rollout.val_tokens if validate else self.opd.rollout.train_tokens
+        params["max_tokens"] = self._limit(validate)
         # Only the finished token ids are read: no text and no intermediate output per token and request.
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         return await super()._run_agent_loop(params, trajectory=trajectory, **kwargs)
+
+    def _limit(self, validate: bool) -> int:
+        return self.opd.rollout.val_tokens if validate else self.opd.rollout.train_tokens
+
+    async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> Any:
+        """Tells the grader, in ``extra_info``, whether the response was cut: its text does not show that."""
+        for one in output if isinstance(output, list) else [output]:
+            one.extra_fields["truncated"] = is_truncated(one.response_ids, self.stop_ids, self._limit(validate))
+        return await super()._agent_loop_postprocess(output, validate, **kwargs)
 
     # ------------------------------------------------------------------ annotation
 
@@ -78,7 +87,8 @@ class OPDAgentLoopWorker(_Worker):
         if self.opd.schedule(step)[0] == 0:
             return None
         grade = output.extra_fields.get("reward_extra_info") or {}
-        correct = float(grade.get("acc", output.reward_score or 0.0)) > 0.5
+        score = float(output.reward_score or 0.0)
+        correct = is_correct(float(grade.get("acc", score)), score)
         label = KEY if correct else ERROR
         if label not in self.opd.divergence.active_spans and self.opd.credit.inactive_span == "nonspan":
             return None

@@ -2,7 +2,7 @@
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,6 @@ _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "
 def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collection[int]) -> list[dict[str, Any]]:
     """One row per trajectory of ``batch``, in its order.
 
-    A response is *truncated* if it used all of ``max_tokens`` without sampling one of ``stops``, which end it.
-
     Returns:
         Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
         ``response_tokens``, ``truncated``, ``score``, every key of the grader (``acc``, ``feedback``, ...),
@@ -37,7 +35,6 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
         extra_fields = _item(data, "extra_fields", i) or {}
         grade = dict(extra_fields.get("reward_extra_info") or {})
         tokens = responses[i].tolist()
-        ended = bool(tokens) and tokens[-1] in stops
         rows.append(
             {
                 "uid": uid,
@@ -48,7 +45,7 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
                 "input": tokenizer.decode(prompts[i], skip_special_tokens=True),
                 "output": tokenizer.decode(tokens, skip_special_tokens=True),
                 "response_tokens": len(tokens),
-                "truncated": len(tokens) >= max_tokens and not ended,
+                "truncated": is_truncated(tokens, stops, max_tokens),
                 "score": scores[i],
                 **grade,
                 "acc": float(grade.get("acc", scores[i])),
@@ -64,6 +61,16 @@ def token_classes(tokenizer: Any, stops: list[int]) -> dict[str, list[int]]:
     vocabulary = tokenizer.get_vocab()
     think = [vocabulary[token] for token in ("<think>", "</think>") if token in vocabulary]
     return {"eos": stops, **({"think": think} if think else {})}
+
+
+def is_truncated(response: Sequence[int], stops: Collection[int], max_tokens: int) -> bool:
+    """Whether a response used all of ``max_tokens`` without sampling one of ``stops``, which end it."""
+    return len(response) >= max_tokens and not (response and response[-1] in stops)
+
+
+def is_correct(acc: float, score: float) -> bool:
+    """Whether a rollout is right where its label decides what is trained: the grader says so, and pays for it."""
+    return acc > 0.5 and score > 0
 
 
 def _item(data: Any, name: str, i: int) -> Any:
@@ -88,7 +95,7 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
         f"{prefix}/empty": float((tokens == 0).mean()),
         f"{prefix}/samples": float(len(rows)),
     }
-    for key in ("acc_answer_only", "acc_boxed_only", "format_ok"):
+    for key in ("acc_strict", "acc_answer_only", "acc_boxed_only", "format_ok"):
         if key in rows[0]:
             metrics[f"{prefix}/{key}"] = float(np.mean([row[key] for row in rows]))
     return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})

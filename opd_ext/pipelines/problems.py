@@ -162,9 +162,10 @@ def grade(
     of_uid = problems.set_index("uid")
     texts = decode(samples, tokenizer)
     work = []
-    for uid, text in zip(samples["uid"], texts, strict=True):
+    for uid, text, reason in zip(samples["uid"], texts, samples["finish_reason"], strict=True):
         row = of_uid.loc[uid]
-        work.append((row["data_source"], text, row["reward_model"]["ground_truth"], row.get("extra_info")))
+        extra = {**(row.get("extra_info") or {}), "truncated": reason == "length"}
+        work.append((row["data_source"], text, row["reward_model"]["ground_truth"], extra))
     processes = min(os.cpu_count() or 1, 1 + len(work) // _PER_PROCESS)
     if processes == 1:
         scores = list(map(_Grading(settings), work))

@@ -37,5 +37,5 @@ def preflight(config: DictConfig, opd: OPDConfig, starting: bool) -> Findings:
     graded = [each for each in samples if "reward_model" in each.columns]
     if samples and not graded:
         leave_ungraded(config, findings)
-    check_reward(config, graded[0].sample[0] if graded else None, findings)
+    check_reward(config, graded, findings)
     return findings

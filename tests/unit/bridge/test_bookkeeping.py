@@ -138,6 +138,19 @@ def test_rollout_metrics_are_means_over_samples():
     }
 
 
+def test_a_response_is_truncated_if_it_used_its_limit_without_an_end():
+    stops = [2, 4]
+    assert rollouts.is_truncated([5, 5, 5], stops, 3) and not rollouts.is_truncated([5, 5, 4], stops, 3)
+    assert not rollouts.is_truncated([5, 5, 2], stops, 3)
+    assert not rollouts.is_truncated([5, 5], stops, 3) and not rollouts.is_truncated([], stops, 3)
+
+
+def test_a_rollout_that_is_not_paid_for_is_not_labelled_right():
+    """`acc` reads all of a response, the score one final answer: a label must not teach what the reward refuses."""
+    assert rollouts.is_correct(acc=1.0, score=1.0) and rollouts.is_correct(acc=1.0, score=10.0)
+    assert not rollouts.is_correct(acc=1.0, score=0.0) and not rollouts.is_correct(acc=0.0, score=0.1)
+
+
 def test_two_runs_on_one_machine_exchange_no_weights(monkeypatch):
     """Ray numbers the jobs of every local instance alike, and verl names the socket for weights after the job."""
     handle = "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"

@@ -240,6 +240,15 @@ GRADERS = [
         "whole numbers",
     ),
     wrong(
+        "a reference in a later row that no response can match",
+        lambda w: (
+            w.parquet([*rows(63), row(reward_model={"ground_truth": "nan"})])
+            + "\nreward.custom_reward_function.path=pkg://opd_ext.rewards.math_dual"
+        ),
+        "1 of 64 rows cannot be graded, the first is row 63",
+        "'nan' says that there is none",
+    ),
+    wrong(
         "a module of the user's with a syntax error",
         lambda w: f"opd.external_lib=broken_module{w.file('broken_module.py', 'def (') and ''}",
         "broken_module cannot be imported",

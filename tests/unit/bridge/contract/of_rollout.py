@@ -6,10 +6,14 @@ import inspect
 from types import SimpleNamespace
 from unittest.mock import AsyncMock, Mock
 
+import numpy as np
 import ray
 import torch
+from tensordict import TensorDict
+from verl import DataProto
 from verl.experimental.agent_loop import agent_loop
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
+from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.workers.rollout.replica import TokenOutput
@@ -20,6 +24,7 @@ from .seams import bare, parameters, says, seam
 
 TQ = "verl.trainer.ppo.v1.agent_loop_tq:"
 LOOP = "verl.experimental.agent_loop.agent_loop:AgentLoopWorker."
+MANAGER = "verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager"
 PROMPT = [{"role": "user", "content": "1 + 1"}]
 
 
@@ -95,7 +100,7 @@ def sessions(config, monkeypatch):
 
 @seam(
     "bridge/agent_loop.py",
-    covers="OPDAgentLoopWorker._compute_teacher_logprobs",
+    covers="OPDAgentLoopWorker._compute_teacher_logprobs OPDAgentLoopWorker._agent_loop_postprocess",
     pins={
         f"{LOOP}_compute_teacher_logprobs": "self output prompt_ids response_ids validate sample_kwargs=",
         f"{TQ}AgentLoopWorkerTQ.__ray_metadata__.modified_class._agent_loop_postprocess": "self output validate "
@@ -103,7 +108,8 @@ def sessions(config, monkeypatch):
     },
 )
 def finished_rollout(config, monkeypatch, queue):
-    """``_compute_teacher_logprobs`` comes after the score and before the queue; ``extra_fields`` travel along."""
+    """``_agent_loop_postprocess`` scores and stores; ``_compute_teacher_logprobs`` comes in between; ``extra_fields``
+    travel along."""
     turns = []
 
     async def score(outputs, kwargs):
@@ -144,6 +150,31 @@ def finished_rollout(config, monkeypatch, queue):
     assert (row["uid"], row["sample"], row["index"], row["data_source"]) == ("t1p0", 1, 5, "d")
     assert (row["score"], row["acc"], row["ground_truth"], row["truncated"]) == (1.0, 1.0, "2", False)
     assert row["annotation"] == {"runs": [[0, 1, 1]]}, "tuples come back as lists"
+
+
+@seam(
+    "bridge/agent_loop.py",
+    pins={f"{MANAGER}.run_single": "self data", f"{MANAGER}.__init__": None},
+)
+def told_grader(config):
+    """``extra_fields`` of a rollout, sent as ``tool_extra_fields``, come to the grader within ``extra_info``."""
+    says(f"{LOOP}_compute_score", '"tool_extra_fields": np.array([o.extra_fields for o in outputs]')
+    told = []
+
+    def grade(data_source, solution_str, ground_truth, extra_info):
+        told.append((solution_str, extra_info["truncated"], extra_info["index"]))
+        return 1.0
+
+    async def score():
+        manager = NaiveRewardManager(config, SimpleNamespace(decode=lambda ids, skip_special_tokens: "text"), grade)
+        tensors = {"responses": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+        others = {"data_source": "d", "reward_model": {"ground_truth": "2"}, "extra_info": {"index": 5}}
+        others |= {"tool_extra_fields": {"truncated": True}}
+        held = {name: np.array([value], dtype=object) for name, value in others.items()}
+        return await manager.run_single(DataProto(TensorDict(tensors, batch_size=1), held))
+
+    assert asyncio.run(score())["reward_score"] == 1.0
+    assert told == [("text", True, 5)]
 
 
 @seam(
