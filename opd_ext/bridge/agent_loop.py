@@ -17,6 +17,7 @@ from opd_ext.context.sequence import render
 from opd_ext.credit.annotate import Request, build_annotator
 from opd_ext.seeds import request_seed
 from opd_ext.spans import ERROR, KEY
+from opd_ext.tokens.ends import stop_ids
 
 
 def rollout_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
@@ -46,6 +47,7 @@ class OPDAgentLoopWorker(_Worker):
         super().__init__(*args, **kwargs)
         self.opd = schema.load(self.config.opd)
         self.opd.import_external_libs()
+        self.stop_ids = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
         self.annotator = None
         if self.opd.credit.annotates:
             self.annotator = build_annotator(self.opd.credit.annotator, self.tokenizer, self._generate_annotation)
@@ -66,7 +68,7 @@ class OPDAgentLoopWorker(_Worker):
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> Any:
         """Tells the grader, in ``extra_info``, whether the response was cut: its text does not show that."""
         for one in output if isinstance(output, list) else [output]:
-            one.extra_fields["truncated"] = is_truncated(one.response_ids, self.tokenizer, self._limit(validate))
+            one.extra_fields["truncated"] = is_truncated(one.response_ids, self.stop_ids, self._limit(validate))
         return await super()._agent_loop_postprocess(output, validate, **kwargs)
 
     async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
@@ -105,7 +107,7 @@ class OPDAgentLoopWorker(_Worker):
             problem=str(extra_info.get("question") or messages[-1]["content"]),
             response_ids=tuple(ids),
             correct=correct,
-            finished=bool(ids) and ids[-1] == self.tokenizer.eos_token_id,
+            finished=bool(ids) and ids[-1] in self.stop_ids,
             extra_info=extra_info,
             seed=rollout_seed(self.opd.seed, step, messages, int(sample["session_id"])),
         )

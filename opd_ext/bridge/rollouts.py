@@ -2,7 +2,7 @@
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ ANNOTATION = "opd_annotation"
 _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "extra_info", "extra_fields"]
 
 
-def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collection[int]) -> list[dict[str, Any]]:
     """One row per trajectory of ``batch``, in its order.
 
     Returns:
@@ -45,7 +45,7 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
                 "input": tokenizer.decode(prompts[i], skip_special_tokens=True),
                 "output": tokenizer.decode(tokens, skip_special_tokens=True),
                 "response_tokens": len(tokens),
-                "truncated": is_truncated(tokens, tokenizer, max_tokens),
+                "truncated": is_truncated(tokens, stops, max_tokens),
                 "score": scores[i],
                 **grade,
                 "acc": float(grade.get("acc", scores[i])),
@@ -56,9 +56,16 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
     return rows
 
 
-def is_truncated(response: Sequence[int], tokenizer: Any, max_tokens: int) -> bool:
-    """Whether a response used all of ``max_tokens`` without sampling the end-of-sequence token."""
-    return len(response) >= max_tokens and not (response and response[-1] == tokenizer.eos_token_id)
+def token_classes(tokenizer: Any, stops: list[int]) -> dict[str, list[int]]:
+    """Ids whose divergence is reported apart: ends of a response, and thinking tokens where there are such."""
+    vocabulary = tokenizer.get_vocab()
+    think = [vocabulary[token] for token in ("<think>", "</think>") if token in vocabulary]
+    return {"eos": stops, **({"think": think} if think else {})}
+
+
+def is_truncated(response: Sequence[int], stops: Collection[int], max_tokens: int) -> bool:
+    """Whether a response used all of ``max_tokens`` without sampling one of ``stops``, which end it."""
+    return len(response) >= max_tokens and not (response and response[-1] in stops)
 
 
 def is_correct(acc: float, score: float) -> bool:

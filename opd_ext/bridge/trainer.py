@@ -27,7 +27,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import best, checkpoint, datasets, discovery, rollouts
+from opd_ext.bridge import best, checkpoint, datasets, discovery, rollouts, selftest
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import StepPrinter
 from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
@@ -38,6 +38,7 @@ from opd_ext.objective.metrics import means
 from opd_ext.progress import since_start
 from opd_ext.teacher.vocabulary import check_same_ids
 from opd_ext.terminal import terminal
+from opd_ext.tokens.ends import stop_ids
 
 # What the workers read of a rollout; everything else stays in the queue.
 _UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mask", "has_teacher"]
@@ -53,6 +54,7 @@ class OPDTrainer(PPOTrainerSync):
         self.opd = schema.load(config.opd)
         self.teacher = self.opd.teacher.kind
         self.run_dir = Path(self.opd.run_dir)
+        self.tested = False  # see opd_ext.bridge.selftest
         self._names = (0, 0)  # step, prompts named in it
         # The base class branches on this string; the queue, the replay buffer and resume must behave as in `sync`.
         config.trainer.v1.trainer_mode = "sync"
@@ -72,6 +74,7 @@ class OPDTrainer(PPOTrainerSync):
         super()._init_tokenizer()
         if self.opd.teacher.path:
             check_same_ids(self.tokenizer, self.opd.teacher.path)
+        self.stops = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
         self.context = build_context(self.opd.context, self.tokenizer)
 
     def _init_dataloader(self) -> None:
@@ -104,13 +107,8 @@ class OPDTrainer(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         temperature = self.config.actor_rollout_ref.rollout.temperature
-        self.actor_rollout_wg.configure(self.opd, self._token_classes(), temperature)
+        self.actor_rollout_wg.configure(self.opd, rollouts.token_classes(self.tokenizer, self.stops), temperature)
         super().on_init_end()
-
-    def _token_classes(self) -> dict[str, list[int]]:
-        vocabulary = self.tokenizer.get_vocab()
-        think = [vocabulary[token] for token in ("<think>", "</think>") if token in vocabulary]
-        return {"eos": [self.tokenizer.eos_token_id], **({"think": think} if think else {})}
 
     # ------------------------------------------------------------------ one step
 
@@ -136,7 +134,7 @@ class OPDTrainer(PPOTrainerSync):
         batch.reorder(sorted(range(len(batch.keys)), key=batch.keys.__getitem__))  # arrival order is not reproducible
         if self.reward_loop_manager.reward_loop_worker_handles is None:
             batch = self._compute_reward_colocate(batch, metrics=metrics)
-        rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens)
+        rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens, self.stops)
         metrics.update(rollouts.summarise(rows, "rollout"))
         weight, gate = self.opd.schedule(self.global_steps)
         taught = False
@@ -154,6 +152,7 @@ class OPDTrainer(PPOTrainerSync):
         batch = self._balance_batch(batch, metrics)
         if taught and self.opd.teacher.backend == "engine":
             neutralise_padding(batch, self.tokenizer.eos_token_id, self.opd.credit.annotates)
+        selftest.run(self, batch, taught)
         if self._needs_old_log_probs():
             with marked_timer("old_log_prob", timing_raw, color="blue"):
                 batch = self._compute_old_log_prob(batch, metrics)
@@ -374,7 +373,7 @@ class OPDTrainer(PPOTrainerSync):
             done, _ = self.replay_buffer.sample(
                 global_steps=self.global_steps, partition_id="val", batch_size=len(uids)
             )
-            rows += rollouts.read_rows(done, self.tokenizer, self.opd.rollout.val_tokens)
+            rows += rollouts.read_rows(done, self.tokenizer, self.opd.rollout.val_tokens, self.stops)
             tq.kv_clear(keys=done.keys, partition_id=done.partition_id)
         rows.sort(key=lambda row: (row["uid"], row["sample"]))
         files.write_jsonl(self.run_dir / "generations" / f"val_{self.global_steps}.jsonl", rows)

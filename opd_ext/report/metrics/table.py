@@ -46,6 +46,8 @@ SECTIONS: tuple[Section, ...] = (
                 "falls after each refresh of the teacher, then levels off"),
             Metric("opd/divergence_first opd/divergence_middle opd/divergence_last", "nats",
                 "the same on the first 100 tokens of a response, on those between, and on the last 100", _TAUGHT),
+            Metric("opd/divergence_token0", "nats", "the same on the first token of a response alone", _TAUGHT,
+                "large where the prompts of student and teacher end otherwise (with thinking, without)"),
             Metric("opd/divergence_eos opd/divergence_think", "nats",
                 "the same where the sampled token is the end of the sequence, or a `<think>` or `</think>`", _TAUGHT,
                 "eos small: both agree where to stop"),

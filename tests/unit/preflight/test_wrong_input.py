@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from .conftest import World, config_with, row, rows
 
@@ -179,12 +181,23 @@ DATA = [
     ),
 ]
 
+W = "model.safetensors"
 MODELS = [
     wrong("a folder that is not there", f"{MODEL}=/nowhere/model", "/nowhere/model does not exist"),
     wrong("a relative folder that is not there", f"{MODEL}=nowhere/model", "no folder here", "hub"),
     wrong("a file", lambda w: f"{MODEL}={w.file('model.bin', 'x')}", "is a file"),
     wrong("an empty folder", lambda w: f"{MODEL}={World(w.folder / 'empty').folder}", "no config.json"),
     wrong("a config that is no JSON", model(lambda m: (m / "config.json").write_text("{oops")), "config.json"),
+    wrong(
+        "logits that change behind the head",
+        model(config_with(logits_scaling=8.0)),
+        "changes logits after its lm_head (logits_scaling=8.0)",
+    ),
+    wrong(
+        "a head with a bias",
+        model(lambda m: save_file(load_file(m / W) | {"lm_head.bias": torch.zeros(4)}, m / W, {"format": "pt"})),
+        "has a bias in its lm_head",
+    ),
     wrong("an architecture that nobody knows", model(config_with(model_type="nope")), "transformers can read"),
     wrong(
         "no tokenizer",

@@ -163,8 +163,8 @@ def finished_rollout(config, monkeypatch, queue):
     assert {name: data[name].unbind()[0].tolist() for name in tensors} == tensors
     from opd_ext.bridge.rollouts import read_rows
 
-    tokenizer = SimpleNamespace(eos_token_id=4, decode=lambda ids, skip_special_tokens: "text")
-    (row,) = read_rows(SimpleNamespace(keys=[key], partition_id="train"), tokenizer, max_tokens=8)
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "text")
+    (row,) = read_rows(SimpleNamespace(keys=[key], partition_id="train"), tokenizer, max_tokens=8, stops={4})
     assert (row["uid"], row["sample"], row["index"], row["data_source"]) == ("t1p0", 1, 5, "d")
     assert (row["score"], row["acc"], row["ground_truth"], row["truncated"]) == (1.0, 1.0, "2", False)
     assert row["annotation"] == {"runs": [[0, 1, 1]]}, "tuples come back as lists"
