@@ -2,14 +2,16 @@
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
+from opd_ext.bridge.failures import FAILURE
 from opd_ext.estimators import pass_at_k
+from opd_ext.seeds import Copies
 
 ANNOTATION = "opd_annotation"
 """Under which name the agent loop leaves an annotation beside a rollout."""
@@ -22,8 +24,9 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
 
     Returns:
         Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
-        ``response_tokens``, ``truncated``, ``score``, every key of the grader (``acc``, ``feedback``, ...),
-        ``ground_truth`` and, where an annotator has been at work, its ``annotation``.
+        ``response_tokens``, ``truncated``, ``failed`` (an exception in words, or None), ``score``, every key of the
+        grader (``acc``, ``feedback``, ...), ``ground_truth`` and, where an annotator has been at work, its
+        ``annotation``.
     """
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=_FIELDS)
     scores = [row.sum().item() for row in data["rm_scores"].unbind()]
@@ -46,6 +49,7 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
                 "output": tokenizer.decode(tokens, skip_special_tokens=True),
                 "response_tokens": len(tokens),
                 "truncated": is_truncated(tokens, stops, max_tokens),
+                "failed": extra_fields.get(FAILURE),
                 "score": scores[i],
                 **grade,
                 "acc": float(grade.get("acc", scores[i])),
@@ -80,6 +84,15 @@ def _item(data: Any, name: str, i: int) -> Any:
     return values.tolist()[i] if hasattr(values, "tolist") else list(values)[i]
 
 
+def first_draws(prompts: Iterable[Any], copies: Copies, n: int) -> np.ndarray:
+    """(prompts,) objects: how many samples equal prompts of the set before have; a prompt's own samples follow them.
+
+    So eight copies of a row sampled once are what one row sampled eight times is.
+    """
+    plain = [[dict(message) for message in getattr(prompt, "data", prompt)] for prompt in prompts]
+    return np.array([earlier * n for earlier in copies.earlier(plain)], dtype=object)
+
+
 def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     """Accuracy, response lengths (tokens), truncation and empty responses; pass@k and other accuracies if there are."""
     if not rows:
@@ -96,8 +109,8 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
         f"{prefix}/samples": float(len(rows)),
     }
     for key in ("acc_strict", "acc_answer_only", "acc_boxed_only", "format_ok"):
-        if key in rows[0]:
-            metrics[f"{prefix}/{key}"] = float(np.mean([row[key] for row in rows]))
+        if any(key in row for row in rows):  # not in those that could not be graded, which are wrong
+            metrics[f"{prefix}/{key}"] = float(np.mean([row.get(key, 0.0) for row in rows]))
     return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})
 
 

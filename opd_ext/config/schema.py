@@ -40,6 +40,7 @@ class RolloutConfig:
 
     train_tokens: int = 8192  # new tokens at most, per training rollout
     val_tokens: int = 8192  # new tokens at most, per validation rollout
+    failed: str = "stop"  # a rollout that raises (grader, tool, agent loop): stop: ends the run; zero: scores 0
     poll_interval: float = 0.05  # seconds between looks into the replay buffer (verl: 2.0)
 
 

@@ -94,7 +94,12 @@ def fingerprint(model: str) -> str:
 def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
     """``uid`` and ``prompt_ids`` up to where the assistant begins, through the chat template, once."""
     system = [{"role": "system", "content": settings.system}] if settings.system else []
-    ids = [render_chat(tokenizer, system + messages, settings.template) for messages in worded(rows, settings)]
+    ids = []
+    for uid, messages in zip(rows["uid"], worded(rows, settings), strict=True):
+        try:
+            ids.append(render_chat(tokenizer, system + messages, settings.template))
+        except Exception as error:  # a template may raise whatever it likes
+            raise ConfigError(f"{settings.file}: the chat template refuses row {uid}: {str(error).strip()}.") from error
     return pd.DataFrame({"uid": rows["uid"], "prompt_ids": ids})
 
 
