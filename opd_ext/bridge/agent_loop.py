@@ -4,6 +4,7 @@
 Every request leaves a row, one that fails too (:mod:`opd_ext.bridge.failures`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
@@ -14,12 +15,13 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from vllm.sampling_params import RequestOutputKind
 
 from opd_ext.bridge.failures import FAILURE, in_words, mark_ungraded, unfinished
-from opd_ext.bridge.rollouts import ANNOTATION
+from opd_ext.bridge.rollouts import ANNOTATION, is_correct, is_truncated
 from opd_ext.config import schema
 from opd_ext.context.sequence import render
 from opd_ext.credit.annotate import Request, build_annotator
 from opd_ext.seeds import canonical, request_seed
 from opd_ext.spans import ERROR, KEY
+from opd_ext.tokens.ends import stop_ids
 
 
 def rollout_seed(run_seed: int, step: int, prompt: Any, draw: int) -> int:
@@ -48,6 +50,7 @@ class OPDAgentLoopWorker(_Worker):
         super().__init__(*args, **kwargs)
         self.opd = schema.load(self.config.opd)
         self.opd.import_external_libs()
+        self.stop_ids = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
         self._first_exception: str | None = None
         self.annotator = None
         if self.opd.credit.annotates:
@@ -58,7 +61,7 @@ class OPDAgentLoopWorker(_Worker):
         step = 0 if validate else int(trajectory["step"])
         params = dict(sampling_params)
         params["seed"] = rollout_seed(self.opd.seed, step, _messages(kwargs), _draw(kwargs))
-        params["max_tokens"] = self.opd.rollout.val_tokens if validate else self.opd.rollout.train_tokens
+        params["max_tokens"] = self._limit(validate)
         # Only the finished token ids are read: no text and no intermediate output per token and request.
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         try:
@@ -83,17 +86,31 @@ class OPDAgentLoopWorker(_Worker):
         limit = self.config.data.max_prompt_length
         await self._agent_loop_postprocess(unfinished(prompt[-limit:], eos, error), validate, **sample)
 
+    def first_exception(self) -> str | None:
+        """Of those that left no row, in words."""
+        return self._first_exception
+
+    def _limit(self, validate: bool) -> int:
+        return self.opd.rollout.val_tokens if validate else self.opd.rollout.train_tokens
+
+    async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> Any:
+        """Tells the grader, in ``extra_info``, whether the response was cut: its text does not show that."""
+        for one in output if isinstance(output, list) else [output]:
+            one.extra_fields["truncated"] = is_truncated(one.response_ids, self.stop_ids, self._limit(validate))
+        return await super()._agent_loop_postprocess(output, validate, **kwargs)
+
     async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
+        """A row whose data set has no reference answers is not graded: it scores 0, and whether it is right is open."""
+        if (kwargs.get("reward_model") or {}).get("ground_truth", "") is None:
+            outputs[-1].reward_score = 0.0
+            outputs[-1].extra_fields["reward_extra_info"] = {"score": 0.0, "acc": math.nan, "feedback": ""}
+            return
         try:
-            await super()._compute_score(outputs, kwargs)
+            await super()._compute_score(outputs, kwargs=kwargs)
         except RayActorError:
             raise
         except Exception as error:  # the user's reward function may raise whatever it likes
             mark_ungraded(outputs[-1], error)
-
-    def first_exception(self) -> str | None:
-        """Of those that left no row, in words."""
-        return self._first_exception
 
     # ------------------------------------------------------------------ annotation
 
@@ -112,7 +129,8 @@ class OPDAgentLoopWorker(_Worker):
         if self.opd.schedule(step)[0] == 0:
             return None
         grade = output.extra_fields.get("reward_extra_info") or {}
-        correct = float(grade.get("acc", output.reward_score or 0.0)) > 0.5
+        score = float(output.reward_score or 0.0)
+        correct = is_correct(float(grade.get("acc", score)), score)
         label = KEY if correct else ERROR
         if label not in self.opd.divergence.active_spans and self.opd.credit.inactive_span == "nonspan":
             return None
@@ -122,7 +140,7 @@ class OPDAgentLoopWorker(_Worker):
             problem=str(extra_info.get("question") or messages[-1]["content"]),
             response_ids=tuple(ids),
             correct=correct,
-            finished=bool(ids) and ids[-1] == self.tokenizer.eos_token_id,
+            finished=bool(ids) and ids[-1] in self.stop_ids,
             extra_info=extra_info,
             seed=rollout_seed(self.opd.seed, step, messages, _draw(sample)),
         )

@@ -11,6 +11,7 @@ import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 
+from opd_ext.bridge.rollouts import is_correct
 from opd_ext.context.contexts import TeacherContext
 from opd_ext.context.sequence import build_teacher_sequence, render
 from opd_ext.control_tokens import as_text
@@ -78,7 +79,7 @@ def plan_teacher_inputs(
             "response": body(row["output"]),
             "group": groups[row["uid"]],
             "types": list(annotation.get("types", ())),
-            "correct": row["acc"] > 0.5,
+            "correct": is_correct(row["acc"], row["score"]),
             "step": step,
         }
         samples.append(sample)

@@ -25,7 +25,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import best, checkpoint, datasets, discovery, failures, rollouts
+from opd_ext.bridge import best, checkpoint, datasets, discovery, failures, rollouts, selftest
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import RunLog
 from opd_ext.bridge.inputs import tool_schemas
@@ -36,6 +36,7 @@ from opd_ext.context import build_context
 from opd_ext.objective.metrics import means
 from opd_ext.seeds import Copies
 from opd_ext.teacher.vocabulary import check_same_ids
+from opd_ext.tokens.ends import stop_ids
 
 # What the workers read of a rollout; everything else stays in the queue.
 _UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mask", "has_teacher"]
@@ -51,6 +52,7 @@ class OPDTrainer(PPOTrainerSync):
         self.opd = schema.load(config.opd)
         self.teacher = self.opd.teacher.kind
         self.run_dir = Path(self.opd.run_dir)
+        self.tested = False  # see opd_ext.bridge.selftest
         self._names = (0, 0, Copies())  # step, prompts named in it, which of them are equal
         # The base class branches on this string; the queue, the replay buffer and resume must behave as in `sync`.
         config.trainer.v1.trainer_mode = "sync"
@@ -71,6 +73,7 @@ class OPDTrainer(PPOTrainerSync):
         super()._init_tokenizer()
         if self.opd.teacher.path:
             check_same_ids(self.tokenizer, self.opd.teacher.path)
+        self.stops = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
         self.context = build_context(self.opd.context, self.tokenizer)
         self.tools = tool_schemas(self.config)
 
@@ -98,13 +101,8 @@ class OPDTrainer(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         temperature = self.config.actor_rollout_ref.rollout.temperature
-        self.actor_rollout_wg.configure(self.opd, self._token_classes(), temperature)
+        self.actor_rollout_wg.configure(self.opd, rollouts.token_classes(self.tokenizer, self.stops), temperature)
         super().on_init_end()
-
-    def _token_classes(self) -> dict[str, list[int]]:
-        vocabulary = self.tokenizer.get_vocab()
-        think = [vocabulary[token] for token in ("<think>", "</think>") if token in vocabulary]
-        return {"eos": [self.tokenizer.eos_token_id], **({"think": think} if think else {})}
 
     # ------------------------------------------------------------------ one step
 
@@ -139,7 +137,7 @@ class OPDTrainer(PPOTrainerSync):
         batch.reorder(sorted(range(len(batch.keys)), key=batch.keys.__getitem__))  # arrival order is not reproducible
         if self.reward_loop_manager.reward_loop_worker_handles is None:
             batch = self._compute_reward_colocate(batch, metrics=metrics)
-        rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens)
+        rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens, self.stops)
         wanted = sample_batch_size * self.config.actor_rollout_ref.rollout.n
         metrics.update(rollouts.summarise(rows, "rollout") | self._account(rows, wanted, "rollout"))
         weight, gate = self.opd.schedule(self.global_steps)
@@ -158,6 +156,7 @@ class OPDTrainer(PPOTrainerSync):
         batch = self._balance_batch(batch, metrics)
         if taught and self.opd.teacher.backend == "engine":
             neutralise_padding(batch, self.tokenizer.eos_token_id, self.opd.credit.annotates)
+        selftest.run(self, batch, taught)
         if self._needs_old_log_probs():
             with marked_timer("old_log_prob", timing_raw, color="blue"):
                 batch = self._compute_old_log_prob(batch, metrics)
@@ -381,7 +380,7 @@ class OPDTrainer(PPOTrainerSync):
             tq.kv_batch_put(keys=uids, partition_id="val", tags=tags)
             self.agent_loop_manager.generate_sequences(batch)
             done, _ = self._sample("val", len(uids))
-            rows += rollouts.read_rows(done, self.tokenizer, self.opd.rollout.val_tokens)
+            rows += rollouts.read_rows(done, self.tokenizer, self.opd.rollout.val_tokens, self.stops)
             tq.kv_clear(keys=done.keys, partition_id=done.partition_id)
         rows.sort(key=lambda row: (row["uid"], row["sample"]))
         files.write_jsonl(self.run_dir / "generations" / f"val_{self.global_steps}.jsonl", rows)

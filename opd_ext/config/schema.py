@@ -68,6 +68,7 @@ class OPDConfig:
     """Tokens of prompt + response; a pair that is longer, student's or teacher's, is dropped."""
     max_teacher_entropy: float | None = 0.95
     """A teacher with more than this share of log V has lost its weights: stop; null: off."""
+    selftest: bool = True  # before the first update: head, packing, teacher, sampler and ends compared, once per run
     stop_on_success: float | None = None
     """A score: the run ends at the first rollout that reaches it (test-time self-distillation)."""
     stop_on_collapse: float | None = 0.5

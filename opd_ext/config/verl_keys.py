@@ -189,6 +189,8 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
     """Strategy, parallelism, packing and batch sizes."""
     if opd.warm_python and (opd.device != "cpu" or config.trainer.nnodes > 1):
         raise ConfigError("opd.warm_python=true is for a run on the CPU of one machine; set it to false.")
+    if config.trainer.device != opd.device:
+        raise ConfigError(f"trainer.device={config.trainer.device} must be opd.device={opd.device}: set the latter.")
     actor, ref, rollout = (config.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
     if actor.strategy != "fsdp2" or ref.strategy != "fsdp2":
         raise ConfigError("actor_rollout_ref.actor.strategy and .ref.strategy must both be fsdp2.")
