@@ -201,7 +201,7 @@ def failed_rollouts(config, monkeypatch, queue):
     _finish(worker, queue, monkeypatch, ungraded, 1)
     tokenizer = SimpleNamespace(eos_token_id=4, decode=lambda ids, skip_special_tokens: "text")
     keys = ["t9p0_0_0", "t9p0_1_0"]
-    rows = read_rows(SimpleNamespace(keys=keys, partition_id="train"), tokenizer, max_tokens=8)
+    rows = read_rows(SimpleNamespace(keys=keys, partition_id="train"), tokenizer, max_tokens=8, stops=[4])
     assert [row["failed"] for row in rows] == ["TimeoutError: tool", "KeyError: 'unit_tests'"]
     assert [(row["score"], row["acc"]) for row in rows] == [(0.0, 0.0)] * 2
     data = queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])
@@ -233,6 +233,8 @@ def raising_graders(config, monkeypatch, queue):
         distillation_enabled=False,
         mm_processor_kwargs=None,
         annotator=None,
+        stop_ids=[4],
+        opd=SimpleNamespace(rollout=SimpleNamespace(train_tokens=8, val_tokens=8)),
     )
     output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
     _finish(worker, queue, monkeypatch, output, 2)
