@@ -27,6 +27,7 @@ from opd_ext.context import prompts
 from opd_ext.data.cells import bare_question, boxed, ground_truth, level, plain, user_text
 from opd_ext.files import read_jsonl, whole
 from opd_ext.progress import Progress
+from opd_ext.rewards.math_dual import check_reference
 from opd_ext.terminal import terminal
 
 SPLIT_SEED = 42
@@ -239,7 +240,7 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
     """Every row of a source, usable or not, in the order of ``frame``; its index labels are the rows' places.
 
     Raises:
-        ValueError: the file has no column for the question or for the answer.
+        ValueError: the file has no column for the question or for the answer, or an answer is none.
     """
     source = SOURCES[name]
     question_column = _column(frame, source.questions)
@@ -264,6 +265,8 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
             boxes = [name for name in answer_columns if name in source.boxed]
             what = "box" if boxes == answer_columns else "answer"
             reason = f"no {what} in {' or '.join(answer_columns)}"
+        else:
+            check_reference(answer, f"{path}: row {index} cannot be graded: ")
         yield Problem(int(index), question or "", answer, level(grade), reason)
 
 

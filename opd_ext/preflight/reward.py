@@ -6,22 +6,24 @@ import inspect
 import math
 import numbers
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
 from opd_ext.errors import ConfigError
 from opd_ext.preflight.findings import Findings, refuse
+from opd_ext.preflight.tables import Samples
 
 KEY = "reward.custom_reward_function"
-UNGRADED = "pkg://opd_ext.rewards.ungraded"
 SECONDS = 10.0  # a judge behind a network may take longer: then nothing is said against it
 _ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
-def check_reward(config: DictConfig, row: Mapping[str, Any] | None, findings: Findings) -> None:
-    """Load the function, and let it grade an empty response to ``row``, a row with a reference answer, if there is one.
+def check_reward(config: DictConfig, graded: Sequence[Samples], findings: Findings) -> None:
+    """Load the function, and let it grade an empty response to the first row of ``graded``, files with references.
+
+    If the function's module has a ``check_reference``, that is asked about every reference that was read.
 
     Raises:
         ConfigError: it cannot be imported, takes other arguments, raises, or returns no score.
@@ -37,25 +39,41 @@ def check_reward(config: DictConfig, row: Mapping[str, Any] | None, findings: Fi
     try:
         inspect.signature(function).bind(**dict.fromkeys(_ARGUMENTS), **always)
     except TypeError as error:
-        raise refuse(f"{shown} must take {', '.join(_ARGUMENTS)}", error) from None
-    if row is None or config.reward.reward_model.enable:  # a model that grades is not up yet
-        return
+        raise refuse(f"{shown} must take {', '.join((*_ARGUMENTS, *always))}", error) from None
+    manager = config.reward.reward_manager.source
+    if not graded or config.reward.reward_model.enable or manager != "register":
+        return  # a model that grades is not up yet; a manager of the user's calls the function as it likes
+    _check_references(function, graded)
+    row = graded[0].sample[0]
     source, answer = row.get("data_source"), row["reward_model"]["ground_truth"]
-    given = dict(zip(_ARGUMENTS, (source, "", answer, dict(row.get("extra_info") or {})), strict=True)) | always
+    extra_info = dict(row.get("extra_info") or {}) | {"num_turns": 2, "rollout_reward_scores": {}}  # as verl does
+    given = dict(zip(_ARGUMENTS, (source, "", answer, extra_info), strict=True)) | always
     finished, result = _within(lambda: _call(function, given))
     if not finished:
         findings.note(f"{shown} took more than {SECONDS:.0f} s for one empty response: a step waits for all of them.")
+    elif isinstance(result, ConnectionError):
+        findings.note(f"{shown} does not reach what it asks ({result}): it must be up when the run starts.")
     elif isinstance(result, BaseException):
         raise refuse(f"{shown} fails on the first row, data_source={source} and ground_truth={answer!r:.60}", result)
     else:
         _check_score(shown, result)
 
 
-def leave_ungraded(config: DictConfig, findings: Findings) -> None:
-    """Data without reference answers, where nothing that is trained reads a grade: then there is none."""
-    config.reward.custom_reward_function.path = UNGRADED
-    config.reward.custom_reward_function.name = "compute_score"
-    findings.note("The data has no reward_model, so nothing is graded and no accuracy is reported.")
+def _check_references(function: Callable[..., Any], graded: Sequence[Samples]) -> None:
+    check = getattr(inspect.getmodule(function), "check_reference", None)
+    for samples in graded if check else ():
+        faults = {}
+        for i, row in enumerate(samples.sample):
+            try:
+                check(row["reward_model"]["ground_truth"])
+            except ValueError as error:
+                faults[i] = error
+        if faults:
+            first, fault = next(iter(faults.items()))
+            raise ConfigError(
+                f"{samples.name}: {len(faults)} of {len(samples.sample)} rows cannot be graded, the first is row "
+                f"{first}: {fault}"
+            )
 
 
 def _call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:

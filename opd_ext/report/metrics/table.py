@@ -46,6 +46,8 @@ SECTIONS: tuple[Section, ...] = (
                 "falls after each refresh of the teacher, then levels off"),
             Metric("opd/divergence_first opd/divergence_middle opd/divergence_last", "nats",
                 "the same on the first 100 tokens of a response, on those between, and on the last 100", _TAUGHT),
+            Metric("opd/divergence_token0", "nats", "the same on the first token of a response alone", _TAUGHT,
+                "large where the prompts of student and teacher end otherwise (with thinking, without)"),
             Metric("opd/divergence_eos opd/divergence_think", "nats",
                 "the same where the sampled token is the end of the sequence, or a `<think>` or `</think>`", _TAUGHT,
                 "eos small: both agree where to stop"),
@@ -83,6 +85,8 @@ SECTIONS: tuple[Section, ...] = (
         "Which rollouts have a teacher", "bridge/teacher_inputs.py",
         (
             Metric("teacher/samples", "share", "rollouts with a teacher", _PLACED, "1, or as the context decides"),
+            Metric("teacher/prompt_tokens_max", "tokens", "the teacher's longest prompt", _PLACED,
+                "well below opd.max_pair_length"),
             Metric("rollout/too_long", "share", "rollouts whose pair exceeds opd.max_pair_length", _PLACED, "0"),
         ),
     ),
@@ -107,6 +111,14 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        "Rollouts that failed", "bridge/failures.py",
+        (
+            Metric("rollout/failed val/failed", "share",
+                "rollouts that a grader, tool or agent loop did not finish; opd.rollout.failed=zero scores them 0", "",
+                "0"),
+        ),
+    ),
+    Section(
         "Rollouts and validation", "bridge/rollouts.py",
         (
             Metric("rollout/accuracy val/accuracy val/<source>/accuracy", "share", "correct responses (acc)", "",
@@ -120,6 +132,9 @@ SECTIONS: tuple[Section, ...] = (
                 "responses that met the limit without an end", "", "a few percent"),
             Metric("rollout/empty val/empty val/<source>/empty", "share", "responses without a token", "", "0"),
             Metric("rollout/samples val/samples val/<source>/samples", "", "number of responses", "", "constant"),
+            Metric("rollout/acc_strict val/acc_strict val/<source>/acc_strict", "share",
+                "correct by the strict policy: a finished response with one final answer", "`rewards.math_dual` grades",
+                "as accuracy; far below it: cut, contradictory or unstated answers"),
             Metric("rollout/acc_answer_only val/acc_answer_only val/<source>/acc_answer_only", "share",
                 "correct by the stated answer alone, whatever its form", _GRADED, "as accuracy"),
             Metric("rollout/acc_boxed_only val/acc_boxed_only val/<source>/acc_boxed_only", "share",

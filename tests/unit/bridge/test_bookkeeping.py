@@ -3,9 +3,11 @@
 
 import json
 import os
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+from transformers import GenerationConfig
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
 
@@ -13,6 +15,7 @@ from opd_ext import files
 from opd_ext.bridge import checkpoint, rollouts
 from opd_ext.bridge.agent_loop import rollout_seed
 from opd_ext.bridge.cpu_platform import own_socket
+from opd_ext.tokens.ends import stop_ids
 
 
 def test_a_rollout_seed_depends_on_run_step_prompt_and_session_and_on_nothing_else():
@@ -27,6 +30,16 @@ def test_a_rollout_seed_depends_on_run_step_prompt_and_session_and_on_nothing_el
     }
     assert len(others | {base}) == 5
     assert all(0 <= seed < 2**63 for seed in others)
+
+
+def test_every_end_of_a_response_that_the_model_names_counts(tmp_path):
+    """Qwen3 stops at 151645 or 151643; its tokenizer knows the first alone (TRL 7039)."""
+    tokenizer = SimpleNamespace(eos_token_id=151645, get_vocab=dict)
+    GenerationConfig(eos_token_id=[151645, 151643]).save_pretrained(tmp_path)
+    found = stop_ids(str(tmp_path), tokenizer)
+    assert found == [151643, 151645]
+    assert rollouts.token_classes(tokenizer, found) == {"eos": found}
+    assert stop_ids(str(tmp_path / "no model"), tokenizer) == [151645]
 
 
 def write_checkpoint(root, step, keep=None):
@@ -123,6 +136,19 @@ def test_rollout_metrics_are_means_over_samples():
         "val/samples": 2.0,
         "val/format_ok": 0.5,
     }
+
+
+def test_a_response_is_truncated_if_it_used_its_limit_without_an_end():
+    stops = [2, 4]
+    assert rollouts.is_truncated([5, 5, 5], stops, 3) and not rollouts.is_truncated([5, 5, 4], stops, 3)
+    assert not rollouts.is_truncated([5, 5, 2], stops, 3)
+    assert not rollouts.is_truncated([5, 5], stops, 3) and not rollouts.is_truncated([], stops, 3)
+
+
+def test_a_rollout_that_is_not_paid_for_is_not_labelled_right():
+    """`acc` reads all of a response, the score one final answer: a label must not teach what the reward refuses."""
+    assert rollouts.is_correct(acc=1.0, score=1.0) and rollouts.is_correct(acc=1.0, score=10.0)
+    assert not rollouts.is_correct(acc=1.0, score=0.0) and not rollouts.is_correct(acc=0.0, score=0.1)
 
 
 def test_two_runs_on_one_machine_exchange_no_weights(monkeypatch):

@@ -194,6 +194,7 @@ def test_other_content_is_replaced_only_by_force_and_then_whole(tmp_path, consol
         (["--math500", "{tmp}/broken.jsonl"], "broken.jsonl cannot be read as jsonl"),
         (["--math500", "{tmp}/broken.parquet"], "broken.parquet cannot be read as parquet"),
         (["--math500", "{tmp}/empty.json"], "empty.json holds no rows"),
+        (["--dapo", "{tmp}/solved.jsonl"], "solved.jsonl gives no row to dapo_train"),
         (["--math500", "{tmp}/good.jsonl", "--teacher-prompt", "v9"], "unknown instruction 'v9'"),
         (["--dapo", "{tmp}/good.jsonl", "--teacher-prompt", "v2"], "name at least one besides --dapo"),
         (["--dapo", "{tmp}/good.jsonl", "--val-fraction", "1"], "--val-fraction 1 must be"),
@@ -210,6 +211,8 @@ def test_other_content_is_replaced_only_by_force_and_then_whole(tmp_path, consol
 def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path, arguments, sentence):
     jsonl(tmp_path / "other.jsonl", [{"problem": "q", "text": "t"}])
     jsonl(tmp_path / "good.jsonl", [{"problem": "q", "answer": "1"}])
+    solved = [{"prompt": "q", "solution": text} for text in ("2", "We add 1 and 1, so it is \\boxed{2}.")]
+    jsonl(tmp_path / "solved.jsonl", solved)
     for name in ("broken.jsonl", "broken.parquet"):
         (tmp_path / name).write_text("{")
     (tmp_path / "empty.json").write_text("[]")

@@ -74,7 +74,7 @@ def objective_metrics() -> set[str]:
 
 def rollout_metrics() -> set[str]:
     row = {"data_source": "d", "acc": 1.0, "response_tokens": 3, "truncated": False}
-    row |= {"acc_answer_only": 1.0, "acc_boxed_only": 1.0, "format_ok": 1.0}
+    row |= {"acc_strict": 1.0, "acc_answer_only": 1.0, "acc_boxed_only": 1.0, "format_ok": 1.0}
     rows = [{**row, "index": index} for index in (0, 0, 0, 1, 1, 1)]
     return {name for prefix in ("rollout", "val", "val/a/b c") for name in rollouts.summarise(rows, prefix)}
 

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from opd_ext.rewards import math_dual
-from opd_ext.rewards.math_dual import answer_line, compute_score, last_box
+from opd_ext.rewards import verifier
+from opd_ext.rewards.answers import readings, sides, stated_box
+from opd_ext.rewards.math_dual import answer_line, check_reference, compute_score, last_box
 
-KEYS = {"score", "acc", "acc_answer_only", "acc_boxed_only", "format_ok", "feedback"}
+KEYS = {"score", "acc", "acc_strict", "acc_answer_only", "acc_boxed_only", "format_ok", "feedback"}
 
 # gold, response, then the expected (acc, acc_answer_only, acc_boxed_only, format_ok)
 CASES = {
@@ -76,21 +77,77 @@ def test_threads_grade_as_the_main_thread_does():
     assert there == here and any(result["acc"] for result in there)
 
 
-def test_an_answer_that_never_evaluates_costs_its_deadline_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(math_dual, "DEADLINE_SECONDS", 1.0)  # below math-verify's own 5 s, so the child is killed
+@pytest.fixture
+def fresh_verifier(monkeypatch):
+    """Children of its own, which are gone after the test, so that no other test waits behind a slow answer."""
+    mine = verifier.Verifier()
+    monkeypatch.setattr("opd_ext.rewards.math_dual.verifier_of_this_process", lambda: mine)
+    yield mine
+    for child in mine._children:
+        child.stop()
+
+
+def test_an_answer_that_never_evaluates_costs_its_deadline_once_and_nothing_else(monkeypatch, fresh_verifier, caplog):
+    monkeypatch.setattr(verifier, "DEADLINE", 0.5)  # below math-verify's own limit, so the child is ended
+    monkeypatch.setattr(verifier, "LIMIT_SECONDS", 2)
+    compute_score("math", "Answer: 41", "42")
     started = time.monotonic()
     result = compute_score("math", "Answer: $10^{10^{10}}$", "42")
     assert time.monotonic() - started < 4
     assert result["acc"] == 0 and "in time" in result["feedback"]
-    monkeypatch.undo()
+    started = time.monotonic()
+    assert compute_score("math", "Once more.\nAnswer: $10^{10^{10}}$", "42") == result
+    assert time.monotonic() - started < 0.1, "a text that has had its time is remembered"
+    assert len(caplog.records) == 1 and len(caplog.text) < 300
     assert compute_score("math", "Answer: 42", "42")["acc"] == 1
 
 
-def test_a_killed_grading_process_is_replaced():
+def test_slow_answers_are_graded_side_by_side_and_hold_up_no_other(monkeypatch):
+    """Ten slow answers among two hundred, in eight threads: one process took the sum of them, and everyone waited."""
+
+    class Child:
+        alive = True
+
+        def ask(self, request, seconds):
+            time.sleep(0.2 if "slow" in request[1] else 0)
+            return None if "slow" in request[1] else verifier.RIGHT
+
+    monkeypatch.setattr(verifier, "_Child", Child)
+    monkeypatch.setattr(verifier, "PATIENCE_SECONDS", 0.02)
+    mine = verifier.Verifier()
+    texts = [f"slow {i}" if i % 20 == 0 else str(i) for i in range(200)]
+    started = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(lambda text: mine.verdict("42", text), texts))
+    took = time.monotonic() - started
+    assert verdicts == [None if i % 20 == 0 else verifier.RIGHT for i in range(200)]
+    assert 2 <= len(mine._children) <= verifier.CHILDREN and took < 1.5, "two seconds one after the other"
+    started = time.monotonic()
+    assert mine.verdict("42", "slow 20") is None and time.monotonic() - started < 0.1, "it is remembered"
+
+
+def test_a_right_line_does_not_wait_for_a_box(monkeypatch, fresh_verifier):
+    monkeypatch.setattr(verifier, "LIMIT_SECONDS", 30)
+    monkeypatch.setattr("opd_ext.rewards.math_dual.HURRIED_SECONDS", 1)
+    compute_score("math", "Answer: 41", "42")
+    started = time.monotonic()
+    result = compute_score("math", "\\boxed{10^{10^{10}}}\nAnswer: 42", "42")
+    assert time.monotonic() - started < 5
+    assert (result["acc"], result["acc_strict"], result["acc_boxed_only"]) == (1, 0, 0)
+
+
+def test_what_the_parsers_print_stays_in_their_process(capfd, fresh_verifier):
+    for answer in ("$\\frac{" * 50, "$" + "(" * 500 + "$", "\\boxed{\\unknown{\\macro}}"):
+        compute_score("math", f"Answer: {answer}", "42")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_killed_grading_process_is_replaced(fresh_verifier):
     assert compute_score("math", "Answer: 42", "42")["acc"] == 1
-    math_dual._grader._child.kill()
-    math_dual._grader._child.wait()
-    assert compute_score("math", "Answer: 42", "42")["acc"] == 1
+    (child,) = fresh_verifier._children
+    child.process.kill()
+    child.process.wait()
+    assert compute_score("math", "Answer: 42.0", "42")["acc"] == 1
 
 
 def test_a_forked_process_grades_for_itself():
@@ -113,10 +170,32 @@ def test_a_response_of_any_length_is_graded_by_its_end():
     assert compute_score("math", "Answer: 42\n" + filler, "42")["acc_answer_only"] == 0
 
 
-@pytest.mark.parametrize("gold", [None, "", "  "])
-def test_an_empty_reference_is_a_fault_of_the_data(gold):
-    with pytest.raises(ValueError, match="'dapo' has a sample with an empty ground_truth"):
+@pytest.mark.parametrize(
+    ("gold", "fault"),
+    [
+        (None, "is empty"),
+        ("  ", "is empty"),
+        (float("nan"), "says that there is none"),
+        ("None", "says that there is none"),
+        ("N/A", "says that there is none"),
+        ("We add them and get \\boxed{1}.", "is a solution"),
+        ("We add the numbers " * 8, "is a text, not an answer"),
+        ("\\frac{1}{2", "braces that do not match"),
+        ("1}{2", "braces that do not match"),
+    ],
+)
+def test_a_reference_that_is_none_is_a_fault_of_the_data(gold, fault):
+    """Graded as an answer it would make every response wrong in silence."""
+    with pytest.raises(ValueError, match=f"'dapo': the reference answer.*{fault}.*leave the row out"):
         compute_score("dapo", "Answer: 42", gold)
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["\\left\\{1, 2\\right\\}", "\\{1,2\\}", "[2, 5)", "\\text{all real numbers but one}", "52_9", "\\text{None}"],
+)
+def test_odd_references_are_references(gold):
+    assert check_reference(gold) == gold
 
 
 def test_numeric_references_are_accepted():
@@ -130,3 +209,117 @@ def test_answer_cleaning_keeps_the_exclamation_mark_only():
 
 def test_boxes_nest():
     assert last_box("\\boxed{1} then \\boxed{\\frac{1}{\\sqrt{2}}} end") == "\\frac{1}{\\sqrt{2}}"
+
+
+# ---------------------------------------------------------------------- spellings
+
+SAME = [  # reference, answer; every one is graded in a line and in a box
+    ("10", "10%"),
+    ("10", "10\\%"),
+    ("10\\%", "10"),
+    ("10\\%", "$10\\%$"),
+    ("12.5\\%", "12.5 percent"),
+    ("0.1", "10\\%"),
+    ("50\\%", "\\frac{1}{2}"),
+    ("90^\\circ", "90°"),
+    ("90", "90^{\\circ}"),
+    ("90^\\circ", "90 degrees"),
+    ("2220", "2\\,220"),
+    ("2220", "2\u2009220"),
+    ("1234567", "1\\,234\\,567"),
+    ("-50", "–50"),
+    ("-50", "−50"),
+    ("\\sqrt{51}", "√51"),
+    ("2\\sqrt{51}", "2√51"),
+    ("\\sqrt{x+1}", "√(x+1)"),
+    ("\\pi", "pi"),
+    ("(2,\\infty)", "(2,∞)"),
+    ("\\frac{1}{2^{98}}", "1/2^{98}"),
+    ("\\frac{1}{2004!}", "\\frac{2}{2 \\cdot 2004!}"),
+    ("\\frac{1}{3000}", "0.000333"),
+    ("10080", "x = 10,\\!080"),
+    ("\\dfrac{9}{7}", "9/7"),  # Math-Verify 70
+]
+DIFFERENT = [
+    ("5\\%", "500\\%"),
+    ("500", "5\\%"),
+    ("90", "9°"),
+    ("\\frac{1}{2004!}", "\\frac{1}{2006!}"),  # Math-Verify 14, and three of its kind
+    ("1/2^{98}", "1/2^{99}"),
+    ("0.0000002", "0.0000001"),
+    ("1/2^{98}", "0"),
+    ("50", "–50"),
+    ("\\{1331, 1728\\}", "1728"),  # Math-Verify 47
+    ("\\{1,2,3\\}", "\\{1,2\\}"),
+    ("3x-y+13=0", "3x+4y+14=0"),  # Math-Verify 60
+]
+
+
+@pytest.mark.parametrize("form", ["Answer: {}", "Hence \\boxed{{{}}}.", "**Final answer: {}**"])
+def test_one_number_spelled_in_two_ways_is_one_answer_and_two_are_two(form):
+    def accepted(pairs):
+        return [pair for pair in pairs if compute_score("math", form.format(pair[1]), pair[0])["acc_strict"]]
+
+    assert accepted(SAME) == SAME
+    assert accepted(DIFFERENT) == []
+
+
+def test_a_percent_sign_on_one_side_may_be_a_unit_or_a_hundredth():
+    assert readings("10\\%", "10%") == [("10", "10")]
+    assert readings("10", "10%") == [("10", "10"), ("10", "\\frac{10}{100}")]
+    assert sides("$x = 1 \\approx 1.0$") == ["x", "1", "1.0"] and sides("x \\leq 2") == ["x \\leq 2"]
+
+
+# ---------------------------------------------------------------------- policies
+
+# response to a problem whose answer is 42, then (dual, strict)
+POLICIES = {
+    "a line": ("So.\nAnswer: 42", (1, 1)),
+    "a bold line": ("✅ Final Answer: **42**", (1, 1)),  # Math-Verify 76
+    "a bold heading": ("**Answer:**\n\n$42$", (1, 1)),
+    "a code span": ("Answer: `42`", (1, 1)),
+    "display below": ("Answer:\n$$\n42\n$$", (1, 1)),
+    "a box": ("Hence \\boxed{42}.", (1, 1)),
+    "a frame": ("Hence \\fbox{42}.", (1, 1)),
+    "a box without braces": ("Hence $\\boxed 42$.", (1, 1)),
+    "box and line agree": ("\\boxed{42}\nAnswer: 42.0", (1, 1)),
+    "a box in the line": ("\\boxed{41}? No.\nAnswer: $\\boxed{42}$", (1, 1)),
+    "after the thinking": ("<think>Answer: 41, or \\boxed{3}</think>\nAnswer: 42", (1, 1)),
+    "the template opens the thinking": ("Answer: 41</think>\nAnswer: 42", (1, 1)),
+    "a chain of equal sides": ("Answer: $x = 84/2 = 42$", (1, 1)),
+    "a rounded side": ("Answer: $42 \\approx 42.1$", (1, 1)),
+    "right box, wrong line": ("I think \\boxed{42}. Wait.\nAnswer: 41", (1, 0)),
+    "right line, wrong box": ("\\boxed{41}\nAnswer: 42", (1, 0)),
+    "an open last box": ("\\boxed{42}, more exactly \\boxed{4", (1, 0)),
+    "only in the thinking": ("<think>Answer: 42</think> I do not know", (1, 0)),
+    "thinking without an end": ("<think>Answer: 42", (1, 0)),
+    "no stated answer": ("so $6h = 252$ and then $h=42$", (1, 0)),
+    "two sides that differ": ("Answer: $17 = 42$", (1, 0)),
+    "a side that is far off": ("Answer: $42 \\approx 1234567$", (1, 0)),
+    "a guess before": ("Answer: 42\nWait.\nAnswer: 41", (0, 0)),
+    "two boxes, the right one first": ("\\boxed{42} or \\boxed{41}", (0, 0)),
+    "nothing": ("", (0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", POLICIES)
+def test_a_reward_asks_for_one_final_answer_where_an_evaluation_reads_all(case):
+    response, expected = POLICIES[case]
+    dual, strict = (compute_score("math", response, "42", {"truncated": False}, policy=p) for p in ("dual", "strict"))
+    assert (dual["score"], strict["score"]) == expected
+    assert (dual["acc"], dual["acc_strict"]) == expected == (strict["acc"], strict["acc_strict"])
+    assert (strict["feedback"] == "") or (strict["score"] == 0 and "42" not in strict["feedback"])
+
+
+def test_a_response_that_was_cut_earns_nothing_under_the_strict_policy():
+    cut = compute_score("math", "Answer: 42", "42", {"truncated": True}, policy="strict")
+    assert (cut["score"], cut["acc"], cut["acc_strict"]) == (0, 1, 0)
+
+
+def test_another_policy_is_refused():
+    with pytest.raises(ValueError, match=r"reward_kwargs\.policy=lenient does not exist: choose dual or strict"):
+        compute_score("math", "Answer: 42", "42", policy="lenient")
+
+
+def test_a_last_box_that_stays_open_is_told_from_none():
+    assert (stated_box("\\boxed{4"), stated_box("no box")) == (None, "")

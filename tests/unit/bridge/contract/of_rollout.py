@@ -3,23 +3,31 @@
 
 import asyncio
 import inspect
+import math
 from types import SimpleNamespace
 from unittest.mock import AsyncMock, Mock
 
+import numpy as np
 import ray
 import torch
+from tensordict import TensorDict
+from verl import DataProto
 from verl.experimental.agent_loop import agent_loop
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
+from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.workers.rollout.replica import TokenOutput
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
+
 from .seams import bare, parameters, says, seam
 
 TQ = "verl.trainer.ppo.v1.agent_loop_tq:"
 LOOP = "verl.experimental.agent_loop.agent_loop:AgentLoopWorker."
+MANAGER = "verl.experimental.reward_loop.reward_manager.naive:NaiveRewardManager"
 PROMPT = [{"role": "user", "content": "1 + 1"}]
 
 
@@ -95,7 +103,22 @@ def sessions(config, monkeypatch):
 
 @seam(
     "bridge/agent_loop.py",
-    covers="OPDAgentLoopWorker._compute_teacher_logprobs",
+    covers="OPDAgentLoopWorker._compute_score outputs[-1].reward_score",
+    pins={f"{LOOP}_compute_score": "self outputs kwargs"},
+)
+def grades():
+    """A rollout that has a ``reward_score`` is not graded again; a row without an answer gets 0 and no grade."""
+    output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
+    ours = bare(OPDAgentLoopWorker, reward_loop_worker_handles=["would be asked"])
+    asyncio.run(ours._compute_score([output], kwargs={"reward_model": {"ground_truth": None}}))
+    assert output.reward_score == 0.0 and math.isnan(output.extra_fields["reward_extra_info"]["acc"])
+    asyncio.run(ours._compute_score([output], kwargs={"reward_model": {"ground_truth": "2"}}))
+    assert output.reward_score == 0.0, "verl left it as it was"
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="OPDAgentLoopWorker._compute_teacher_logprobs OPDAgentLoopWorker._agent_loop_postprocess",
     pins={
         f"{LOOP}_compute_teacher_logprobs": "self output prompt_ids response_ids validate sample_kwargs=",
         f"{TQ}AgentLoopWorkerTQ.__ray_metadata__.modified_class._agent_loop_postprocess": "self output validate "
@@ -103,7 +126,8 @@ def sessions(config, monkeypatch):
     },
 )
 def finished_rollout(config, monkeypatch, queue):
-    """``_compute_teacher_logprobs`` comes after the score and before the queue; ``extra_fields`` travel along."""
+    """``_agent_loop_postprocess`` scores and stores; ``_compute_teacher_logprobs`` comes in between; ``extra_fields``
+    travel along."""
     turns = []
 
     async def score(outputs, kwargs):
@@ -139,11 +163,105 @@ def finished_rollout(config, monkeypatch, queue):
     assert {name: data[name].unbind()[0].tolist() for name in tensors} == tensors
     from opd_ext.bridge.rollouts import read_rows
 
-    tokenizer = SimpleNamespace(eos_token_id=4, decode=lambda ids, skip_special_tokens: "text")
-    (row,) = read_rows(SimpleNamespace(keys=[key], partition_id="train"), tokenizer, max_tokens=8)
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "text")
+    (row,) = read_rows(SimpleNamespace(keys=[key], partition_id="train"), tokenizer, max_tokens=8, stops={4})
     assert (row["uid"], row["sample"], row["index"], row["data_source"]) == ("t1p0", 1, 5, "d")
     assert (row["score"], row["acc"], row["ground_truth"], row["truncated"]) == (1.0, 1.0, "2", False)
     assert row["annotation"] == {"runs": [[0, 1, 1]]}, "tuples come back as lists"
+
+
+def _finish(worker, queue, monkeypatch, output, session):
+    async def put(keys, fields, tags, partition_id):
+        queue.kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id=partition_id)
+
+    monkeypatch.setattr(agent_loop_tq.tq, "async_kv_batch_put", put)
+    sample = {"uid": "t9p0", "session_id": session, "raw_prompt": PROMPT, "global_steps": 1, "data_source": "d"}
+    sample |= {"extra_info": {"index": 5}, "reward_model": {"ground_truth": "2"}, "index": 5}
+    asyncio.run(worker._agent_loop_postprocess(output, False, **sample))
+
+
+@seam(
+    "bridge/failures.py",
+    covers="output.reward_score",
+    pins={
+        "verl.experimental.agent_loop.agent_loop:AgentLoopOutput": None,
+        "verl.experimental.agent_loop.agent_loop:AgentLoopMetrics": None,
+    },
+)
+def failed_rollouts(config, monkeypatch, queue):
+    """A rollout that was never finished, or not graded, goes the way of any other, and keeps its score of 0."""
+    from opd_ext.bridge.failures import mark_ungraded, unfinished
+    from opd_ext.bridge.rollouts import read_rows
+
+    worker = _worker(config=config, processor=None, hf_model_type=None, reward_loop_worker_handles=["a grader"])
+    worker.distillation_enabled = False
+    ungraded = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
+    mark_ungraded(ungraded, KeyError("unit_tests"))
+    _finish(worker, queue, monkeypatch, unfinished([1, 2], 4, TimeoutError("tool")), 0)
+    _finish(worker, queue, monkeypatch, ungraded, 1)
+    tokenizer = SimpleNamespace(eos_token_id=4, decode=lambda ids, skip_special_tokens: "text")
+    keys = ["t9p0_0_0", "t9p0_1_0"]
+    rows = read_rows(SimpleNamespace(keys=keys, partition_id="train"), tokenizer, max_tokens=8)
+    assert [row["failed"] for row in rows] == ["TimeoutError: tool", "KeyError: 'unit_tests'"]
+    assert [(row["score"], row["acc"]) for row in rows] == [(0.0, 0.0)] * 2
+    data = queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])
+    assert [mask.tolist() for mask in data["loss_mask"].unbind()] == [[0], [1, 1]]
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="OPDAgentLoopWorker._compute_score OPDAgentLoopWorker._agent_loop_postprocess "
+    "OPDAgentLoopManager.agent_loop_workers",
+    pins={f"{LOOP}_compute_score": "self outputs kwargs", "ray.exceptions:RayActorError": None, "ray:get": None},
+)
+def raising_graders(config, monkeypatch, queue):
+    """What a grader raises comes out of ``_compute_score``, and what a session raises out of ``_run_agent_loop``.
+
+    The manager lists its workers. A dead actor is a ``RayActorError``.
+    """
+    from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
+
+    assert issubclass(ray.exceptions.ActorDiedError, ray.exceptions.RayActorError)
+    assert "self.agent_loop_workers" in inspect.getsource(agent_loop.AgentLoopManager)
+    grader = SimpleNamespace(compute_score=SimpleNamespace(remote=AsyncMock(side_effect=KeyError("unit_tests"))))
+    worker = bare(
+        OPDAgentLoopWorker,
+        config=config,
+        processor=None,
+        hf_model_type=None,
+        reward_loop_worker_handles=[grader],
+        distillation_enabled=False,
+        mm_processor_kwargs=None,
+        annotator=None,
+    )
+    output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
+    _finish(worker, queue, monkeypatch, output, 2)
+    assert output.reward_score == 0.0 and output.extra_fields["opd_failure"] == "KeyError: 'unit_tests'"
+
+
+@seam(
+    "bridge/agent_loop.py",
+    pins={f"{MANAGER}.run_single": "self data", f"{MANAGER}.__init__": None},
+)
+def told_grader(config):
+    """``extra_fields`` of a rollout, sent as ``tool_extra_fields``, come to the grader within ``extra_info``."""
+    says(f"{LOOP}_compute_score", '"tool_extra_fields": np.array([o.extra_fields for o in outputs]')
+    told = []
+
+    def grade(data_source, solution_str, ground_truth, extra_info):
+        told.append((solution_str, extra_info["truncated"], extra_info["index"]))
+        return 1.0
+
+    async def score():
+        manager = NaiveRewardManager(config, SimpleNamespace(decode=lambda ids, skip_special_tokens: "text"), grade)
+        tensors = {"responses": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+        others = {"data_source": "d", "reward_model": {"ground_truth": "2"}, "extra_info": {"index": 5}}
+        others |= {"tool_extra_fields": {"truncated": True}}
+        held = {name: np.array([value], dtype=object) for name, value in others.items()}
+        return await manager.run_single(DataProto(TensorDict(tensors, batch_size=1), held))
+
+    assert asyncio.run(score())["reward_score"] == 1.0
+    assert told == [("text", True, 5)]
 
 
 @seam(

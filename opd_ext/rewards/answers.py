@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers as text: what a response states, how a reference must look, and spellings that math-verify cannot read."""
+
+import re
+from itertools import accumulate
+
+_ANSWER = re.compile(r"Answer\s*[:：][\s*]*(\$\$(?s:.{1,2000}?)\$\$|\\\[(?s:.{1,2000}?)\\\]|[^\n]+)", re.IGNORECASE)
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
+_STARTS_WITH_BOX = re.compile(r"[\s$]*(?:\\[(\[]\s*)?\\f?box(?:ed)?\b")
+
+_NO_REFERENCE = {"nan", "none", "null", "n/a", "<na>", "unknown"}
+_PROSE_WORDS = 20
+
+LONGEST = 1000
+"""Characters of a reference; an answer that is longer is not spelled anew."""
+
+
+def answer_line(response: str) -> str:
+    """What follows the last ``Answer:`` on its line, or display there; ``""`` if there is none.
+
+    Emphasis (``**42**``, backticks) and trailing ``. , ; : ? " '`` and blanks do not belong to it. An exclamation mark
+    stays: it may be a factorial.
+    """
+    matches = _ANSWER.findall(response)
+    return matches[-1].strip().strip("*`").rstrip(".,;:?\"'*` \t\r").strip() if matches else ""
+
+
+def last_box(response: str) -> str:
+    """The content of the last ``\\boxed{...}`` or ``\\fbox{...}``, braces balanced, or of a ``\\boxed 5``; ``""`` if
+    there is none or it stays open."""
+    found = stated_box(response)
+    return (found or "").strip()
+
+
+def stated_box(response: str) -> str | None:
+    """As :func:`last_box`, but None for a last box that stays open: its answer was never finished."""
+    opening, bare = (max(form.finditer(response), key=re.Match.start, default=None) for form in (_BOX, _BARE_BOX))
+    if bare and (not opening or bare.start() > opening.start()):
+        return bare[1].rstrip(".,;:")
+    if not opening:
+        return ""
+    depth = 1
+    for position in range(opening.end(), len(response)):
+        depth += {"{": 1, "}": -1}.get(response[position], 0)
+        if depth == 0:
+            return response[opening.end() : position]
+    return None
+
+
+def final_answers(response: str) -> list[str]:
+    """What a response commits itself to after its thinking: last answer line and last box, those that there are.
+
+    Nothing if the thinking or the last box stays open. A line that is a box says the same as the box.
+    """
+    told = response.rpartition("</think>")[2]
+    box = stated_box(told)
+    if box is None or "<think>" in told:
+        return []
+    line = answer_line(told)
+    return [text for text in ("" if _STARTS_WITH_BOX.match(line) else line, box.strip()) if text]
+
+
+def check_reference(reference: object, where: str = "") -> str:
+    """The reference answer as text; ``where`` begins the sentence that refuses one.
+
+    Raises:
+        ValueError: it is empty, says that there is none, is a whole solution, or its braces do not match; one sentence.
+    """
+    text = "" if reference is None else str(reference).strip()
+    braces = re.sub(r"\\[{}]", "", text)
+    depths = [0, *accumulate({"{": 1, "}": -1}.get(mark, 0) for mark in braces)]
+    prose = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", re.sub(r"\\text\s*\{[^{}]*\}", "", text))
+    faults = {
+        "is empty": not text,
+        "says that there is none": text.casefold() in _NO_REFERENCE,
+        "holds a box, so it is a solution": bool(_BOX.search(text) or _BARE_BOX.search(text)),
+        "is a text, not an answer": len(text) > LONGEST or len(prose) > _PROSE_WORDS,
+        "has braces that do not match": min(depths) < 0 or depths[-1] != 0,
+    }
+    fault = next((words for words, found in faults.items() if found), None)
+    if fault:
+        shown = f" {text!r:.60}" if text else ""
+        remedy = "give the bare answer in LaTeX, or leave the row out"
+        raise ValueError(f"{where}the reference answer{shown} {fault}: {remedy}.")
+    return text
+
+
+# ---------------------------------------------------------------------- spellings
+
+_SPELLINGS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"[\u2010-\u2015\u2212]", "-"),
+        (r"(?<=\d)(?:\\[,!;: ]|[\u00a0\u2000-\u200a\u202f\u205f]|\{,\})+(?=\d{3}(?!\d))", ""),
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√\s*(\d+(?:\.\d+)?|[a-zA-Zπ])", r"\\sqrt{\1}"),
+        (r"∛\s*\(?(\d+)\)?", r"\\sqrt[3]{\1}"),
+        (r"∞", r"\\infty "),
+        (r"π|(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+        (r"\s*(?:°|\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b|\\?\s*\\text\s*\{\s*degrees?\s*\}|\bdegrees?\b)", ""),
+    )
+]
+_PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b)\s*$", re.IGNORECASE)
+_NAMED = re.compile(r"[a-zA-Z]\s*=\s*([^=]+)$")
+_MATHS = re.compile(r"^(?:\$\$?|\\[(\[])\s*(.*?)\s*(?:\$\$?|\\[)\]])$", re.DOTALL)
+
+
+def spelled(text: str) -> tuple[str, bool]:
+    """``text`` without its delimiters, signs and spaces spelled as LaTeX, degrees and a last percent sign taken off.
+
+    Returns:
+        The text, and whether it was a percentage.
+    """
+    for _ in range(2):  # `$10$%` has its sign outside, `$10\%$` inside
+        inner = _MATHS.match(text.strip())
+        text = inner[1] if inner and "$" not in inner[1] else text.strip()
+        text, percent = _PERCENT.sub("", text), bool(_PERCENT.search(text))
+        if percent:
+            break
+    inner = _MATHS.match(text)
+    text = inner[1] if inner and "$" not in inner[1] else text
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text.strip(), percent
+
+
+def readings(reference: str, answer: str) -> list[tuple[str, str]]:
+    """Pairs of LaTeX texts, spelled alike, of which one must be equal.
+
+    A percent sign on one side alone may be a unit or a hundredth: 10 % is 10 where percents are asked for, else 0.1.
+    """
+    (right, right_percent), (given, given_percent) = spelled(reference), spelled(answer)
+    pairs = [(right, given)]
+    if "=" not in right and (named := _NAMED.match(given)):
+        pairs.append((right, named[1]))
+    if right_percent and not given_percent:
+        pairs.append((rf"\frac{{{right}}}{{100}}", given))
+    if given_percent and not right_percent:
+        pairs.append((right, rf"\frac{{{given}}}{{100}}"))
+    return pairs
+
+
+def sides(answer: str) -> list[str]:
+    """The sides of an answer that is a chain of equations, spelled; one where it is none.
+
+    >>> sides("$x = \\\\frac{1}{3} \\\\approx 0.33$")
+    ['x', '\\\\frac{1}{3}', '0.33']
+    """
+    parts = re.split(r"(?<![<>!\\:])=(?!=)|≈|\\approx(?![a-zA-Z])", spelled(answer)[0])
+    return [part.strip() for part in parts if part.strip()]
