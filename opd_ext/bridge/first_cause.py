@@ -31,10 +31,10 @@ def first_cause(error: BaseException, roots: Iterable[Path]) -> str:
     for pid in reversed(_PID.findall(str(error))):  # the innermost comes last
         files = [file for root in roots for file in root.glob(f"session_*/logs/worker-*-{pid}.err")]
         for file in sorted(files, key=lambda found: found.stat().st_mtime, reverse=True)[:1]:
-            lines = [line for line in file.read_text(errors="replace").splitlines() if not _NOISE.match(line)]
+            lines = [line for line in file.read_text(errors="replace").split("\n") if not _NOISE.match(line)]
             if lines:
                 shown = "\n".join(f"  {line}" for line in lines[-TAIL:])
-                return f"{said.split('. ')[0]}. The last lines of process {pid} ({file}):\n{shown}"
+                return f"{said.split('. ')[0]}. The last lines of process {pid} ({file.resolve()}):\n{shown}"
     return said
 
 
