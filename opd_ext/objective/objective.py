@@ -162,7 +162,7 @@ class Objective:
         hidden: Float[Tensor, "N H"],
         weight: Float[Tensor, "V H"],
         teacher_hidden: Float[Tensor, "N Ht"] | None = None,
-        teacher_weight: Float[Tensor, "V Ht"] | None = None,
+        teacher_weight: Float[Tensor, "_VT Ht"] | None = None,
         policy: PolicyTerm | None = None,
         reference_hidden: Float[Tensor, "N H"] | None = None,
     ) -> Terms:
