@@ -25,11 +25,11 @@ from typing import Annotated
 import torch
 import typer
 from measure import RESULTS, in_fresh_process, provenance, resident, timed, write_json
-from rich.console import Console
 from rich.table import Table
 
 from opd_ext.divergence.divergences import reverse_kl
 from opd_ext.objective.head import chunked_divergence
+from opd_ext.terminal import terminal
 
 ARMS = ("dense", "head")
 
@@ -170,7 +170,7 @@ def main(
     out = out or RESULTS / f"head_{device}_n{n}_v{v}_h{h}_{dtype}.json"
     if out.exists() and not force:
         raise typer.BadParameter(f"{out} exists; choose another --out or pass --force.")
-    console = Console()
+    console = terminal()
     with console.status("") as status:
         memory = {}
         for arm in ARMS:
@@ -182,7 +182,7 @@ def main(
         **provenance(device, date),
         "setting": dataclasses.asdict(setting),
         "extra_memory_bytes": memory,
-        "memory_ratio": memory["head"] / memory["dense"],
+        "memory_ratio": memory["head"] / max(memory["dense"], 1),
         **compared,
     }
     console.print(_table(result))

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def resident(field: str) -> int:
     """``VmRSS`` (now) or ``VmHWM`` (peak) of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text().split("\n"):
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {field}; CPU memory is measured on Linux only.")
@@ -63,9 +63,9 @@ def provenance(device: str, date: str, *packages: str) -> dict:
 def _hardware(device: str) -> dict:
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
         return {"name": torch.cuda.get_device_name(), "driver": driver}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text().split("\n")
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.machine()
     load = round(os.getloadavg()[0], 1)  # above the threads of this benchmark, others were at work too

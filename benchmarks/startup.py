@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +80,17 @@ def title(pid: int) -> str:
     return name[:60]
 
 
-def measure(overrides: list[str]) -> dict:
-    """Start a run of one step, watch it until the step begins, and let it end."""
+def settings(run_dir: Path, overrides: list[str]) -> list[str]:
+    """Of a run of one step on the miniature world."""
+    run = ["method=crisp", "scale=cpu_tiny", f"opd.run_dir={run_dir}", "trainer.total_training_steps=1"]
+    return [*run, "trainer.save_freq=-1", "trainer.test_freq=-1", *overrides]
+
+
+def measure(overrides: list[str], program: Sequence[str] = ("-m", "opd_ext.train")) -> dict:
+    """Start a run of one step (``program`` of this Python), watch it until the step begins, and let it end."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, "-m", "opd_ext.train", "method=crisp", "scale=cpu_tiny"]
-        command += [f"opd.run_dir={run_dir}", "trainer.total_training_steps=1", "trainer.save_freq=-1"]
-        command += ["trainer.test_freq=-1", *overrides]
+        command = [sys.executable, *program, *settings(run_dir, overrides)]
         known: dict[int, Process] = {}
         began = time.monotonic()
         boot = time.clock_gettime(time.CLOCK_BOOTTIME)

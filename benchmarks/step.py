@@ -37,8 +37,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from measure import RESULTS, in_fresh_process, provenance, reset_resident_peak, resident, timed, write_json
-from rich.console import Console
 from rich.table import Table
+
+from opd_ext.terminal import terminal
 
 ARMS = ("grpo", "crisp", "log_probs")
 _HEAD_DIM = 64
@@ -111,12 +112,14 @@ class Arms:
 
         plugin.register()
         backend = "gloo" if setting.device == "cpu" else "nccl"
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        if not torch.distributed.is_initialized():
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
         from opd_ext.bridge.engine import OPDEngine
         from opd_ext.objective.objective import Objective
+        from opd_ext.teacher.kinds import Frozen
 
         self.setting, self.folder = setting, folder
         if {"grpo", "log_probs"} & set(arms):
@@ -124,7 +127,7 @@ class Arms:
         if "crisp" in arms:
             self.student = self._engine(OPDEngine)
             self.student.teacher = self._engine(OPDEngine, forward_only=True)
-            self.student.objective = Objective()
+            self.student.objective, self.student.kind = Objective(), Frozen()
 
     def _engine(self, kind: type, forward_only: bool = False) -> Any:
         from verl.trainer.config import CheckpointConfig
@@ -185,14 +188,17 @@ class Arms:
             "prompts": jagged(prompts),
             "responses": jagged(responses),
             "loss_mask": jagged([torch.ones_like(r) for r in responses]),
-            "response_mask": jagged([torch.ones_like(r) for r in responses]),
-            "old_log_probs": jagged(log_probs),
             "rollout_log_probs": jagged(log_probs),
-            "advantages": jagged([torch.ones(setting.response) * (-1) ** i for i in range(sequences)]),
         }
-        if teacher:
+        if teacher:  # without advantages: they would bring a policy term along
             pairs = zip(teacher_prompts, responses, strict=True)
             fields["teacher_input_ids"] = jagged([torch.cat(pair) for pair in pairs])
+            fields["has_teacher"] = torch.ones(sequences, dtype=torch.bool)
+            non_tensors |= {"opd_distillation_weight": 1.0, "opd_gate": 0.0}
+        else:
+            fields["response_mask"] = jagged([torch.ones_like(r) for r in responses])
+            fields["old_log_probs"] = jagged(log_probs)
+            fields["advantages"] = jagged([torch.ones(setting.response) * (-1) ** i for i in range(sequences)])
         batching = {"use_dynamic_bsz": True, "max_token_len_per_gpu": setting.budget, "global_batch_size": sequences}
         return tu.get_tensordict(fields, {"temperature": 1.0, **batching, **non_tensors})
 
@@ -268,7 +274,7 @@ def _table(result: dict) -> Table:
     for name in ("extra", "resident"):
         row = [f"{memory[arm][name] / 2**20:,.0f} MiB" for arm in ("grpo", "crisp")]
         label = {"extra": "peak extra memory", "resident": "memory between updates"}[name]
-        table.add_row(label, *row, f"{memory['crisp'][name] / memory['grpo'][name]:.1%}")
+        table.add_row(label, *row, f"{memory['crisp'][name] / max(memory['grpo'][name], 1):.1%}")
     return table
 
 
@@ -300,7 +306,7 @@ def main(
     out = out or RESULTS / name
     if out.exists() and not force:
         raise typer.BadParameter(f"{out} exists; choose another --out or pass --force.")
-    console = Console()
+    console = terminal()
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         status.update("building the model")
         trunk = in_fresh_process(save_model, setting, Path(folder))
@@ -317,7 +323,7 @@ def main(
         **measured,
         **ratios(measured, predicted_ratio(setting, trunk)),
         "memory_bytes": memory,
-        "memory_ratio": memory["crisp"]["extra"] / memory["grpo"]["extra"],
+        "memory_ratio": memory["crisp"]["extra"] / max(memory["grpo"]["extra"], 1),
     }
     console.print(_table(result))
     write_json(out, result)

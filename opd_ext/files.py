@@ -30,15 +30,14 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file; text as UTF-8."""
+    """Write a file; text as UTF-8, half a character (a lone surrogate, in feedback say) as a question mark."""
     with whole(path) as scratch:
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        scratch.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object per line."""
-    # Half a character (a lone surrogate in feedback) has no bytes; its escape is one that JSON knows.
-    with whole(path) as scratch, scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with whole(path) as scratch, scratch.open("w", encoding="utf-8", errors="replace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, default=float) + "\n" for row in rows)
 
 

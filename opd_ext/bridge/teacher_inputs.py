@@ -2,7 +2,7 @@
 """What each rollout of a batch is to be taught: the teacher's token sequence and the labels of its annotated spans."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from verl.utils import tensordict_utils as tu
 from opd_ext.bridge.rollouts import is_correct
 from opd_ext.context.contexts import TeacherContext
 from opd_ext.context.sequence import build_teacher_sequence, render
+from opd_ext.control_tokens import as_text
 from opd_ext.credit.annotate import ALARM, annotation_metrics
 
 _log = logging.getLogger(__name__)
@@ -60,9 +61,10 @@ def plan_teacher_inputs(
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
     prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
     raw_prompts, extra_infos = list(data["raw_prompt"]), list(data["extra_info"])
+    body = as_text(tokenizer)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        member = {"session": row["sample"], "score": row["score"], "response": row["output"]}
+        member = {"session": row["sample"], "score": row["score"], "response": body(row["output"])}
         groups.setdefault(row["uid"], []).append(member)
     kwargs = {**template_kwargs, **context.template_kwargs()}
     inputs, samples = [], []
@@ -70,12 +72,12 @@ def plan_teacher_inputs(
         annotation = row.get("annotation") or {}
         sample = {
             "raw_prompt": list(_data(raw_prompts[i])),
-            "extra_info": _data(extra_infos[i]),
+            "extra_info": _as_text(body, _data(extra_infos[i])),
             "uid": row["uid"],
             "session": row["sample"],
             "score": row["score"],
-            "feedback": row.get("feedback") or "",
-            "response": row["output"],
+            "feedback": body(row.get("feedback") or ""),
+            "response": body(row["output"]),
             "group": groups[row["uid"]],
             "types": list(annotation.get("types", ())),
             "correct": is_correct(row["acc"], row["score"]),
@@ -104,6 +106,13 @@ def plan_teacher_inputs(
     if active_spans is not None:
         metrics |= _annotation_metrics([row.get("annotation") for row in rows], [len(ids) for ids in responses], step)
     return inputs, metrics | {f"context/{name}": value for name, value in context.metrics(samples).items()}
+
+
+def _as_text(body: Callable[[str], str], extra_info: Any) -> Any:
+    """A row's own texts (a solution, say), as a teacher may be shown them."""
+    if not isinstance(extra_info, Mapping):
+        return extra_info
+    return {key: body(value) if isinstance(value, str) else value for key, value in extra_info.items()}
 
 
 def _annotation_metrics(annotations: list[dict | None], lengths: list[int], step: int) -> dict[str, float]:

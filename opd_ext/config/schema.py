@@ -104,7 +104,7 @@ class OPDConfig:
             try:
                 importlib.import_module(library)
             except Exception as error:  # code of the user's, with whatever is wrong in it
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 raise ConfigError(f"opd.external_lib: {library} cannot be imported ({reason}).") from None
 
     @property

@@ -23,6 +23,11 @@ Table = dict[str, tuple[Any, str]]
 NEVER: Table = {
     f"{_ACTOR}.grad_clip": (None, f"set {_ACTOR}.optim.clip_grad"),
     f"{_ACTOR}.use_torch_compile": (True, f"set {_ACTOR}.fsdp_config.use_torch_compile"),
+    f"{_ACTOR}.fsdp_config.dtype": ("bfloat16", f"set {_ACTOR}.fsdp_config.mixed_precision.param_dtype"),
+    f"{_ACTOR}.checkpoint.async_save": (False, "a checkpoint is whole before the next step begins"),
+    f"{_ACTOR}.freeze_vision_tower": (False, "this trainer is for language models"),
+    "actor_rollout_ref.model.tiled_mlp.enabled": (False, "verl's FSDP engine has no tiled MLP"),
+    "actor_rollout_ref.nccl_timeout": (600, "the worker takes PyTorch's own"),
     "actor_rollout_ref.ref.use_torch_compile": (True, "set actor_rollout_ref.ref.fsdp_config.use_torch_compile"),
     f"{_ACTOR}.use_prefix_grouper": (False, "sequences are packed as they are"),
     f"{_ROLLOUT}.do_sample": (True, f"set {_ROLLOUT}.temperature"),
@@ -36,6 +41,8 @@ NEVER: Table = {
     "trainer.default_hdfs_dir": (None, "checkpoints stay in trainer.default_local_dir"),
     "trainer.esi_redundant_time": (0, "set trainer.save_freq"),
     "trainer.log_val_generations": (0, _ROWS),
+    "trainer.ray_wait_register_center_timeout": (300, "nobody waits for it"),
+    "trainer.use_v1": (True, "this trainer is one of verl's v1"),
     "trainer.validation_data_dir": (None, _ROWS),
     "data.tokenizer": (None, "set actor_rollout_ref.model.tokenizer_path"),
     "data.trust_remote_code": (False, "set actor_rollout_ref.model.trust_remote_code"),
@@ -46,6 +53,7 @@ NEVER: Table = {
     "sandbox_fusion": (None, _LEGACY.format("sandbox_fusion")),
     "skip.rollout.enable": (False, "every step samples"),
     "skip.rollout_tq.enable": (False, "every step samples"),
+    "skip.async_rollout.enable": (False, "every step samples"),
 }
 _RL = "only the RL term reads it, and opd.policy is null"
 WITHOUT_POLICY: Table = {
@@ -75,7 +83,7 @@ def check_unread(opd: OPDConfig, config: DictConfig) -> None:
         return
     key, value = found[0]
     left, instead = next(entry for name, entry in table.items() if key == name or key.startswith(f"{name}."))
-    also = f" (so are {', '.join(name for name, _ in found[1:])})" if found[1:] else ""
+    also = f" (likewise {', '.join(name for name, _ in found[1:])})" if found[1:] else ""
     default = json.dumps(left)  # as YAML has it
     raise ConfigError(f"{key}={value} changes nothing in such a run{also}: {instead}; leave it at {default}.")
 

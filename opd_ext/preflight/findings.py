@@ -23,6 +23,6 @@ class Findings:
 def refuse(sentence: str, error: BaseException) -> ConfigError:
     """The refusal, followed by the first line of what a library or a user's module said in the first place."""
     cause = error.__cause__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(cause).split("\n") if line.strip()]
     said = f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
     return ConfigError(f"{sentence} ({said.rstrip('.')}).")

@@ -65,8 +65,8 @@ def write_pages(
             lines += ["", f"![{section.title}]({section.file})"]
     page = Environment(loader=PackageLoader("opd_ext.report"), autoescape=select_autoescape(default=True))
     html = page.get_template("pages.html.j2").render(title=title, sections=sections)
-    write_whole(folder / "report.md", ("\n".join(lines) + "\n").encode())
-    write_whole(folder / "report.html", html.encode())
+    write_whole(folder / "report.md", "\n".join(lines) + "\n")
+    write_whole(folder / "report.html", html)
     write_whole(folder / "report.json", (json.dumps(records, indent=2) + "\n").encode())
     console.print(f"\nWritten: {folder / 'report'}.{{md,html,json}}", soft_wrap=True, highlight=False)
 

@@ -173,7 +173,7 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
     folder.mkdir(exist_ok=True)
     write_whole(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
     write_whole(folder / "curves.png", png)
-    write_whole(folder / "report.html", html.encode())
+    write_whole(folder / "report.html", html)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
 
 

@@ -11,10 +11,10 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -55,6 +55,7 @@ class EngineSpec:
     forward_only: bool = False
     param_dtype: str = "fp32"
     gradient_checkpointing: bool = False
+    lora_rank: int = 0  # of an adapter on every linear layer, which is merged into the weights that are given away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Update:
     trust: float | None = None
     denominator: str = "trained"
     gate: float = 1.0  # of the policy term on annotated spans
+    lora_rank: int = 0  # of the student's adapter; 0: it trains whole
+
+    @property
+    def student(self) -> EngineSpec:
+        return EngineSpec(self.model, False, self.param_dtype, self.gradient_checkpointing, self.lora_rank)
 
 
 # ---------------------------------------------------------------------- inputs
@@ -180,17 +186,6 @@ def to_batch(samples: list[Sample], old_policy: bool = False, policy: bool = Fal
 # ---------------------------------------------------------------------- processes
 
 
-@contextmanager
-def _environment(values: dict[str, str]):
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 def run_ranks(world_size: int, folder: Path, job: Callable[["Rank"], dict]) -> list[dict]:
     """``job(rank)`` in ``world_size`` fresh processes of one process group; what each of them returned.
 
@@ -203,7 +198,7 @@ def run_ranks(world_size: int, folder: Path, job: Callable[["Rank"], dict]) -> l
         port = probe.getsockname()[1]
     settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
     settings |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    with _environment(settings):
+    with mock.patch.dict(os.environ, settings):
         group = torch.multiprocessing.spawn(_enter, (folder, job), nprocs=world_size, join=False)
     end = time.monotonic() + DEADLINE_S
     try:
@@ -249,6 +244,10 @@ class Rank:
                 override_config={"attn_implementation": "sdpa"},
                 enable_gradient_checkpointing=spec.gradient_checkpointing,
                 use_remove_padding=True,
+                lora_rank=spec.lora_rank,
+                lora_alpha=2 * spec.lora_rank,
+                target_modules="all-linear",
+                lora={"merge": spec.lora_rank > 0},
             ),
             FSDPEngineConfig(
                 strategy="fsdp2",
@@ -280,7 +279,7 @@ class Rank:
 
     def _prepared(self, update: Update):
         """The student's worker, configured for ``update``, and this rank's contiguous share of the batch."""
-        student = self.worker(EngineSpec(update.model, False, update.param_dtype, update.gradient_checkpointing))
+        student = self.worker(update.student)
         engines = [student.engine]
         if update.teacher is not None:
             engines.append(self.worker(EngineSpec(update.teacher, True, update.param_dtype)).engine)
@@ -321,7 +320,8 @@ class Rank:
         with engine.train_mode():
             engine.optimizer_zero_grad()
             output = engine.forward_backward_batch(batch, loss_function=_policy_loss() if update.policy else None)
-            grads = {name: p.grad.full_tensor() for name, p in engine.module.named_parameters()}
+            trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+            grads = {name: p.grad.full_tensor() for name, p in trained.items()}
         loss = torch.tensor(sum(output["loss"]), dtype=torch.float64)
         torch.distributed.all_reduce(loss)
         ours = {name: metric for name, metric in output["metrics"].items() if not name.startswith("actor/")}

@@ -334,10 +334,9 @@ def test_a_recipe_keeps_what_is_published_and_adds_model_and_data(method, compos
     assert {key: read(config, key) for key in published} == published
     assert config.actor_rollout_ref.model.path == model and config.opd.method == method
     grader = config.reward.custom_reward_function
-    assert grader.path == "pkg://opd_ext.rewards.math_dual"
     # CRISP's published rule reads all of a response; where the grade is trained on, that would pay for two guesses.
     trained_on = method in ("grpo", "cispo", "sdpo", "trace")
-    assert grader.get("reward_kwargs", {}) == ({"policy": "strict"} if trained_on else {})
+    assert grader.path == f"pkg://opd_ext.rewards.{'math_strict' if trained_on else 'math_dual'}"
     # None of the papers trains in less than fp32, and all of ours are for one node of eight.
     engine = read(config, f"{ACTOR}.fsdp_config")
     assert (engine.model_dtype, engine.mixed_precision["param_dtype"]) == ("fp32", "bf16")

@@ -7,6 +7,7 @@ annotator (:mod:`tests.stack.test_reads` runs it again). What that run has not i
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,9 @@ YAML = [
         for path in sorted((CONFIG_DIR / group).rglob("*.yaml"))
     ),
 ]
+PIPELINES = sorted((CONFIG_DIR / "pipelines").rglob("*.yaml"))
+# To verl, to vLLM, to every process, to the chat template.
+HANDED_ON = r"^(diffusion\.)?train\.verl\.|^vllm\.args\.|^environment\.|^prompts\.template\."
 
 # Key or section: file and words that read it, and why the traced run does not.
 ELSEWHERE = {
@@ -137,9 +141,28 @@ def test_every_key_of_ours_that_we_set_is_read():
                 used.add(node.attr)
             elif isinstance(node, ast.arg):
                 used.add(node.arg)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                used.add(node.slice.value)
     set_here = {key for file in YAML for key in settings(file) if key.startswith("opd.")}
-    interpolated = {"opd.world"}  # a folder that other values begin with
+    set_here |= {key for file in PIPELINES for key in settings(file) if not re.search(HANDED_ON, key)}
+    interpolated = {"opd.world", "world"}  # a folder that other values begin with
     assert {key for key in set_here if key.rpartition(".")[2] not in used} <= interpolated
+
+
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda path: str(path.relative_to(CONFIG_DIR)))
+def test_what_a_pipeline_hands_on_is_read_by_verl_and_vllm(file):
+    """The engine of a fine-tuning is that of a training run; a server's arguments are fields of vLLM's class."""
+    engine_arguments = (VERL.parent / "vllm/engine/arg_utils.py").read_text()
+    for key in settings(file):
+        if found := re.fullmatch(r"(?:diffusion\.)?train\.verl\.(engine|model)\.(.+)", key):
+            section = {"engine": "actor_rollout_ref.actor.fsdp_config", "model": "actor_rollout_ref.model"}[found[1]]
+            assert among(f"{section}.{found[2]}", READ), f"{file.name} sets {key}, which nothing reads"
+        elif found := re.fullmatch(r"(?:diffusion\.)?train\.verl\.data\.(\w+)", key):
+            assert f"config.data.{found[1]}" in (VERL / "trainer/sft_trainer.py").read_text(), key
+        elif found := re.fullmatch(r"vllm\.args\.(\w+)", key):
+            assert re.search(rf"^    {found[1]}\b.*[:=]", engine_arguments, re.MULTILINE), key
+        else:
+            assert not re.search(r"\.verl\.|\.args\.", key), f"{key}: say here who reads it"
 
 
 # ---------------------------------------------------------------------- keys that nobody reads

@@ -141,11 +141,19 @@ def test_the_package_itself_and_the_plugin_are_light():
         (r"\bos\.(replace|rename)\(", "files.py"),  # a file that is written whole
         (r"\.apply_chat_template\(", "context/sequence.py"),  # messages that become tokens
         (r"\.digest\(\)\[:", "seeds.py"),  # the seed of a request
+        (r"\bConsole\(", "terminal.py"),  # a console that takes no name for markup
+        (r"cut_off_end: bool", "files.py"),  # lines of JSON
     ],
 )
 def test_what_must_be_done_alike_is_done_in_one_place(call, home):
     found = [str(path.relative_to(PACKAGE)) for path in FILES if re.search(call, path.read_text())]
     assert found == [home]
+
+
+def test_lines_end_with_a_line_feed():
+    """``str.splitlines`` also cuts at U+2028 and U+0085, which responses, and JSON that holds them, have inside."""
+    found = [str(path.relative_to(PACKAGE)) for path in FILES if ".splitlines(" in path.read_text()]
+    assert not found, f'use split("\\n"), or opd_ext.files.read_jsonl: {found}'
 
 
 def test_a_file_is_as_long_as_one_story():

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd_ext.control_tokens import as_text
 from opd_ext.credit.annotate.base import Annotator, Found, Generate, Request, Text, get_annotator, register_annotator
 from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.annotate.parse import parse
@@ -62,6 +63,7 @@ class ModelAnnotator(Annotator):
         super().__init__(config, tokenizer, generate)
         self.cache = AnswerCache(config.cache_dir) if config.cache_dir else None
         self._turns = asyncio.Semaphore(config.max_concurrency)
+        self._body = as_text(tokenizer, foreign=True)
 
     def identity(self, request: Request) -> list[Any]:
         """The annotator in cache keys; the model in training differs from step to step, so the seed stands for it."""
@@ -86,7 +88,8 @@ class ModelAnnotator(Annotator):
         if self.cache and (kept := self.cache.get(key)):
             return kept
         async with self._turns:
-            messages = annotation_prompt(request.problem, shown, request.correct)
+            bodies = [self._body(text) for text in shown]
+            messages = annotation_prompt(self._body(request.problem), bodies, request.correct)
             schema = answer_schema(len(shown), request.correct)
             answer = await asyncio.wait_for(
                 self.ask(messages, schema), self.config.timeout_s * (self.config.retries + 1)

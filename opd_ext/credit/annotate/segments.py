@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 MAX_SEGMENTS = 256
 
 _BREAKS = {"blank": re.compile(r"\n[^\S\n]*\n\s*"), "line": re.compile(r"\n")}
-_SENTENCE_END = re.compile(r"[.!?。！？]+[\"')\]]*\s+|\n")
+# Chinese and Japanese put no white space behind a full stop.
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*\s+|[。｡！？]+[\"'”’」』）)】\]]*\s*|\n")
 
 Interval = tuple[int, int]
 """A half-open range of characters."""

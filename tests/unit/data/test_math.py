@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published math data in verl's format: the published split, the published prompts, and no row lost in silence."""
 
+import io
 import json
 
 import datasets
@@ -14,6 +15,7 @@ from opd_ext.context.contexts import InstructionContext
 from opd_ext.context.prompts import ANSWER_CLAUSE, INSTRUCTIONS, REMINDER, STUDENT_HEADER, student_prompt
 from opd_ext.data import math as math_data
 from opd_ext.data.math import prepare
+from opd_ext.terminal import terminal
 
 
 @pytest.fixture
@@ -192,7 +194,7 @@ def test_other_content_is_replaced_only_by_force_and_then_whole(tmp_path, consol
         (["--math500", "{tmp}/broken.jsonl"], "broken.jsonl cannot be read as jsonl"),
         (["--math500", "{tmp}/broken.parquet"], "broken.parquet cannot be read as parquet"),
         (["--math500", "{tmp}/empty.json"], "empty.json holds no rows"),
-        (["--dapo", "{tmp}/solved.jsonl"], "row 1 cannot be graded: the reference answer 'We add 1 and 1"),
+        (["--dapo", "{tmp}/solved.jsonl"], "solved.jsonl gives no row to dapo_train"),
         (["--math500", "{tmp}/good.jsonl", "--teacher-prompt", "v9"], "unknown instruction 'v9'"),
         (["--dapo", "{tmp}/good.jsonl", "--teacher-prompt", "v2"], "name at least one besides --dapo"),
         (["--dapo", "{tmp}/good.jsonl", "--val-fraction", "1"], "--val-fraction 1 must be"),
@@ -227,3 +229,94 @@ def test_the_command_writes_what_it_says(tmp_path):
     answer = CliRunner().invoke(app, ["data", "math", "--aime25", str(source), "--out", str(tmp_path / "out")])
     assert answer.exit_code == 0, answer.output
     assert "aime25.parquet" in answer.output and contents(tmp_path / "out" / "aime25.parquet")
+
+
+# ---------------------------------------------------------------------- files as they are found
+
+
+def test_copies_of_a_question_lie_on_one_side_of_the_split(tmp_path):
+    """The best-known DAPO file holds every question a hundred times: split by rows, nearly every
+    validation question is in the training set."""
+    page = terminal(file=io.StringIO(), width=200)
+    source, out = parquet(tmp_path / "dapo.parquet", dapo_rows(20) * 100), tmp_path / "out"
+    prepare({"dapo": source}, out, console=page)
+    train, val = ({row["question"] for row in contents(out / f"dapo_{split}.parquet")} for split in ("train", "val"))
+    assert (len(train), len(val), train & val) == (16, 4, set())
+    assert "dapo_train has 1,600 rows, 16 questions. Copies stay" in page.file.getvalue()
+
+
+def test_answers_that_contradict_each_other_are_told(tmp_path):
+    page = terminal(file=io.StringIO(), width=200)
+    source = jsonl(tmp_path / "q.jsonl", [{"problem": "q", "answer": str(i)} for i in range(3)])
+    prepare({"math500": source}, tmp_path / "out", console=page)
+    assert "3 rows, 1 questions, 1 of them with different answers" in page.file.getvalue()
+
+
+def _dapo(prompt, **row):
+    return {"prompt": prompt, "reward_model": {"ground_truth": "1"}, **row}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([_dapo([{"role": "system", "content": "s"}, {"role": "user", "content": "q"}])], "not one user message"),
+        ([_dapo([{"role": "user", "content": [{"type": "text", "text": "q"}]}])], "not one user message of text"),
+        ([_dapo([{"from": "human", "value": "q"}])], "not one user message"),
+        ([_dapo("")], "empty question (3)"),
+        ([_dapo("q", reward_model=None)], "no answer in reward_model (3)"),
+        ([{"prompt": "q", "answer": text} for text in ("nan", "None", "N/A")], "no answer in answer (3)"),
+        ([{"prompt": "q", "solution": "We compute the sum of both and find five"}], "no answer in solution (3)"),
+        (
+            [_dapo("the only question")],
+            "too few questions that can be used to hold some out, so add more or set --val-fraction 0",
+        ),
+    ],
+)
+def test_a_set_without_rows_is_refused_with_the_reason(tmp_path, rows, sentence):
+    source = jsonl(tmp_path / "rows.jsonl", rows * (3 // len(rows)))
+    with pytest.raises(ValueError, match=r"no row (that can be used: |to dapo_train: )") as refusal:
+        prepare({"dapo": source}, tmp_path / "out", console=terminal(file=io.StringIO()))
+    assert sentence in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "row", "answer"),
+    [
+        ("math500", {"solution": "so $\\boxed 5$"}, "5"),  # Hendrycks' remove_boxed reads all three
+        ("math500", {"solution": "so \\fbox{5}."}, "5"),
+        ("math500", {"solution": "so \\boxed{\\frac{1}{2}}"}, "\\frac{1}{2}"),
+        ("math500", {"answer": None, "solution": "so \\boxed{5}"}, "5"),
+        ("math500", {"answer": "\\boxed{5}"}, "5"),
+        ("dapo", {"solution": "We compute ... \\boxed{5}"}, "5"),
+        ("dapo", {"solution": "\\text{June 20, year 5}"}, "\\text{June 20, year 5}"),
+        ("dapo", {"reward_model": None, "answer": "5"}, "5"),
+    ],
+)
+def test_an_answer_is_found_where_a_file_has_it(tmp_path, source, row, answer):
+    question = "prompt" if source == "dapo" else "problem"
+    file = jsonl(tmp_path / "rows.jsonl", [{question: "q", **row}])
+    prepare({source: file}, tmp_path / "out", val_fraction=0, console=terminal(file=io.StringIO()))
+    (written,) = (tmp_path / "out").iterdir()
+    assert [row["answer"] for row in contents(written)] == [answer]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\ufeff"])
+def test_lines_of_json_are_read_as_json_has_them(tmp_path, mark):
+    """Raw separators within strings are valid, and some editors begin a file with a byte order mark."""
+    opening, text = (mark, "q") if mark == "\ufeff" else ("", f"a{mark}b")
+    lines = [json.dumps({"problem": question, "answer": "1"}, ensure_ascii=False) for question in (text, "r")]
+    (tmp_path / "rows.jsonl").write_text(opening + "\n".join(lines) + "\n", encoding="utf-8")
+    prepare({"math500": tmp_path / "rows.jsonl"}, tmp_path / "out", console=terminal(file=io.StringIO()))
+    assert [row["question"] for row in contents(tmp_path / "out" / "math500.parquet")] == [text, "r"]
+
+
+def test_a_header_that_is_there_twice_goes_twice(tmp_path):
+    source = jsonl(tmp_path / "rows.jsonl", [_dapo(student_prompt(student_prompt("q")))])
+    prepare({"dapo": source}, tmp_path / "out", val_fraction=0, console=terminal(file=io.StringIO()))
+    assert contents(tmp_path / "out" / "dapo_train.parquet")[0]["text"] == student_prompt("q")
+
+
+def test_a_folder_with_brackets_is_shown_as_it_is(tmp_path):
+    page, out = terminal(file=io.StringIO(), width=200), tmp_path / "o[red]" / "[" / "x]"
+    prepare({"math500": jsonl(tmp_path / "q.jsonl", [{"problem": "q", "answer": "1"}])}, out, console=page)
+    assert f"Math data in {out}" in page.file.getvalue()

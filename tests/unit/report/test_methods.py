@@ -16,7 +16,7 @@ EXPECTED = {
     "grpo": ("-", "-", "-", "-", "vanilla"),
     "cispo": ("-", "-", "-", "-", "cispo, mean per prompt"),
     "crisp": ("periodic(50)", "instruction:v2", "reverse_kl, full", "uniform", "-"),
-    "opsd": ("frozen", "solution", "forward_kl, full, clip 0.05, T 1.1", "uniform", "-"),
+    "opsd": ("base", "solution", "forward_kl, full, clip 0.05, T 1.1", "uniform", "-"),
     "sdpo": (
         "ema(0.05)",
         "feedback",

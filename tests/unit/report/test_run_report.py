@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from opd_ext import train
+from opd_ext.config import schema
+from opd_ext.config.compose import compose_config
+from opd_ext.files import write_jsonl
+from opd_ext.report.after import after_run
 from opd_ext.report.run_report import before_after, load_run, verdict, write_report
+from opd_ext.terminal import terminal
 
 PROBLEMS = 40
 SAMPLES = 2
@@ -216,3 +222,79 @@ def test_a_dump_without_the_needed_columns_is_refused(run_dir):
     write_lines(run_dir / "generations/val_20.jsonl", [{"index": 0, "data_source": "tinymath"}])
     with pytest.raises(ValueError, match="has no acc, response_tokens"):
         before_after(run_dir)
+
+
+def _short_run(folder, change=lambda line: line, problems=6):
+    for step, tokens in ((0, 30), (5, 20)):
+        rows = [change(row(i, s, 1.0, tokens + i)) for i in range(problems) for s in range(SAMPLES)]
+        write_jsonl(folder / "generations" / f"val_{step}.jsonl", rows)
+    write_jsonl(folder / "metrics.jsonl", [{"step": 1, "phase": "train", "time": 1.0, "opd/loss": 1.0}])
+    return folder
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0c", "\ud800"])
+def test_whatever_a_response_holds_a_line_stays_a_line(tmp_path, mark):
+    """Valid in JSON, and found in responses of every long validation."""
+    run = _short_run(tmp_path / "run", lambda line: {**line, "output": f"a{mark}b"})
+    write_report(run, console=quiet())
+    assert load_run(run).generations(0)["output"].tolist() == [f"a{mark}b".replace("\ud800", "?")] * 12
+    assert "a" in (run / "report" / "report.html").read_text()
+
+
+def quiet():
+    return terminal(file=io.StringIO(), width=160)
+
+
+def test_difficulties_in_words_are_groups(tmp_path):
+    """LiveCodeBench has easy, medium and hard."""
+    run = _short_run(tmp_path / "run", lambda line: {**line, "difficulty": ("hard", "easy", None)[line["index"] % 3]})
+    assert before_after(run)["group"].tolist() == ["all", "difficulty easy", "difficulty hard"]
+    write_report(run, console=quiet())
+    assert "difficulty hard" in (run / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("same_prompt", [False, True])
+@pytest.mark.parametrize("name", [None, "absent"])
+def test_problems_without_an_index_are_told_apart_and_paired(tmp_path, same_prompt, name):
+    def change(line):
+        changed = {**line, "index": name, **({"input": "q"} if same_prompt else {})}
+        return changed if name is None else {key: value for key, value in changed.items() if key != "index"}
+
+    first = before_after(_short_run(tmp_path / "run", change)).iloc[0]
+    assert (first["problems"], first["samples_before"]) == (6, 6 * SAMPLES)
+    assert first[["tokens_change", "tokens_change_low", "tokens_change_high"]].tolist() == [-10, -10, -10]
+
+
+@pytest.mark.parametrize("name", ["run[red]", "run[lr=1e-5]", "run:x:"])
+def test_a_name_is_shown_as_it_is(tmp_path, name):
+    page = quiet()
+    run = _short_run(tmp_path / name, lambda line: {**line, "data_source": (name, "[/math]")[line["index"] % 2]})
+    write_report(run, console=page)
+    shown = page.file.getvalue()
+    assert f"{name}: step 0 to 5" in shown and f" {name} " in shown and " [/math] " in shown
+    assert f"{name}/report/report.html" in shown
+
+
+def test_a_report_that_fails_is_a_warning_with_the_command_that_repeats_it(capsys):
+    def fails():
+        raise RuntimeError("no\nfigure")
+
+    after_run(fails, "opd report 'runs/a b'")
+    said = capsys.readouterr()
+    assert said.err == (
+        "WARNING: the run is complete, its report is not (RuntimeError: no figure). "
+        "To repeat it: opd report 'runs/a b'\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        after_run(lambda: (_ for _ in ()).throw(KeyboardInterrupt), "")
+
+
+def test_a_run_whose_report_fails_has_succeeded(tmp_path, capsys, monkeypatch):
+    """`_train` as it is, around a run that left two dumps, one of them broken."""
+    run = _short_run(tmp_path / "a b")
+    (run / "generations" / "val_0.jsonl").write_text("broken\n")
+    config = compose_config(["method=crisp", "scale=cpu_tiny", f"opd.run_dir='{run}'"])
+    monkeypatch.setattr(train, "fork_workers", lambda config: None)
+    monkeypatch.setattr("opd_ext.bridge.runner.train", lambda config: None)
+    train._train(config, schema.load(config.opd))
+    assert "is not JSON" in (said := capsys.readouterr().err) and f"To repeat it: opd report '{run}'" in said

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from opd_ext.credit.annotate.align import AlignmentError, TokenBytes, align, cap, intervals, runs
-from opd_ext.credit.annotate.parse import parse
+from opd_ext.credit.annotate.parse import Span, parse
 from opd_ext.credit.annotate.segments import segment
 from opd_ext.tinymath.tokenizer import make_tokenizer
 
@@ -147,3 +147,60 @@ def test_long_paragraphs_are_split_at_sentence_ends():
     assert all(piece.startswith("This") for piece in pieces)
     unbroken = "x" * 200
     assert segment(unbroken, _characters(unbroken), max_tokens=50) == [(0, 200)]
+
+
+_DRAFT = '{"error_spans": [{"segment_ids": %s, "error_type": "sign_error"}]}'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "In \\frac{1}{2} the sign is lost: " + _DRAFT % "[2]",
+        "the set {1, 2}: " + _DRAFT % "[2]",
+        "<think>is x^{2} right?</think>" + _DRAFT % "[2]",
+        'Format: {"error_spans": [{"segment_ids": [0, 1], "error_type": "sign_error"}]}\n' + _DRAFT % "[2]",
+        _DRAFT % "[1]" + "\nNo, rather:\n" + _DRAFT % "[2]",
+        _DRAFT % "[2]" + " (see \\boxed{3})",
+        _DRAFT % "[2]" + ' {"confidence": 0.9}',
+        '{"error_spans": [{"segment_ids": [2], "error_type": "sign_error",},]}',
+        "```json\n" + _DRAFT % "[2]" + "\n```",
+        *(_DRAFT % ids for ids in ('"2"', '["[2]"]', "[2.0]", '"[2]"', '" 2 "')),
+    ],
+)
+def test_the_answer_is_found_whatever_stands_around_it(answer):
+    """For mathematics, and without constrained decoding, braces before the JSON are the usual reply."""
+    assert parse(answer, 9, correct=False) == ("ok", [Span((2,), "sign_error")])
+
+
+@pytest.mark.parametrize(("ids", "expected"), [('"2-4"', (2, 3, 4)), ('["2–3"]', (2, 3)), ('"[2], [3]"', (2, 3))])
+def test_ranges_of_segments_are_read(ids, expected):
+    assert parse(_DRAFT % ids, 9, correct=False) == ("ok", [Span(expected, "sign_error")])
+
+
+@pytest.mark.parametrize(
+    ("ids", "status"), [('"0-999999"', "ok"), ('"-1"', "empty"), ('"9"', "empty"), ("[1.5]", "empty")]
+)
+def test_ids_that_name_no_segment_count_for_nothing(ids, status):
+    found, spans = parse(_DRAFT % ids, 9, correct=False)
+    assert found == status and all(0 <= number < 9 for span in spans for number in span.segment_ids)
+
+
+def test_braces_without_end_cost_neither_time_nor_a_rollout():
+    assert parse('{"a":' * 50_000, 9, correct=False) == ("parse_error", [])
+
+
+@pytest.mark.parametrize(
+    ("sentence", "length"),
+    [("因为甲等于乙。", 7), ("「はい。」と言った！", 10), ("所以 $x=2$。\n", 10), ("是吗？", 3)],
+)
+def test_chinese_and_japanese_sentences_end_without_white_space(sentence, length):
+    assert len(sentence) == length
+    text = sentence * 100
+    pieces = [text[s:e] for s, e in segment(text, _characters(text), paragraph="blank")]
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 96 and len(pieces) > length
+    assert all(piece.rstrip()[-1] in "。！？」" for piece in pieces)
+
+
+def test_decimal_points_are_no_full_stops():
+    text = "3.14 " + "1.5x" * 200
+    assert segment(text, _characters(text)) == [(0, len(text))]

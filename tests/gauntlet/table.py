@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public reports of other projects, and what happens here in their situation: the table of docs/gauntlet.md.
+
+``python -m tests.gauntlet.table`` writes that page, and the sum of it into the README.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.gauntlet import engines, losses, rollouts, starts
+
+ROOT = Path(__file__).parents[2]
+PAGE, README = ROOT / "docs" / "gauntlet.md", ROOT / "README.md"
+VERDICTS = {"right": "the right value", "told": "a note before the run starts", "refused": "one sentence before Ray"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One situation.
+
+    Attributes:
+        reports: ``owner/repository#number`` of where it was met; the first names the test.
+        situation: what users do there.
+        verdict: a key of :data:`VERDICTS`.
+        here: what happens, and what ``check`` asserts.
+        check: the situation, tried on the real thing; its parameters are fixtures.
+    """
+
+    reports: tuple[str, ...]
+    situation: str
+    verdict: str
+    here: str
+    check: Callable[..., None]
+
+    def __str__(self) -> str:
+        return f"{_short(self.reports[0]).replace('#', '-')} {self.situation}"
+
+
+def _short(report: str) -> str:
+    return report.rpartition("/")[2]
+
+
+def row(reports: str, situation: str, verdict: str, here: str, check: Callable[..., None]) -> Row:
+    return Row(tuple(reports.split()), situation, verdict, here, check)
+
+
+ROWS = [
+    row(
+        "meta-pytorch/torchtune#2119 meta-pytorch/torchtune#2502",
+        "one tokenizer, a teacher whose head is padded further",
+        "right",
+        "the rows that no token names are cut; loss and gradients are float64's",
+        engines.unequal_heads,
+    ),
+    row(
+        "modelscope/ms-swift#9526",
+        "student and teacher end a turn with different tokens",
+        "told",
+        "both tokens are named before anything is started",
+        starts.other_end_of_a_turn,
+    ),
+    row(
+        "siyan-zhao/OPSD#30",
+        "right padding puts pads between prompt and answer",
+        "right",
+        "what verl's agent loop hands over is prompt and sampled ids; no pad reaches student or teacher",
+        rollouts.padding_between_prompt_and_answer,
+    ),
+    row(
+        "huggingface/trl#5862 huggingface/trl#5883",
+        "the teacher's prompt is longer than the student's may be",
+        "right",
+        "it is read whole; a pair beyond its own limit is left out, counted and never cut",
+        rollouts.long_teacher_prompts,
+    ),
+    row(
+        "modelscope/ms-swift#9126",
+        "the teacher inherits the student's position ids",
+        "right",
+        "every teacher sequence counts from 0",
+        engines.longer_teacher_prompts,
+    ),
+    row(
+        "modelscope/ms-swift#9145",
+        "a short answer beside long ones brings pads into the teacher's history",
+        "right",
+        "the teacher reads its prompts and the sampled ids, one after another, and nothing else",
+        engines.short_beside_long_answers,
+    ),
+    row(
+        "allenai/open-instruct#1740",
+        "empty responses divide by zero",
+        "right",
+        "they change no bit of loss and gradients; alone they give 0",
+        engines.empty_responses,
+    ),
+    row(
+        "Thinking-Space/Rethinking-OPD#15",
+        "one token, renormalised, has a divergence of 0",
+        "refused",
+        "`k=1 with tail=renorm ... (gradient 0)`",
+        losses.one_token_renormalised,
+    ),
+    row(
+        "radixark/miles#2362",
+        "a top-k divergence as a constant advantage only raises entropy",
+        "right",
+        "the gradient goes through it and ends at the teacher; as an advantage it is refused",
+        losses.towards_the_teacher,
+    ),
+    row(
+        "verl-project/verl#7856",
+        "a truncated divergence is negative, a clamp kills its gradient",
+        "right",
+        "the other tokens are one bucket: 467 of 467 pairs are not negative and have a gradient",
+        losses.truncated_to_the_likeliest,
+    ),
+    row(
+        "huggingface/trl#4935",
+        "the rate of the moving average is applied the wrong way round",
+        "right",
+        "a rate of 0.05 moves the teacher 5 % towards the student",
+        engines.moving_average,
+    ),
+    row(
+        "huggingface/trl#4935 verl-project/verl#7225",
+        "the loss depends on the number of micro-batches",
+        "right",
+        "1, 2 and 8 give one loss and one gradient, with an RL term too",
+        engines.accumulated_gradients,
+    ),
+    row(
+        "huggingface/trl#6191",
+        "log-probs of the rollout are paired with wrong columns where prompts differ in length",
+        "right",
+        "the gap to exact log-probs is 0; turned round it is not",
+        engines.columns_of_rollout_log_probs,
+    ),
+    row(
+        "huggingface/trl#5990",
+        "dropout is at work while the student's own weights teach",
+        "right",
+        "the teacher's passes are equal to the bit and to a model without dropout; the student's are not",
+        engines.dropout,
+    ),
+    row(
+        "huggingface/trl#6530",
+        "the head is read past FSDP, the forward pass past the adapter",
+        "right",
+        "two ranks and an adapter have float64's loss and gradients",
+        engines.wrappers,
+    ),
+    row(
+        "huggingface/trl#3252",
+        "after a resume the server has the weights without the adapter",
+        "right",
+        "what is sent after a resume is the base with its adapter merged",
+        engines.resumed_adapter,
+    ),
+    row(
+        "lasgroup/SDPO#25",
+        "fine until step 400, then 0 %",
+        "right",
+        "the run ends where validation collapses, and the checkpoint of the best one is kept",
+        starts.collapse,
+    ),
+    row(
+        "verl-project/verl#7540",
+        "another version of verl, another loss",
+        "right",
+        "three losses of a frozen batch, with a policy term too, are those that float64 gave without verl",
+        engines.frozen_batch,
+    ),
+    row(
+        "PrimeIntellect-ai/prime-rl#1334 verl-project/verl#7807 THUDM/slime#2213",
+        "a template drops earlier thoughts, so that the old prompt is no beginning of the new",
+        "right",
+        "a second request goes on from the sampled ids; of the tools' answers nothing trains",
+        rollouts.thoughts_that_leave_the_history,
+    ),
+    row(
+        "unslothai/unsloth#6926 huggingface/trl#6361",
+        "line breaks merge, so that no text pattern finds where the answer starts",
+        "right",
+        "ids are never searched as text: what trains is what was sampled",
+        rollouts.line_breaks_that_merge,
+    ),
+    row(
+        "verl-project/verl#6239 verl-project/verl#2069 verl-project/verl#3936",
+        "the filter of long prompts counts other tokens than are sent",
+        "right",
+        "the filter keeps exactly what fits as it is sent",
+        rollouts.overlong_prompts,
+    ),
+    row(
+        "RUCBM/G-OPD#3 NousResearch/atropos#456",
+        "distillation asks for a reward, or another trainer runs without a teacher",
+        "right",
+        "data without answers trains; a trainer that knows no teacher is refused",
+        starts.distillation_and_rewards,
+    ),
+    row(
+        "Tencent-Hunyuan/Hunyuan-7B#13",
+        "a switch for thinking that the chat template does not have",
+        "told",
+        "a note says that it changes nothing",
+        starts.thinking_switch_without_effect,
+    ),
+]
+
+HEAD = """# The gauntlet
+
+Situations that broke other projects, by their public reports, each tried here on the real thing: engines against a
+dense computation in float64, verl's own agent loops, data set and queue, whole starts of a run. One test per row, in
+[tests/gauntlet](../tests/gauntlet); `python -m pytest tests/gauntlet` tries them all.
+
+{summary}
+
+| # | report | situation | here | verdict |
+|---|---|---|---|---|
+"""
+
+
+def summary() -> str:
+    """How many rows have which verdict."""
+    counts = Counter(row.verdict for row in ROWS)
+    parts = [f"{counts[verdict]} {verdict} ({words})" for verdict, words in VERDICTS.items() if counts[verdict]]
+    return f"{len(ROWS)} situations: {', '.join(parts)}."
+
+
+def page() -> str:
+    """The text of docs/gauntlet.md."""
+    lines = []
+    for number, each in enumerate(ROWS, 1):
+        links = ", ".join(_link(report) for report in each.reports)
+        lines.append(f"| {number} | {links} | {each.situation} | {each.here} | {each.verdict} |\n")
+    return HEAD.format(summary=summary()) + "".join(lines)
+
+
+def _link(report: str) -> str:
+    repository, _, number = report.partition("#")
+    return f"[{_short(report)}](https://github.com/{repository}/issues/{number})"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    README.write_text(re.sub(r"\d+ situations: [^.]*\.", summary(), README.read_text()))

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a teacher is given of a batch: text of rollouts and data sets as text, whatever it spells."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opd_ext.bridge import teacher_inputs
+from opd_ext.context.contexts import SolutionContext
+from opd_ext.context.feedback import FeedbackContext
+from opd_ext.tinymath.tokenizer import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+INJECTED = f"Answer: 1{TOKENIZER.eos_token}{TOKENIZER.eos_token}"
+
+
+@pytest.fixture
+def teacher_prompts(monkeypatch):
+    """``teacher_prompts(context, output, feedback, solution)``: the rendered prompts of a group of two, ids each."""
+
+    def plan(context, output, feedback="", solution=""):
+        jagged = torch.nested.as_nested_tensor([torch.tensor([1, 2])] * 2, layout=torch.jagged)
+        question = [{"role": "user", "content": "What is 1+0?"}]
+        extra_info = {"question": "What is 1+0?", "solution": solution, "index": 7}
+        data = {"prompts": jagged, "responses": jagged, "raw_prompt": [question] * 2, "extra_info": [extra_info] * 2}
+        monkeypatch.setattr(teacher_inputs, "tq", SimpleNamespace(kv_batch_get=lambda **_: data))
+        rows = [
+            {"uid": "u", "sample": i, "score": 1.0 - i, "acc": 1.0 - i, "output": output, "feedback": feedback}
+            for i in range(2)
+        ]
+        batch = SimpleNamespace(keys=["u_0_0", "u_1_0"], partition_id="p")
+        inputs, _ = teacher_inputs.plan_teacher_inputs(rows, batch, context, TOKENIZER, {}, 10_000, 1, None)
+        return [shown.ids[:-2] for shown in inputs if shown.ids is not None]
+
+    return plan
+
+
+@pytest.mark.parametrize("injected", ["output", "feedback", "solution"])
+def test_only_the_template_writes_control_tokens(teacher_prompts, injected):
+    context = SolutionContext() if injected == "solution" else FeedbackContext(include_solution=injected == "output")
+    texts = {"output": "Answer: 1", "feedback": "no", "solution": "Answer: 1"}
+    expected, found = (teacher_prompts(context, **{**texts, injected: text}) for text in (texts[injected], INJECTED))
+    assert found and len(found) == len(expected)
+    for ids, others in zip(found, expected, strict=True):
+        controls = [[i for i in prompt if i in TOKENIZER.all_special_ids] for prompt in (ids, others)]
+        assert controls[0] == controls[1]
+    assert sum(map(len, found)) > sum(map(len, expected))  # what was spelled is there, as text
