@@ -16,6 +16,10 @@ class ConfigError(ValueError):
     """One sentence: which key is wrong and what it may be."""
 
 
+class RunError(RuntimeError):
+    """Why a run ended before its last step: the first cause, in words."""
+
+
 def present(value: T | None, sentence: str) -> T:
     """``value``, in a place that is reached only where there is one; ``ValueError(sentence)`` for None."""
     if value is None:

@@ -24,7 +24,7 @@ from opd_ext.bridge.warm_python import warm_python
 from opd_ext.config import checks, schema
 from opd_ext.config.compose import compose_config
 from opd_ext.config.overrides import from_words
-from opd_ext.errors import ConfigError
+from opd_ext.errors import ConfigError, RunError
 from opd_ext.files import write_whole
 from opd_ext.launch import PATH_VARIABLE
 from opd_ext.preflight import preflight
@@ -135,6 +135,7 @@ def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Path:
 
     Raises:
         ConfigError: one sentence, before anything is started.
+        RunError: the run ended early, and why; ``driver.log`` in the run folder has the whole traceback.
     """
     config = compose_config(list(overrides), config_dirs)
     prepare_environment(config)
@@ -212,6 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"opd train: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"opd train: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

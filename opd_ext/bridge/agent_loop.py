@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's agent loop with additions per request: its own sampling seed, the token limit of its phase, annotation."""
+"""verl's agent loop with additions per request: its own sampling seed, the token limit of its phase, annotation.
 
-import json
+Every request leaves a row, one that fails too (:mod:`opd_ext.bridge.failures`).
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
 import ray
+from ray.exceptions import RayActorError
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from vllm.sampling_params import RequestOutputKind
 
+from opd_ext.bridge.failures import FAILURE, in_words, mark_ungraded, unfinished
 from opd_ext.bridge.rollouts import ANNOTATION, is_correct, is_truncated
 from opd_ext.config import schema
 from opd_ext.context.sequence import render
 from opd_ext.credit.annotate import Request, build_annotator
-from opd_ext.seeds import request_seed
+from opd_ext.seeds import canonical, request_seed
 from opd_ext.spans import ERROR, KEY
+from opd_ext.tokens.ends import stop_ids
 
 
-def rollout_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
+def rollout_seed(run_seed: int, step: int, prompt: Any, draw: int) -> int:
     """Sampling seed of one rollout request, in [0, 2**63).
 
     Requests of a vLLM server otherwise draw from one stream, so that a rollout depends on which requests arrived
@@ -28,10 +34,9 @@ def rollout_seed(run_seed: int, step: int, prompt: Any, session: int) -> int:
         run_seed: ``opd.seed``.
         step: global step; 0 in validation, so that every evaluation of a run faces the same random numbers.
         prompt: chat messages, anything that JSON can hold.
-        session: index of the sample among the rollouts of its prompt.
+        draw: index of the sample among the rollouts of its prompt, those of equal prompts before it included.
     """
-    identity = json.dumps([run_seed, step, prompt, session], sort_keys=True, default=str)
-    return request_seed(identity)
+    return request_seed(canonical([run_seed, step, prompt, draw]))
 
 
 # verl decorates its worker with `ray.remote`; the class itself is what can be subclassed.
@@ -45,6 +50,8 @@ class OPDAgentLoopWorker(_Worker):
         super().__init__(*args, **kwargs)
         self.opd = schema.load(self.config.opd)
         self.opd.import_external_libs()
+        self.stop_ids = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
+        self._first_exception: str | None = None
         self.annotator = None
         if self.opd.credit.annotates:
             self.annotator = build_annotator(self.opd.credit.annotator, self.tokenizer, self._generate_annotation)
@@ -53,11 +60,35 @@ class OPDAgentLoopWorker(_Worker):
         validate = trajectory["validate"]
         step = 0 if validate else int(trajectory["step"])
         params = dict(sampling_params)
-        params["seed"] = rollout_seed(self.opd.seed, step, _messages(kwargs), int(kwargs["session_id"]))
+        params["seed"] = rollout_seed(self.opd.seed, step, _messages(kwargs), _draw(kwargs))
         params["max_tokens"] = self._limit(validate)
         # Only the finished token ids are read: no text and no intermediate output per token and request.
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-        return await super()._run_agent_loop(params, trajectory=trajectory, **kwargs)
+        try:
+            try:
+                return await super()._run_agent_loop(params, trajectory=trajectory, **kwargs)
+            except RayActorError:  # a dead server is no rollout that failed
+                raise
+            except Exception as error:
+                return await self._put_unfinished(error, validate, kwargs)
+        except Exception as error:
+            self._first_exception = self._first_exception or in_words(error)
+            raise
+
+    async def _put_unfinished(self, error: Exception, validate: bool, sample: dict[str, Any]) -> None:
+        """A row for a rollout that has no response."""
+        eos = self.tokenizer.eos_token_id
+        try:
+            prompt = render(self.tokenizer, _messages(sample), self.config.data.apply_chat_template_kwargs)
+        except Exception:  # the template may be what failed
+            prompt = [eos]
+        sample = {name: value for name, value in sample.items() if name not in ("agent_name", "trace")}
+        limit = self.config.data.max_prompt_length
+        await self._agent_loop_postprocess(unfinished(prompt[-limit:], eos, error), validate, **sample)
+
+    def first_exception(self) -> str | None:
+        """Of those that left no row, in words."""
+        return self._first_exception
 
     def _limit(self, validate: bool) -> int:
         return self.opd.rollout.val_tokens if validate else self.opd.rollout.train_tokens
@@ -65,8 +96,21 @@ class OPDAgentLoopWorker(_Worker):
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> Any:
         """Tells the grader, in ``extra_info``, whether the response was cut: its text does not show that."""
         for one in output if isinstance(output, list) else [output]:
-            one.extra_fields["truncated"] = is_truncated(one.response_ids, self.tokenizer, self._limit(validate))
+            one.extra_fields["truncated"] = is_truncated(one.response_ids, self.stop_ids, self._limit(validate))
         return await super()._agent_loop_postprocess(output, validate, **kwargs)
+
+    async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
+        """A row whose data set has no reference answers is not graded: it scores 0, and whether it is right is open."""
+        if (kwargs.get("reward_model") or {}).get("ground_truth", "") is None:
+            outputs[-1].reward_score = 0.0
+            outputs[-1].extra_fields["reward_extra_info"] = {"score": 0.0, "acc": math.nan, "feedback": ""}
+            return
+        try:
+            await super()._compute_score(outputs, kwargs=kwargs)
+        except RayActorError:
+            raise
+        except Exception as error:  # the user's reward function may raise whatever it likes
+            mark_ungraded(outputs[-1], error)
 
     # ------------------------------------------------------------------ annotation
 
@@ -74,7 +118,7 @@ class OPDAgentLoopWorker(_Worker):
         """verl's hook between the score of a rollout and its way into the queue: the rollout servers are still awake,
         and earlier rollouts are annotated while later ones are being sampled."""
         await super()._compute_teacher_logprobs(output, prompt_ids, response_ids, validate, **kwargs)
-        if self.annotator is not None and not validate:
+        if self.annotator is not None and not validate and FAILURE not in output.extra_fields:
             annotation = await self._annotate(output, kwargs["sample_kwargs"])
             if annotation is not None:
                 output.extra_fields[ANNOTATION] = annotation
@@ -96,9 +140,9 @@ class OPDAgentLoopWorker(_Worker):
             problem=str(extra_info.get("question") or messages[-1]["content"]),
             response_ids=tuple(ids),
             correct=correct,
-            finished=bool(ids) and ids[-1] == self.tokenizer.eos_token_id,
+            finished=bool(ids) and ids[-1] in self.stop_ids,
             extra_info=extra_info,
-            seed=rollout_seed(self.opd.seed, step, messages, int(sample["session_id"])),
+            seed=rollout_seed(self.opd.seed, step, messages, _draw(sample)),
         )
         return (await self.annotator.annotate(request)).as_dict()
 
@@ -125,6 +169,10 @@ class OPDAgentLoopWorker(_Worker):
         return text, len(prompt), len(answer.token_ids)
 
 
+def _draw(sample: dict[str, Any]) -> int:
+    return int(sample["first_draw"]) + int(sample["session_id"])
+
+
 def _messages(sample: dict[str, Any]) -> list[dict]:
     return [dict(message) for message in sample["raw_prompt"]]
 
@@ -135,3 +183,8 @@ class OPDAgentLoopManager(AgentLoopManagerTQ):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(OPDAgentLoopWorker)
+
+    def first_exception(self) -> str | None:
+        """Of the rollouts that left no row, in words; None if no worker met any."""
+        told = ray.get([worker.first_exception.remote() for worker in self.agent_loop_workers])
+        return next(filter(None, told), None)

@@ -16,8 +16,8 @@ def validations(run_dir: Path) -> dict[int, float]:
     """Step -> accuracy of every validation, as a share, in the order of the steps."""
     path = run_dir / "metrics.jsonl"
     lines = read_jsonl(path, cut_off_end=True) if path.exists() else ()
-    found = {line["step"]: line["val/accuracy"] for line in lines if line["phase"] == "val" and "val/accuracy" in line}
-    return dict(sorted(found.items()))
+    found = {line["step"]: line.get("val/accuracy", math.nan) for line in lines if line["phase"] == "val"}
+    return {step: share for step, share in sorted(found.items()) if math.isfinite(share)}  # not of ungraded data
 
 
 def best_step(accuracies: dict[int, float]) -> int | None:

@@ -1,15 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers for a terminal or a log: one aligned line per training step."""
 
+import json
 import math
+import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from opd_ext.progress import since_start
 from opd_ext.terminal import terminal
+
+LOSSES = {
+    "failed": "failed",
+    "too_long": "pairs too long",
+    "annotation/failures": "annotations failed",
+    "annotation/skipped": "annotations skipped",
+}
+"""What a step may lose, as shares: the metric (``failed``, ``too_long``: of its phase), and its words."""
+
+ALARM = 0.1
+"""Share from which a loss is shown as an alarm."""
+
+
+class RunLog:
+    """What a run writes about itself: ``metrics.jsonl``, and ``console.log`` that `opd train` follows.
+
+    Both are appended to, since a resumed run continues them.
+    """
+
+    def __init__(self, run_dir: Path, total_steps: int):
+        self._metrics = run_dir / "metrics.jsonl"
+        self.console = terminal(file=(run_dir / "console.log").open("a", buffering=1), width=120)
+        self._printer = StepPrinter(total_steps, self.console)
+
+    def say(self, what: str) -> None:
+        """A line about the start of the run."""
+        self.console.print(since_start(what), highlight=False, soft_wrap=True)
+
+    def note(self, what: str, style: str = "") -> None:
+        """A line between the rows."""
+        self.console.print(Text(what, style=style), soft_wrap=True)
+
+    def record(self, phase: str, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of ``metrics.jsonl`` and one row on the console."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        line = json.dumps({"step": step, "phase": phase, "time": time.time(), **numbers})
+        with self._metrics.open("a") as file:
+            file.write(line + "\n")
+        (self._printer.train if phase == "train" else self._printer.validation)(step, numbers)
 
 
 class StepPrinter:
@@ -66,6 +109,7 @@ class StepPrinter:
         ]
         broken = any(isinstance(value, float) and not math.isfinite(value) for value in metrics.values())
         self._row(cells, style="bold red" if broken else "")
+        self._losses(metrics, "rollout")
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the line of one validation: ``val/accuracy``, ``val/tokens_mean``, ``val/truncated``."""
@@ -75,6 +119,16 @@ class StepPrinter:
         cells[5] = _number(metrics.get("val/tokens_mean"), 1)
         cells[6] = _number(metrics.get("val/truncated"), 1, scale=100)
         self._row(cells, style="bold cyan")
+        self._losses(metrics, "val")
+
+    def _losses(self, metrics: Mapping[str, float], prefix: str) -> None:
+        """One line below the row if anything was lost."""
+        names = {name if "/" in name else f"{prefix}/{name}": words for name, words in LOSSES.items()}
+        lost = {words: metrics[name] for name, words in names.items() if metrics.get(name, 0.0) > 0}
+        if lost:
+            alarm = max(lost.values()) >= ALARM
+            told = ", ".join(f"{words} {share:.1%}" for words, share in lost.items())
+            self._print_line(f"{'ALARM, lost' if alarm else 'lost'}: {told}", "bold red" if alarm else "yellow")
 
     def _row(self, cells: list[str], style: str) -> None:
         if self._rows % self._header_every == 0:
@@ -84,7 +138,10 @@ class StepPrinter:
 
     def _print(self, cells: list[str], style: str) -> None:
         line = "".join(cell.rjust(width) for cell, (_, width) in zip(cells, self._COLUMNS, strict=True))
-        self._console.print(Text(line.rstrip(), style=style), soft_wrap=True)
+        self._print_line(line.rstrip(), style)
+
+    def _print_line(self, line: str, style: str) -> None:
+        self._console.print(Text(line, style=style), soft_wrap=True)
 
     def _time_left(self, step: int) -> str:
         if not self._total or not self._recent_seconds:

@@ -7,11 +7,13 @@ from typing import Any
 from omegaconf import DictConfig
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-_DEFAULTS = {"data_source": "data", "reward_model": {"ground_truth": ""}}
+_DEFAULTS = {"data_source": "data", "reward_model": {"ground_truth": None}}  # None: not graded
 
 
 def complete(*datasets: Any) -> None:
     """Add ``data_source`` and ``reward_model`` where they are missing: verl reads both of every row.
+
+    Without a reference answer a rollout is not graded, see ``OPDAgentLoopWorker._compute_score``.
 
     Args:
         datasets: of verl, changed in place; one of the user's own class holds what it likes.

@@ -28,15 +28,13 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 
+from opd_ext.config.architecture import check_head, stateful_layer
 from opd_ext.objective.alignment import packed_response_rows
 from opd_ext.objective.objective import MicroBatch, Objective, PolicyTerm, Shape
 from opd_ext.teacher.kinds import NoTeacher, Teacher, TeacherOutput
 
 # What `lm_head` does to its input: (hidden [1, R, H], weight [V, H]) -> tensor.
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-# Config entries by which some architectures change logits after `lm_head`; the head would not see that.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def _open_head(lm_head: torch.nn.Module) -> None:
@@ -88,12 +86,12 @@ class OPDEngine(FSDPEngineWithLMHead):
     teacher: "OPDEngine | None" = None  # the engine that holds the teacher's own weights, if it has such
     objective: Objective = Objective()
     updates: int = 0  # optimiser steps that were made, see OPDWorker.count_updates
+    alone: bool = False  # every sequence takes a pass of its own, because in a pack it would read its neighbour
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
-        for name in _LOGIT_TRANSFORMS:
-            if getattr(module.config, name, None) not in (None, 1.0):
-                raise ValueError(f"Models that transform logits after lm_head ({name}) are not supported.")
+        check_head(module.config, module.config.name_or_path)
+        self.alone = stateful_layer(module.config) is not None
         _open_head(module.get_output_embeddings())
         return module
 
@@ -119,8 +117,9 @@ class OPDEngine(FSDPEngineWithLMHead):
         return self.module.get_output_embeddings()
 
     @contextmanager
-    def _head(self, function: HeadFunction) -> Iterator[None]:
-        self._lm_head.head_fn = function
+    def _head(self, function: HeadFunction, rows: torch.Tensor) -> Iterator[None]:
+        """Let ``function`` see chosen rows [R] of a pass; not every architecture would choose them itself."""
+        self._lm_head.head_fn = lambda hidden, weight: function(hidden[:, rows], weight)
         try:
             yield
         finally:
@@ -145,13 +144,14 @@ class OPDEngine(FSDPEngineWithLMHead):
 
         Args:
             data: jagged ``teacher_input_ids`` and ``responses``, and ``has_teacher`` [B]; where that is false the
-                teacher's sequence is a placeholder of two tokens.
+                teacher's sequence is a placeholder of two tokens. With ``one_pass`` the budget of tokens is not asked.
 
         Returns:
             B tensors in the compute dtype, [R_i, H]: the rows that predict the R_i response tokens of sample i. One row
             of no meaning for a placeholder.
         """
-        ids = data["teacher_input_ids"]
+        ids, config = data["teacher_input_ids"], self.engine_config
+        one_pass = tu.get_non_tensor_data(data, "one_pass", False)
         lengths = torch.where(data["has_teacher"].bool(), data["responses"].offsets().diff(), 1)
         batch = tu.get_tensordict(
             {
@@ -162,9 +162,9 @@ class OPDEngine(FSDPEngineWithLMHead):
             },
             {
                 "temperature": 1.0,
-                "use_dynamic_bsz": self.engine_config.use_dynamic_bsz,
-                "max_token_len_per_gpu": self.engine_config.infer_max_token_len_per_gpu,
-                "micro_batch_size_per_gpu": self.engine_config.infer_micro_batch_size_per_gpu,
+                "use_dynamic_bsz": (one_pass or config.use_dynamic_bsz) and not self.alone,
+                "max_token_len_per_gpu": ids.values().numel() if one_pass else config.infer_max_token_len_per_gpu,
+                "micro_batch_size_per_gpu": 1 if self.alone else config.infer_micro_batch_size_per_gpu,
             },
         )
         hidden: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
@@ -174,11 +174,18 @@ class OPDEngine(FSDPEngineWithLMHead):
             micro_batch = micro_batch.to(get_device_id())
             rows = _packed_rows(micro_batch["input_ids"], micro_batch["response_length"])
             inputs, _ = self.prepare_model_inputs(micro_batch)
-            with self._autocast(), self._head(_hidden_rows):
-                out = self.module(**inputs, use_cache=False, logits_to_keep=rows).logits[0]
+            with self._autocast(), self._head(_hidden_rows, rows):
+                out = self.module(**inputs, use_cache=False).logits[0]
             for row, part in zip(micro_batch["row"].tolist(), out.split(sizes), strict=True):
                 hidden[row] = part.to(self._autocast_dtype)
         return hidden
+
+    def model_logits(self, ids: list[int]) -> torch.Tensor:
+        """What the model itself makes of one sequence, without a function in its head: [T, V]."""
+        row = torch.tensor([ids], device=get_device_id())
+        positions = torch.arange(len(ids), device=row.device)[None]
+        with self._autocast():
+            return self.module(input_ids=row, position_ids=positions, use_cache=False).logits[0]
 
     def teacher_output(self, data: TensorDict, adapter: bool = True) -> TeacherOutput:
         """This engine as a teacher: a student with its adapter, or as the model that it was before."""
@@ -205,11 +212,6 @@ class OPDEngine(FSDPEngineWithLMHead):
             with self._evaluates(), self.disable_adapter():
                 self._reference_rows = self.response_hidden_states(data)
         vocabulary = self._lm_head.weight.shape[0]
-        if len(self._teacher_head) < vocabulary:
-            raise ValueError(
-                f"The teacher's head has {len(self._teacher_head)} rows and the student's {vocabulary}: choose a "
-                "teacher whose vocabulary is padded at least as far."
-            )
         self._teacher_head = self._teacher_head[:vocabulary]  # what lies beyond are padding rows, which no id names
 
     def _count(self, data: TensorDict) -> None:
@@ -234,6 +236,8 @@ class OPDEngine(FSDPEngineWithLMHead):
         return norm
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
+        if self.alone:
+            tu.assign_non_tensor(data, use_dynamic_bsz=False, micro_batch_size_per_gpu=1)
         if forward_only or not _is_distilled(data):
             return super().forward_backward_batch(data, loss_function, forward_only)
         self._count(data)
@@ -261,6 +265,8 @@ class OPDEngine(FSDPEngineWithLMHead):
         lengths = micro_batch["responses"].offsets().diff()
         rows = _packed_rows(micro_batch["input_ids"], lengths)
         batch = _micro_batch(micro_batch, lengths, rows)
+        if teacher:
+            batch = dataclasses.replace(batch, known_ids=len(self._teacher_head))
         policy_metrics: dict[str, Metric] = {}
         policy = _policy_term(micro_batch, rows, loss_function, policy_metrics) if "advantages" in micro_batch else None
         terms = None
@@ -271,8 +277,8 @@ class OPDEngine(FSDPEngineWithLMHead):
             return terms.loss
 
         inputs, _ = self.prepare_model_inputs(micro_batch)
-        with self._autocast(), self._head(head):
-            loss = self.module(**inputs, use_cache=False, logits_to_keep=rows).logits
+        with self._autocast(), self._head(head, rows):
+            loss = self.module(**inputs, use_cache=False).logits
         sums = {name: Metric("sum", value) for name, value in self.objective.sums(batch, terms).items()}
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": sums | policy_metrics}
 

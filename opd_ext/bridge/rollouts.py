@@ -2,14 +2,16 @@
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
+from opd_ext.bridge.failures import FAILURE
 from opd_ext.estimators import pass_at_k
+from opd_ext.seeds import Copies
 
 ANNOTATION = "opd_annotation"
 """Under which name the agent loop leaves an annotation beside a rollout."""
@@ -17,13 +19,14 @@ ANNOTATION = "opd_annotation"
 _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "extra_info", "extra_fields"]
 
 
-def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collection[int]) -> list[dict[str, Any]]:
     """One row per trajectory of ``batch``, in its order.
 
     Returns:
         Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
-        ``response_tokens``, ``truncated``, ``score``, every key of the grader (``acc``, ``feedback``, ...),
-        ``ground_truth`` and, where an annotator has been at work, its ``annotation``.
+        ``response_tokens``, ``truncated``, ``failed`` (an exception in words, or None), ``score``, every key of the
+        grader (``acc``, ``feedback``, ...), ``ground_truth`` and, where an annotator has been at work, its
+        ``annotation``.
     """
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=_FIELDS)
     scores = [row.sum().item() for row in data["rm_scores"].unbind()]
@@ -45,7 +48,8 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
                 "input": tokenizer.decode(prompts[i], skip_special_tokens=True),
                 "output": tokenizer.decode(tokens, skip_special_tokens=True),
                 "response_tokens": len(tokens),
-                "truncated": is_truncated(tokens, tokenizer, max_tokens),
+                "truncated": is_truncated(tokens, stops, max_tokens),
+                "failed": extra_fields.get(FAILURE),
                 "score": scores[i],
                 **grade,
                 "acc": float(grade.get("acc", scores[i])),
@@ -56,9 +60,16 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int) -> list[dict[
     return rows
 
 
-def is_truncated(response: Sequence[int], tokenizer: Any, max_tokens: int) -> bool:
-    """Whether a response used all of ``max_tokens`` without sampling the end-of-sequence token."""
-    return len(response) >= max_tokens and not (response and response[-1] == tokenizer.eos_token_id)
+def token_classes(tokenizer: Any, stops: list[int]) -> dict[str, list[int]]:
+    """Ids whose divergence is reported apart: ends of a response, and thinking tokens where there are such."""
+    vocabulary = tokenizer.get_vocab()
+    think = [vocabulary[token] for token in ("<think>", "</think>") if token in vocabulary]
+    return {"eos": stops, **({"think": think} if think else {})}
+
+
+def is_truncated(response: Sequence[int], stops: Collection[int], max_tokens: int) -> bool:
+    """Whether a response used all of ``max_tokens`` without sampling one of ``stops``, which end it."""
+    return len(response) >= max_tokens and not (response and response[-1] in stops)
 
 
 def is_correct(acc: float, score: float) -> bool:
@@ -71,6 +82,15 @@ def _item(data: Any, name: str, i: int) -> Any:
     if values is None:
         return None
     return values.tolist()[i] if hasattr(values, "tolist") else list(values)[i]
+
+
+def first_draws(prompts: Iterable[Any], copies: Copies, n: int) -> np.ndarray:
+    """(prompts,) objects: how many samples equal prompts of the set before have; a prompt's own samples follow them.
+
+    So eight copies of a row sampled once are what one row sampled eight times is.
+    """
+    plain = [[dict(message) for message in getattr(prompt, "data", prompt)] for prompt in prompts]
+    return np.array([earlier * n for earlier in copies.earlier(plain)], dtype=object)
 
 
 def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
@@ -89,8 +109,8 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
         f"{prefix}/samples": float(len(rows)),
     }
     for key in ("acc_strict", "acc_answer_only", "acc_boxed_only", "format_ok"):
-        if key in rows[0]:
-            metrics[f"{prefix}/{key}"] = float(np.mean([row[key] for row in rows]))
+        if any(key in row for row in rows):  # not in those that could not be graded, which are wrong
+            metrics[f"{prefix}/{key}"] = float(np.mean([row.get(key, 0.0) for row in rows]))
     return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})
 
 

@@ -3,13 +3,18 @@
 
 import importlib
 import os
+import sys
+import traceback
 from pathlib import Path
 
 import ray
 from omegaconf import DictConfig
+from ray.exceptions import RayError
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
+from opd_ext.bridge.first_cause import first_cause, session_roots
 from opd_ext.config import schema
+from opd_ext.errors import RunError
 
 # verl decorates its runner with `ray.remote`; the class itself is what can be subclassed.
 _Runner = TaskRunnerV1.__ray_metadata__.modified_class
@@ -27,5 +32,13 @@ class OPDTaskRunner(_Runner):
 
 
 def train(config: DictConfig) -> None:
-    """Train to the end, on the Ray that is running or on one that verl starts."""
-    run_ppo(config, OPDTaskRunner)
+    """Train to the end, on the Ray that is running or on one that verl starts.
+
+    Raises:
+        RunError: it ended before; the whole traceback goes to standard output, which `opd train` keeps.
+    """
+    try:
+        run_ppo(config, OPDTaskRunner)
+    except RayError as error:
+        traceback.print_exc(file=sys.stdout)
+        raise RunError(first_cause(error, session_roots(config.ray_kwargs.ray_init.get("_temp_dir")))) from error

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each rollout of a batch is to be taught: the teacher's token sequence and the labels of its annotated spans."""
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,7 @@ from opd_ext.bridge.rollouts import is_correct
 from opd_ext.context.contexts import TeacherContext
 from opd_ext.context.sequence import build_teacher_sequence, render
 from opd_ext.control_tokens import as_text
-from opd_ext.credit.annotate import ALARM, annotation_metrics
-
-_log = logging.getLogger(__name__)
+from opd_ext.credit.annotate import annotation_metrics
 
 
 @dataclass
@@ -42,6 +39,7 @@ def plan_teacher_inputs(
     context: TeacherContext,
     tokenizer: Any,
     template_kwargs: Mapping[str, Any],
+    tools: list[dict[str, Any]] | None,
     max_pair_length: int,
     step: int,
     active_spans: Collection[int] | None,
@@ -52,21 +50,22 @@ def plan_teacher_inputs(
         rows: as :func:`opd_ext.bridge.rollouts.read_rows` returns them, in the order of ``batch``. Those with a
             teacher get its prompt as ``teacher_prompt``.
         template_kwargs: of the student's chat template; the context may override some.
+        tools: schemas that an agent may have put into the prompt.
         max_pair_length: tokens of prompt + response, of the student and of the teacher.
         active_spans: labels that have a divergence; None: no annotator is at work. A token keeps such a label only if
             its rollout has a teacher, since otherwise nothing would train it; a rollout whose spans have none needs no
             teacher.
     """
-    fields = ["prompts", "responses", "raw_prompt", "extra_info"]
+    fields = ["prompts", "responses", "loss_mask", "raw_prompt", "extra_info"]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-    prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
+    prompts, responses, masks = (data[name].unbind() for name in fields[:3])
     raw_prompts, extra_infos = list(data["raw_prompt"]), list(data["extra_info"])
     body = as_text(tokenizer)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         member = {"session": row["sample"], "score": row["score"], "response": body(row["output"])}
         groups.setdefault(row["uid"], []).append(member)
-    kwargs = {**template_kwargs, **context.template_kwargs()}
+    overrides, sent_with, longest = context.template_kwargs(), {}, 0
     inputs, samples = [], []
     for i, row in enumerate(rows):
         annotation = row.get("annotation") or {}
@@ -88,12 +87,17 @@ def plan_teacher_inputs(
         found = {label for _, _, label in annotation.get("runs", ())}
         if active_spans is not None and found and not found & set(active_spans):
             messages = None
-        if messages is not None:
-            prompt = render(tokenizer, messages, kwargs)
+        if messages is not None and (masks[i].any() or not response):  # else a rollout that was never finished
+            sent = prompts[i].tolist()
+            if messages == sample["raw_prompt"] and overrides.items() <= template_kwargs.items():
+                prompt = sent  # the teacher is to see what the student saw
+            else:
+                if row["uid"] not in sent_with:
+                    sent_with[row["uid"]] = rendered_with(tokenizer, sent, sample, template_kwargs, tools)
+                prompt = render(tokenizer, messages, {**sent_with[row["uid"]], **overrides})
+            longest = max(longest, len(prompt))
             row["teacher_prompt"] = tokenizer.decode(prompt)
-            shown.ids = build_teacher_sequence(
-                prompt, response, max_pair_length, student_prompt_ids=prompts[i].tolist()
-            )
+            shown.ids = build_teacher_sequence(prompt, response, max_pair_length, student_prompt_ids=sent)
             shown.too_long = shown.ids is None
         if active_spans is not None:
             runs = usable_runs(annotation.get("runs", ()), active_spans, shown.ids is not None)
@@ -101,10 +105,11 @@ def plan_teacher_inputs(
         inputs.append(shown)
     metrics = {
         "teacher/samples": float(np.mean([shown.ids is not None for shown in inputs])),
+        "teacher/prompt_tokens_max": float(longest),
         "rollout/too_long": float(np.mean([shown.too_long for shown in inputs])),
     }
     if active_spans is not None:
-        metrics |= _annotation_metrics([row.get("annotation") for row in rows], [len(ids) for ids in responses], step)
+        metrics |= annotation_metrics([row.get("annotation") for row in rows], [len(ids) for ids in responses])
     return inputs, metrics | {f"context/{name}": value for name, value in context.metrics(samples).items()}
 
 
@@ -115,11 +120,30 @@ def _as_text(body: Callable[[str], str], extra_info: Any) -> Any:
     return {key: body(value) if isinstance(value, str) else value for key, value in extra_info.items()}
 
 
-def _annotation_metrics(annotations: list[dict | None], lengths: list[int], step: int) -> dict[str, float]:
-    metrics = annotation_metrics(annotations, lengths)
-    if metrics.get("annotation/failures", 0.0) > ALARM:
-        _log.warning("step %d: %.0f %% of the annotations failed", step, 100 * metrics["annotation/failures"])
-    return metrics
+def rendered_with(
+    tokenizer: Any,
+    sent: list[int],
+    sample: Mapping[str, Any],
+    template_kwargs: Mapping[str, Any],
+    tools: list[dict[str, Any]] | None,
+) -> Mapping[str, Any]:
+    """Arguments of the chat template that make the prompt which the student was sent of the row's messages.
+
+    A context rewrites those messages, so if they were not what the student saw the teacher would answer another
+    question.
+
+    Raises:
+        RuntimeError: the template makes another prompt, with tools and without.
+    """
+    for kwargs in (template_kwargs, {**template_kwargs, "tools": tools}):
+        if sent == render(tokenizer, sample["raw_prompt"], kwargs):
+            return kwargs
+    index = (sample["extra_info"] or {}).get("index")
+    raise RuntimeError(
+        f"The student was sent {len(sent)} prompt tokens which its chat template does not make of the row (index "
+        f"{index}), so the teacher would answer another question: an agent loop that rewrites or cuts prompts needs "
+        "opd.context.kind=same."
+    )
 
 
 def usable_runs(

@@ -6,9 +6,7 @@ student, refresh the teacher on schedule, save, sync the weights to vLLM. Everyt
 (placement, data loading, generation, rewards, weight sync) is inherited, and a step without a teacher is verl's own.
 """
 
-import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,18 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import best, checkpoint, datasets, discovery, rollouts
+from opd_ext.bridge import best, checkpoint, datasets, discovery, failures, rollouts, selftest
 from opd_ext.bridge.advantages import weigh_advantages
-from opd_ext.bridge.console import StepPrinter
+from opd_ext.bridge.console import RunLog
+from opd_ext.bridge.inputs import tool_schemas
 from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
 from opd_ext.bridge.worker import OPDWorker
 from opd_ext.config import schema
 from opd_ext.context import build_context
 from opd_ext.objective.metrics import means
-from opd_ext.progress import since_start
+from opd_ext.seeds import Copies
 from opd_ext.teacher.vocabulary import check_same_ids
-from opd_ext.terminal import terminal
+from opd_ext.tokens.ends import stop_ids
 
 # What the workers read of a rollout; everything else stays in the queue.
 _UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mask", "has_teacher"]
@@ -53,12 +52,14 @@ class OPDTrainer(PPOTrainerSync):
         self.opd = schema.load(config.opd)
         self.teacher = self.opd.teacher.kind
         self.run_dir = Path(self.opd.run_dir)
-        self._names = (0, 0)  # step, prompts named in it
+        self.tested = False  # see opd_ext.bridge.selftest
+        self._names = (0, 0, Copies())  # step, prompts named in it, which of them are equal
         # The base class branches on this string; the queue, the replay buffer and resume must behave as in `sync`.
         config.trainer.v1.trainer_mode = "sync"
         if self.opd.teacher.path and self.opd.needs_teacher_engine:
             with open_dict(config):
                 config.actor_rollout_ref.teacher_path = self.opd.teacher.path
+        self.full_steps = 0  # in a row, whose pairs were all too long
         super().__init__(config)
         self.state = checkpoint.TrainerState(
             method=self.opd.method,
@@ -72,20 +73,16 @@ class OPDTrainer(PPOTrainerSync):
         super()._init_tokenizer()
         if self.opd.teacher.path:
             check_same_ids(self.tokenizer, self.opd.teacher.path)
+        self.stops = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
         self.context = build_context(self.opd.context, self.tokenizer)
+        self.tools = tool_schemas(self.config)
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
         datasets.complete(self.train_dataset, self.val_dataset)
         self.total_training_steps = datasets.settle_steps(self.config, self.train_dataset, self.total_training_steps)
-        # Line buffered and appended to: `opd train` follows this file, and a resumed run continues it.
-        self.console = terminal(file=(self.run_dir / "console.log").open("a", buffering=1), width=120)
-        self.printer = StepPrinter(self.total_training_steps, self.console)
-        self._say(f"{datasets.counts(self.train_dataset, self.val_dataset)}; loading the models and starting vLLM")
-
-    def _say(self, what: str) -> None:
-        """A line about the start of the run."""
-        self.console.print(since_start(what), highlight=False, soft_wrap=True)
+        self.log = RunLog(self.run_dir, self.total_training_steps)
+        self.log.say(f"{datasets.counts(self.train_dataset, self.val_dataset)}; loading the models and starting vLLM")
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -104,40 +101,45 @@ class OPDTrainer(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         temperature = self.config.actor_rollout_ref.rollout.temperature
-        self.actor_rollout_wg.configure(self.opd, self._token_classes(), temperature)
+        self.actor_rollout_wg.configure(self.opd, rollouts.token_classes(self.tokenizer, self.stops), temperature)
         super().on_init_end()
-
-    def _token_classes(self) -> dict[str, list[int]]:
-        vocabulary = self.tokenizer.get_vocab()
-        think = [vocabulary[token] for token in ("<think>", "</think>") if token in vocabulary]
-        return {"eos": [self.tokenizer.eos_token_id], **({"think": think} if think else {})}
 
     # ------------------------------------------------------------------ one step
 
     def _fetch_one_gen_batch(self) -> Any:
         """verl's batch with names that a rerun reproduces; replay and order of the batch depend on them."""
         batch = super()._fetch_one_gen_batch()
-        step, named = self._names
-        first = named if step == self.global_steps else 0  # dynamic sampling fetches several times per step
-        self._names = (self.global_steps, first + len(batch))
-        uids = [f"t{self.global_steps:06d}p{i:05d}" for i in range(first, first + len(batch))]
-        batch.update(tu.get_tensordict({"uid": np.array(uids, dtype=object)}))
+        step = self.global_steps  # dynamic sampling fetches several times per step
+        _, first, copies = self._names if self._names[0] == step else (step, 0, Copies())
+        self._names = (step, first + len(batch), copies)
+        uids = [f"t{step:06d}p{i:05d}" for i in range(first, first + len(batch))]
+        draws = rollouts.first_draws(batch["raw_prompt"], copies, self.config.actor_rollout_ref.rollout.n)
+        batch.update(tu.get_tensordict({"uid": np.array(uids, dtype=object), "first_draw": draws}))
         return batch
+
+    def _sample(self, partition: str, prompts: int) -> tuple[KVBatchMeta, dict]:
+        return failures.sample(self.replay_buffer, self.agent_loop_manager, self.global_steps, partition, prompts)
+
+    def _account(self, rows: list[dict], wanted: int, prefix: str) -> dict[str, float]:
+        ask = self.agent_loop_manager.first_exception
+        metrics, line = failures.account(rows, wanted, self.opd.rollout.failed, prefix, ask)
+        if line:
+            self.log.note(f"step {self.global_steps}: {line}", "yellow")
+        return metrics
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         with marked_timer("gen", timing_raw, color="red"):
             self.on_sample_begin()
-            batch, sampling = self.replay_buffer.sample(
-                global_steps=self.global_steps, partition_id="train", batch_size=sample_batch_size
-            )
+            batch, sampling = self._sample("train", sample_batch_size)
             metrics.update(sampling)
             batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
             self.on_sample_end()
         batch.reorder(sorted(range(len(batch.keys)), key=batch.keys.__getitem__))  # arrival order is not reproducible
         if self.reward_loop_manager.reward_loop_worker_handles is None:
             batch = self._compute_reward_colocate(batch, metrics=metrics)
-        rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens)
-        metrics.update(rollouts.summarise(rows, "rollout"))
+        rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens, self.stops)
+        wanted = sample_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics.update(rollouts.summarise(rows, "rollout") | self._account(rows, wanted, "rollout"))
         weight, gate = self.opd.schedule(self.global_steps)
         taught = False
         if weight > 0:
@@ -154,6 +156,7 @@ class OPDTrainer(PPOTrainerSync):
         batch = self._balance_batch(batch, metrics)
         if taught and self.opd.teacher.backend == "engine":
             neutralise_padding(batch, self.tokenizer.eos_token_id, self.opd.credit.annotates)
+        selftest.run(self, batch, taught)
         if self._needs_old_log_probs():
             with marked_timer("old_log_prob", timing_raw, color="blue"):
                 batch = self._compute_old_log_prob(batch, metrics)
@@ -194,6 +197,7 @@ class OPDTrainer(PPOTrainerSync):
             self.context,
             self.tokenizer,
             OmegaConf.to_container(self.config.data.apply_chat_template_kwargs),
+            self.tools,
             self.opd.max_pair_length,
             self.global_steps,
             self.opd.divergence.active_spans if self.opd.credit.annotates else None,
@@ -201,6 +205,9 @@ class OPDTrainer(PPOTrainerSync):
         metrics.update(planned)
         dropped = [i for i, shown in enumerate(inputs) if shown.too_long and not self.opd.policy.present]
         metrics["rollout/dropped"] = len(dropped) / len(batch.keys)
+        self.full_steps = failures.check_pairs(metrics, self.full_steps, self.opd.max_pair_length)
+        if len(dropped) == len(batch.keys):  # a skipped step, whose rows verl clears
+            return batch, False
         batch = without_rows(batch, dropped)
         inputs = [shown for i, shown in enumerate(inputs) if i not in set(dropped)]
         taught = any(shown.ids is not None for shown in inputs)
@@ -224,7 +231,7 @@ class OPDTrainer(PPOTrainerSync):
         attempt = discovery.record_attempts(rows, self.opd.stop_on_success, self.state, self.global_steps, self.run_dir)
         if attempt is not None:
             self.total_training_steps = self.global_steps
-            self.console.print(f"found: attempt {attempt} of {self.state.attempts} is right, step {self.global_steps}")
+            self.log.note(f"found: attempt {attempt} of {self.state.attempts} is right, step {self.global_steps}")
         return attempt is not None
 
     # ------------------------------------------------------------------ update
@@ -349,52 +356,44 @@ class OPDTrainer(PPOTrainerSync):
         self.state = checkpoint.TrainerState.read(folder)
         if self.opd.needs_teacher_engine and self.state.teacher_version > 0:
             self.actor_rollout_wg.load_teacher(str(folder.absolute() / "teacher"))
-        self.console.print(
-            f"resumed from {folder}: step {self.global_steps}, teacher version {self.state.teacher_version} "
-            f"(age {self.global_steps - self.state.teacher_version} steps)"
-        )
+        version, step = self.state.teacher_version, self.global_steps
+        self.log.note(f"resumed from {folder}: step {step}, teacher version {version} (age {step - version} steps)")
 
     # ------------------------------------------------------------------ validation and metrics
 
     def fit(self, agent_loop_manager: Any) -> None:
-        self._say("the stack is up")
+        self.log.say("the stack is up")
         super().fit(agent_loop_manager)
 
     def _validate(self) -> dict[str, float]:
         rows: list[dict[str, Any]] = []
+        copies, n, prompts = Copies(), self.config.actor_rollout_ref.rollout.val_kwargs.n, 0
         for batch_dict in self.val_dataloader:
-            uids = [f"v{self.global_steps:06d}p{len(rows) + i:05d}" for i in range(len(batch_dict["raw_prompt"]))]
+            uids = [f"v{self.global_steps:06d}p{prompts * n + i:05d}" for i in range(len(batch_dict["raw_prompt"]))]
+            prompts += len(uids)
             batch_dict["uid"] = np.array(uids, dtype=object)
+            batch_dict["first_draw"] = rollouts.first_draws(batch_dict["raw_prompt"], copies, n)
             batch = tu.get_tensordict(batch_dict)
             tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
             tu.assign_non_tensor_data(batch, "validate", True)
             tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps} for _ in uids]
             tq.kv_batch_put(keys=uids, partition_id="val", tags=tags)
             self.agent_loop_manager.generate_sequences(batch)
-            done, _ = self.replay_buffer.sample(
-                global_steps=self.global_steps, partition_id="val", batch_size=len(uids)
-            )
-            rows += rollouts.read_rows(done, self.tokenizer, self.opd.rollout.val_tokens)
+            done, _ = self._sample("val", len(uids))
+            rows += rollouts.read_rows(done, self.tokenizer, self.opd.rollout.val_tokens, self.stops)
             tq.kv_clear(keys=done.keys, partition_id=done.partition_id)
         rows.sort(key=lambda row: (row["uid"], row["sample"]))
         files.write_jsonl(self.run_dir / "generations" / f"val_{self.global_steps}.jsonl", rows)
-        metrics = rollouts.summarise_by_source(rows, "val")
-        self._record("val", metrics)
+        metrics = rollouts.summarise_by_source(rows, "val") | self._account(rows, prompts * n, "val")
+        self.log.record("val", self.global_steps, metrics)
         problems = len({row["uid"] for row in rows})
         if collapsed := best.collapse(best.validations(self.run_dir), problems, self.opd.stop_on_collapse):
-            self.console.print(collapsed, highlight=False, soft_wrap=True)
+            self.log.note(collapsed)
             self.total_training_steps = self.global_steps
         return metrics
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int):
         metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
         metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
-        self._record("train", {name: value for name, value in metrics.items() if not name.startswith("val/")})
-
-    def _record(self, phase: str, metrics: dict[str, float]) -> None:
-        """Append one line to ``metrics.jsonl`` and one row to the console."""
-        numbers = {name: float(value) for name, value in metrics.items()}
-        line = json.dumps({"step": self.global_steps, "phase": phase, "time": time.time(), **numbers})
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(line + "\n")
-        (self.printer.train if phase == "train" else self.printer.validation)(self.global_steps, numbers)
+        trained = {name: value for name, value in metrics.items() if not name.startswith("val/")}
+        self.log.record("train", self.global_steps, trained)

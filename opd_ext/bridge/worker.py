@@ -14,6 +14,7 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
+from opd_ext.bridge import selftest
 from opd_ext.bridge.cpu_platform import init_process_group, own_socket
 from opd_ext.config.schema import OPDConfig
 from opd_ext.teacher.weights import copy_shards, ema_shards
@@ -92,6 +93,11 @@ class OPDWorker(ActorRolloutRefWorker):
         engine.teacher = self.ref.engine if self.ref is not None else None
         for worker in filter(None, (self.actor, self.ref)):
             worker.engine.module.get_output_embeddings().fp32 = objective.fp32
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def selftest(self, probes: list[selftest.Probe]) -> dict[str, Any]:
+        """See :func:`opd_ext.bridge.selftest.examine`; every rank finds the same."""
+        return selftest.examine(self.actor.engine, probes)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def count_updates(self) -> int:

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd_ext.config.overrides import keys_of, quoted, readable
+from opd_ext.config.overrides import check_folders, keys_of, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError
 
@@ -30,9 +30,7 @@ def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> Di
         ConfigError: for an override that Hydra cannot apply.
     """
     _find_home()
-    for folder in config_dirs:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"--config-dir {folder} is no folder: name the one that holds method/NAME.yaml.")
+    check_folders(config_dirs)
     search_path = _search_path(config_dirs)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from opd_ext.errors import ConfigError, did_you_mean
 
 KEY = r"[+~]*[\w.@/-]+"
+_OPTIONS = ("--dry-run", "--cfg", "--config-dir", "--help")
 _PRESETS = Path(__file__).parent
 
 
@@ -27,6 +28,8 @@ def from_words(words: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> 
     """
     joined: list[str] = []
     for word in words:
+        if word.startswith("--"):
+            _check_option(word)
         if joined and joined[-1].endswith("=") and "=" not in word:
             joined[-1] += word  # method= crisp; method = crisp
         elif joined and word.startswith("=") and "=" not in joined[-1]:
@@ -36,6 +39,15 @@ def from_words(words: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> 
         else:
             joined.append(word)
     return [_as_choice(word.removeprefix("--"), config_dirs) for word in joined]
+
+
+def _check_option(word: str) -> None:
+    """An option is a group of presets, or a key with dots; raises ConfigError for any other."""
+    name, _, _ = word.removeprefix("--").partition("=")
+    groups = [path.name for path in _PRESETS.iterdir() if path.is_dir()]
+    if name not in groups and "." not in name:
+        options = [*_OPTIONS, *(f"--{group}" for group in groups)]
+        raise ConfigError(f"--{name} is no option; write settings as KEY=VALUE.{did_you_mean(f'--{name}', options)}")
 
 
 def _as_choice(word: str, config_dirs: Sequence[str | Path]) -> str:
@@ -51,6 +63,13 @@ def _as_choice(word: str, config_dirs: Sequence[str | Path]) -> str:
     if word not in names and (meant := did_you_mean(word, names)):
         raise ConfigError(f"{group}={word} does not exist.{meant}")
     return f"{group}={word}" if word in names else word
+
+
+def check_folders(config_dirs: Sequence[str | Path]) -> None:
+    """Raises ConfigError for a folder of presets that is not there: Hydra would go on without it."""
+    for folder in config_dirs:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--config-dir {folder} is no folder: name the one that holds the folders of presets.")
 
 
 def readable(override: str) -> str:

@@ -40,6 +40,7 @@ class RolloutConfig:
 
     train_tokens: int = 8192  # new tokens at most, per training rollout
     val_tokens: int = 8192  # new tokens at most, per validation rollout
+    failed: str = "stop"  # a rollout that raises (grader, tool, agent loop): stop: ends the run; zero: scores 0
     poll_interval: float = 0.05  # seconds between looks into the replay buffer (verl: 2.0)
 
 
@@ -67,6 +68,7 @@ class OPDConfig:
     """Tokens of prompt + response; a pair that is longer, student's or teacher's, is dropped."""
     max_teacher_entropy: float | None = 0.95
     """A teacher with more than this share of log V has lost its weights: stop; null: off."""
+    selftest: bool = True  # before the first update: head, packing, teacher, sampler and ends compared, once per run
     stop_on_success: float | None = None
     """A score: the run ends at the first rollout that reaches it (test-time self-distillation)."""
     stop_on_collapse: float | None = 0.5

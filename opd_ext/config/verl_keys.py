@@ -4,7 +4,7 @@
 from omegaconf import DictConfig
 
 from opd_ext.config.schema import OPDConfig
-from opd_ext.errors import ConfigError, positive
+from opd_ext.errors import ConfigError, one_of, positive
 
 
 def check_teacher(opd: OPDConfig, config: DictConfig) -> None:
@@ -145,6 +145,17 @@ def _check_gspo(config: DictConfig) -> None:
 def check_lengths(opd: OPDConfig, config: DictConfig) -> None:
     """Prompt, response and pair fit into each other and into one micro-batch."""
     data, rollout = config.data, config.actor_rollout_ref.rollout
+    one_of("opd.rollout.failed", opd.rollout.failed, ("stop", "zero"))
+    if not data.filter_overlong_prompts:
+        raise ConfigError(
+            "data.filter_overlong_prompts=false would cut prompts that are too long on the left, question and all, for "
+            "the student alone: set it to true, or raise data.max_prompt_length."
+        )
+    if rollout.prompt_length != data.max_prompt_length:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.prompt_length={rollout.prompt_length} must be data.max_prompt_length="
+            f"{data.max_prompt_length}: longer prompts would be cut, for the student alone; set the latter only."
+        )
     for key in ("train_tokens", "val_tokens"):
         tokens = getattr(opd.rollout, key)
         positive(f"opd.rollout.{key}", tokens)
@@ -178,6 +189,8 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
     """Strategy, parallelism, packing and batch sizes."""
     if opd.warm_python and (opd.device != "cpu" or config.trainer.nnodes > 1):
         raise ConfigError("opd.warm_python=true is for a run on the CPU of one machine; set it to false.")
+    if config.trainer.device != opd.device:
+        raise ConfigError(f"trainer.device={config.trainer.device} must be opd.device={opd.device}: set the latter.")
     actor, ref, rollout = (config.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
     if actor.strategy != "fsdp2" or ref.strategy != "fsdp2":
         raise ConfigError("actor_rollout_ref.actor.strategy and .ref.strategy must both be fsdp2.")
@@ -211,6 +224,9 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
         raise ConfigError(f"actor_rollout_ref.rollout.name={rollout.name} is not supported: set it to vllm.")
 
 
+_HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "word_embeddings")
+
+
 def _check_lora(opd: OPDConfig, model: DictConfig) -> None:
     """Adapters train in the student alone; the model without them is a teacher that costs no memory."""
     if model.lora.rank > 0 or model.lora_adapter_path is not None:
@@ -218,6 +234,12 @@ def _check_lora(opd: OPDConfig, model: DictConfig) -> None:
             "LoRA is configured by actor_rollout_ref.model.lora_rank, without lora.rank and adapter path."
         )
     adapters = model.lora_rank > 0
+    targets = [model.target_modules] if isinstance(model.target_modules, str) else list(model.target_modules or ())
+    if adapters and (heads := [name for name in targets if name.rpartition(".")[2] in _HEADS]):
+        raise ConfigError(
+            f"actor_rollout_ref.model.target_modules={targets}: {', '.join(heads)} cannot have an adapter here, since "
+            "the chunked head reads its matrix and tied embeddings would move along: take it out, or set all-linear."
+        )
     if adapters and not model.lora.merge:
         raise ConfigError("LoRA needs actor_rollout_ref.model.lora.merge=true: vLLM receives merged weights.")
     teacher = opd.teacher.kind

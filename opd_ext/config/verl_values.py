@@ -111,7 +111,6 @@ VALUES: Mapping[str, Number | Choice] = {
     f"{_ROLLOUT}.val_kwargs.temperature": Number(0),
     f"{_ROLLOUT}.val_kwargs.top_p": SHARE,
     f"{_ROLLOUT}.val_kwargs.top_k": Number(1, whole=True, off=-1),
-    f"{_ROLLOUT}.val_kwargs.do_sample": SWITCH,
     "reward.num_workers": COUNT,
 }
 """Key -> what it may be; ``train_batch_size=0`` and the like are refused before anybody divides by them."""

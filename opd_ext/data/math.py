@@ -394,8 +394,6 @@ def _summary(data_sets: Mapping[str, DataSet], status: Mapping[Path, str]) -> Ta
     for (path, what), data in zip(status.items(), data_sets.values(), strict=True):
         lengths = [len(row["prompt"][0]["content"]) for row in data.rows] or [0]
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.dropped.most_common())
-        numbers = (
-            f"{number:,}" for number in (len(data.rows), len(data.questions), int(np.median(lengths)), max(lengths))
-        )
-        table.add_row(path.name, what, *numbers, reasons or "none")
+        numbers = (len(data.rows), len(data.questions), int(np.median(lengths)), max(lengths))
+        table.add_row(path.name, what, *(f"{number:,}" for number in numbers), reasons or "none")
     return table

@@ -120,22 +120,30 @@ class Computation:
     def __call__(
         self,
         z: Float[Tensor, "C V"],
-        w: Float[Tensor, "C V"] | None,
+        w: Float[Tensor, "C VT"] | None,
         labels: Int[Tensor, " C"] | None,
         differentiable: tuple[Output, ...],
     ) -> tuple[Float[Tensor, " C"], ...]:
-        """Logits of both sides and labels -> one tensor per output."""
+        """Logits of both sides and labels -> one tensor per output.
+
+        Where one head is taller, distributions are compared over the rows that both have; log-probs and entropies are
+        those of the whole head.
+        """
         return tuple(self._term(name, z if name in differentiable else z.detach(), w, labels) for name in self.outputs)
 
     def _term(self, name: Output, z: Tensor, w: Tensor | None, labels: Tensor | None) -> Tensor:
         if name == "divergence" or name == "clipped":
             comparison = present(self.comparison, f"The output {name} needs a divergence.")
             teacher = present(w, f"The output {name} needs a teacher.")
+            common = min(z.shape[-1], teacher.shape[-1])  # rows beyond are padding of one of the heads
+            z, teacher = z[..., :common], teacher[..., :common]
             return comparison(z, teacher) if name == "divergence" else comparison.clipped(z, teacher)
         logits = z if name.startswith("student") else present(w, f"The output {name} needs a teacher.")
         if name.endswith("entropy"):
             return entropy(logits, self.temperature)
         chosen = present(labels, f"The output {name} needs labels.")
+        # An id that this head does not have gets a number without meaning; the objective distils no such token.
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)
         return log_probs(logits, self.temperature).gather(-1, chosen[:, None])[:, 0]
 
 
@@ -207,7 +215,7 @@ def _block(
     compute: Callable[..., tuple[Tensor, ...]],
     outputs: tuple[Output, ...],
     z: Float[Tensor, "C V"],
-    w: Float[Tensor, "C V"] | None,
+    w: Float[Tensor, "C VT"] | None,
     labels: Int[Tensor, " C"] | None,
     upstream: dict[Output, Float[Tensor, " C"]],
 ) -> tuple[tuple[Float[Tensor, " C"], ...], Float[Tensor, "C V"] | None]:

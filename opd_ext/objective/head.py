@@ -93,12 +93,11 @@ def chunked_divergence(
     >>> hidden.grad[1]
     tensor([0., 0.])
     """
-    common = min(len(weight), len(teacher_weight))
     out = divergence_head(
         hidden,
-        weight[:common],
+        weight,
         teacher_hidden,
-        teacher_weight[:common],
+        teacher_weight,
         token_weight=token_weight,
         kind=kind,
         kind_args=kind_args,
@@ -113,7 +112,7 @@ def divergence_head(
     hidden: Float[Tensor, "_N _H"],
     weight: Float[Tensor, "_V _H"],
     teacher_hidden: Float[Tensor, "_N _Ht"] | None = None,
-    teacher_weight: Float[Tensor, "_V _Ht"] | None = None,
+    teacher_weight: Float[Tensor, "_VT _Ht"] | None = None,
     *,
     labels: Int[Tensor, " _N"] | None = None,
     token_weight: Float[Tensor, " _N"] | None = None,
@@ -259,11 +258,6 @@ def _check(
     rows = {"labels": labels, "token_weight": token_weight}
     if teacher is not None:
         _check_side("teacher_hidden", teacher)
-        if len(teacher.weight) != len(student.weight):
-            raise ValueError(
-                f"Student and teacher heads must share one vocabulary but have {len(student.weight)} and "
-                f"{len(teacher.weight)} rows; slice padding rows off the larger one."
-            )
         rows["teacher_hidden"] = teacher.hidden
     for name, per_row in rows.items():
         if per_row is not None and len(per_row) != len(student.hidden):

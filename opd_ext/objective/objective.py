@@ -53,6 +53,7 @@ class MicroBatch:
         reference_log_prob: the reference's log-probs of the labels, for a surrogate that extrapolates.
         distillation_weight: of the distillation term at this step (`opd.credit.weight`, annealed).
         gate: what the annealing leaves to the policy term on annotated spans.
+        known_ids: ids below this have a row in the teacher's head; a token beyond is not distilled. None: all have.
     """
 
     labels: Int[Tensor, " N"]
@@ -70,6 +71,7 @@ class MicroBatch:
     reference_log_prob: Float[Tensor, " N"] | None = None
     distillation_weight: float = 1.0
     gate: float = 1.0
+    known_ids: int | None = None
 
     def padded(self, values: Shaped[Tensor, " N"]) -> Shaped[Tensor, "B T"]:
         """One row per response, zeros behind it."""
@@ -81,7 +83,7 @@ class MicroBatch:
 
     def distilled(self) -> Bool[Tensor, " N"]:
         """Trained tokens of samples that have a teacher."""
-        mask = self.mask.bool()
+        mask = self.mask.bool() if self.known_ids is None else self.mask.bool() & (self.labels < self.known_ids)
         return mask if self.sample_mask is None else mask & self.sample_mask.bool().repeat_interleave(self.lengths)
 
 
@@ -160,7 +162,7 @@ class Objective:
         hidden: Float[Tensor, "N H"],
         weight: Float[Tensor, "V H"],
         teacher_hidden: Float[Tensor, "N Ht"] | None = None,
-        teacher_weight: Float[Tensor, "V Ht"] | None = None,
+        teacher_weight: Float[Tensor, "_VT Ht"] | None = None,
         policy: PolicyTerm | None = None,
         reference_hidden: Float[Tensor, "N H"] | None = None,
     ) -> Terms:
@@ -409,7 +411,8 @@ class Objective:
     def _buckets(batch: MicroBatch) -> dict[str, Tensor]:
         start = torch.cumsum(batch.lengths, dim=0) - batch.lengths
         position = torch.arange(len(batch.mask), device=batch.mask.device) - start.repeat_interleave(batch.lengths)
-        return position_buckets(position, batch.lengths.repeat_interleave(batch.lengths))
+        buckets = position_buckets(position, batch.lengths.repeat_interleave(batch.lengths))
+        return buckets | {"token0": position == 0}
 
 
 def _surrogate_loss(

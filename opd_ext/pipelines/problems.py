@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Template
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opd_ext.context import render as render_chat
 from opd_ext.errors import ConfigError
@@ -39,19 +39,6 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model} has no tokenizer that loads: {' '.join(str(error).split())}") from None
-
-
-def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's end and what the model's generation config adds to it."""
-    found = {tokenizer.eos_token_id} - {None}
-    try:
-        configured = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # a checkpoint without a generation config
-        configured = None
-    found |= set([configured] if isinstance(configured, int) else configured or [])
-    if not found:
-        raise ConfigError(f"{model} names no token that ends a response; set eos_token_id in its generation config.")
-    return sorted(found)
 
 
 def read_problems(settings: PromptsConfig) -> pd.DataFrame:
@@ -107,7 +94,12 @@ def fingerprint(model: str) -> str:
 def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig) -> pd.DataFrame:
     """``uid`` and ``prompt_ids`` up to where the assistant begins, through the chat template, once."""
     system = [{"role": "system", "content": settings.system}] if settings.system else []
-    ids = [render_chat(tokenizer, system + messages, settings.template) for messages in worded(rows, settings)]
+    ids = []
+    for uid, messages in zip(rows["uid"], worded(rows, settings), strict=True):
+        try:
+            ids.append(render_chat(tokenizer, system + messages, settings.template))
+        except Exception as error:  # a template may raise whatever it likes
+            raise ConfigError(f"{settings.file}: the chat template refuses row {uid}: {str(error).strip()}.") from error
     return pd.DataFrame({"uid": rows["uid"], "prompt_ids": ids})
 
 

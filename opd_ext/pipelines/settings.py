@@ -18,7 +18,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd_ext.config.overrides import quoted, readable
+from opd_ext.config.overrides import check_folders, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
 from opd_ext.sampling.config import VLLMConfig
@@ -162,6 +162,7 @@ def compose_pipeline(
     for override in overrides:
         if override.startswith("recipe=") and override[7:].split("/")[0] in _others(name):
             raise ConfigError(f"{override} is one of `opd {override[7:].split('/')[0]}`, not of `opd {name}`.")
+    check_folders(config_dirs)
     folders = ",".join(quoted(f"file://{Path(folder).absolute()}") for folder in config_dirs)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):

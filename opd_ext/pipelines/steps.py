@@ -17,6 +17,7 @@ from opd_ext.pipelines.settings import PipelineConfig, PromptsConfig, TrainConfi
 from opd_ext.pipelines.stages import Manifest, Stage
 from opd_ext.sampling.config import Decoding
 from opd_ext.sampling.jobs import Engines, Job, sample
+from opd_ext.tokens.ends import stop_ids
 from opd_ext.tokens.finetuning import FineTuning, fine_tune
 from opd_ext.tokens.tables import PROMPTS, SAMPLES, TRAINING, TableError, read_table, write_table
 
@@ -38,7 +39,7 @@ class Steps:
         self.config, self.folder = config, Path(config.run_dir)
         self.manifest = Manifest(self.folder)
         self.tokenizer = problems.load_tokenizer(config.model, config.trust_remote_code)
-        self.stop_ids = problems.stop_ids(config.model, self.tokenizer)
+        self.stop_ids = stop_ids(config.model, self.tokenizer)
 
     # ------------------------------------------------------------------ prompts
 

@@ -12,7 +12,7 @@ from opd_ext.preflight.data import check_data
 from opd_ext.preflight.findings import Findings
 from opd_ext.preflight.machine import check_machine
 from opd_ext.preflight.models import check_models
-from opd_ext.preflight.reward import check_reward, leave_ungraded
+from opd_ext.preflight.reward import check_reward
 
 __all__ = ["Findings", "preflight"]
 
@@ -33,9 +33,6 @@ def preflight(config: DictConfig, opd: OPDConfig, starting: bool) -> Findings:
         check_inputs(config)
     tokenizer = check_models(config, opd, starting, findings)
     found = check_data(config, opd, tokenizer, findings)
-    samples = [*found["train_files"], *found["val_files"]]
-    graded = [each for each in samples if "reward_model" in each.columns]
-    if samples and not graded:
-        leave_ungraded(config, findings)
+    graded = [samples for key in found for samples in found[key] if samples.answered]
     check_reward(config, graded, findings)
     return findings

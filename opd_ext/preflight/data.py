@@ -20,6 +20,8 @@ RENDERED = 128  # of a file: the first prompts, and as many of the longest by ch
 
 # Contexts that show the teacher what a grader made of a response.
 _GRADED_CONTEXTS = ("feedback", "label")
+# Contexts that need nothing but a row of the data.
+_PLAIN_CONTEXTS = ("same", "instruction", "solution")
 
 
 def reads_grades(opd: OPDConfig) -> bool:
@@ -53,7 +55,11 @@ def check_data(config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Fin
         if tokenizer is not None and found[key]:
             lost, rendered = check_prompts(found[key], config, tokenizer, findings)
         subject = "train data" if key == "train_files" else "validation data"
+        if found[key] and not found[key][0].answered:
+            findings.note(f"data.{key} has no reward_model, so it is not graded and no accuracy is reported of it.")
         findings.fact(subject, ", ".join(paths) + _counted(found[key], len(paths), lost) + rendered)
+        if key == "train_files" and opd.context.kind in _PLAIN_CONTEXTS:
+            check_teacher(found[key], config, opd, tokenizer, findings)
         if len(found[key]) == len(paths) and key == "train_files":
             check_steps(sum(samples.rows for samples in found[key]), lost, config, findings)
     return found
@@ -101,7 +107,7 @@ def _message(fault: Callable[[Mapping[str, Any]], bool]) -> Callable[[Mapping[st
 
 
 def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value)) or value == ""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 _ROW_FAULTS: tuple[tuple[str, str, Callable[[Mapping[str, Any], str], bool]], ...] = (
@@ -148,13 +154,11 @@ def check_rows(samples: Samples, config: DictConfig, opd: OPDConfig) -> None:
                     "{'ground_truth': ANSWER} as reward_model and a name as data_source."
                 )
     if "reward_model" in samples.columns:
-        answers = [(row.get("reward_model") or {}) for row in samples.sample]
-        if not all(isinstance(answer, Mapping) for answer in answers):
+        answers = [row.get("reward_model") for row in samples.sample]
+        if not all(answer is None or isinstance(answer, Mapping) for answer in answers):
             raise ConfigError(f"{samples.name}: reward_model must be {{'ground_truth': ANSWER}} in every row.")
-        missing = [i for i, answer in enumerate(answers) if _blank(answer.get("ground_truth"))]
+        missing = [i for i, answer in enumerate(answers) if _blank((answer or {}).get("ground_truth"))]
         _none_of(samples, missing, "have no reward_model.ground_truth", "drop them, or leave the whole column out")
-    if opd.context.kind in ("same", "instruction", "solution"):
-        _check_context(samples, opd, key)
 
 
 def _none_of(samples: Samples, rows: Sequence[int], words: str, remedy: str) -> None:
@@ -162,18 +166,6 @@ def _none_of(samples: Samples, rows: Sequence[int], words: str, remedy: str) -> 
         raise ConfigError(
             f"{samples.name}: {len(rows)} of {len(samples.sample)} rows {words}, the first is row {rows[0]}: {remedy}."
         )
-
-
-def _check_context(samples: Samples, opd: OPDConfig, key: str) -> None:
-    """Contexts that need nothing but the row show what they would show; one that lacks its text says so."""
-    if not samples.name.startswith("data.train_files"):
-        return
-    context = build_context(opd.context)
-    for i, row in enumerate(samples.sample[:RENDERED]):
-        try:
-            context.messages({"raw_prompt": row[key], "extra_info": row.get("extra_info") or {}, "uid": f"row {i}"})
-        except Exception as error:
-            raise refuse(f"{samples.name}: opd.context.kind={opd.context.kind} cannot show row {i}", error) from None
 
 
 # ---------------------------------------------------------------------- prompts
@@ -235,6 +227,39 @@ def _longest_and_first(samples: Samples, key: str) -> list[dict[str, Any]]:
     return (
         first + sorted(rest, key=lambda row: sum(len(str(m.get("content"))) for m in row[key]), reverse=True)[:RENDERED]
     )
+
+
+def check_teacher(
+    files: Sequence[Samples], config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Findings
+) -> None:
+    """The context has what it shows in every row, and the teacher's prompt leaves room for a response."""
+    context, limit, wanted = build_context(opd.context, tokenizer), opd.max_pair_length or 0, opd.rollout.train_tokens
+    kwargs = dict(config.data.apply_chat_template_kwargs or {}) | context.template_kwargs()
+    lengths = []
+    for samples in files:
+        for i, row in enumerate(samples.sample[:RENDERED]):
+            sample = {"raw_prompt": row[config.data.prompt_key], "extra_info": row.get("extra_info") or {}}
+            try:
+                messages = context.messages(sample | {"uid": f"row {i}"})
+            except Exception as error:
+                raise refuse(
+                    f"{samples.name}: opd.context.kind={opd.context.kind} cannot show row {i}", error
+                ) from None
+            if tokenizer is not None and messages is not None:
+                lengths += _lengths([{"messages": messages}], "messages", tokenizer, kwargs)[0]
+    if not lengths:
+        return
+    if min(lengths) >= limit:
+        raise ConfigError(
+            f"opd.max_pair_length={limit} leaves no room for a response: the teacher's prompts have {min(lengths):,} "
+            f"tokens and more; set it to {max(lengths) + wanted} or more."
+        )
+    if short := sum(length + wanted > limit for length in lengths):
+        findings.note(
+            f"{short} of {len(lengths)} teacher prompts leave fewer than opd.rollout.train_tokens={wanted} tokens of "
+            f"opd.max_pair_length={limit}, and longer responses are dropped: the longest prompt has {max(lengths):,}."
+        )
+    findings.fact("teacher's prompts", f"{len(lengths)} rendered, the longest has {max(lengths):,} of {limit:,} tokens")
 
 
 # ---------------------------------------------------------------------- steps

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opd_ext.config import checks
+from opd_ext.config.architecture import check_head, stateful_layer
 from opd_ext.config.schema import OPDConfig
 from opd_ext.context.sequence import render
 from opd_ext.errors import ConfigError
@@ -39,7 +40,7 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
     if student is None:
         findings.fact("model files", "not on this machine: not looked at")
         return None
-    check_config(STUDENT, student, trusted)
+    check_config(STUDENT, student, trusted, findings)
     if sizes := check_weights(STUDENT, student):
         largest = max(sizes, key=sizes.__getitem__)
         check_bucket(config, opd, largest, sizes[largest])
@@ -49,7 +50,7 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
         tokenizer.chat_template = model.custom_chat_template
     check_template(tokenizer, config, opd, findings)
     if opd.teacher.path and (teacher := find_model(TEACHER, opd.teacher.path, starting)) is not None:
-        check_config(TEACHER, teacher, trusted)
+        check_config(TEACHER, teacher, trusted, findings)
         check_weights(TEACHER, teacher)
         teachers = load_tokenizer(TEACHER, teacher, trusted)
         checks.check_vocabularies(config)
@@ -69,28 +70,35 @@ def find_model(key: str, path: str, starting: bool) -> str | None:
         raise ConfigError(f"{key}={path} is a file: name the folder that holds it.")
     if not _HUB.fullmatch(path):
         return None
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(path, "config.json"), str):
         return path
     if not starting:
         return None
     try:
-        hf_hub_download(path, "config.json", etag_timeout=5)
+        get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=5)
     except Exception as error:
         raise refuse(f"{key}={path} is no folder here, and no model that the Hugging Face hub gives", error) from None
     return path
 
 
-def check_config(key: str, path: str, trusted: bool) -> None:
+def check_config(key: str, path: str, trusted: bool, findings: Findings) -> None:
+    """The architecture is one whose logits the loss can compute; layers that forbid packing are told."""
     from transformers import AutoConfig
 
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ConfigError(f"{key}={path} holds no config.json: name a folder of transformers' format.")
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+        found = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
     except Exception as error:
         raise refuse(f"{key}={path} has no config.json that transformers can read", error) from None
+    check_head(found, f"{key}={path}")
+    if kind := stateful_layer(found):
+        findings.note(
+            f"{key}={path} has {kind} layers, which would carry one sequence of a pack into the next: every sequence "
+            "takes a pass of its own, which is exact and slower."
+        )
 
 
 def load_tokenizer(key: str, path: str, trusted: bool) -> Any:
@@ -124,7 +132,12 @@ def check_weights(key: str, path: str) -> dict[str, int]:
         raise ConfigError(f"{key}={path} holds no weights (*.safetensors): copy them beside config.json.")
     if empty := next((file for file in files if file.stat().st_size == 0), None):
         raise ConfigError(f"{key}: {empty} is empty: copy it again.")
-    return dict(_tensors(key, files))
+    sizes = dict(_tensors(key, files))
+    if "lm_head.bias" in sizes:
+        raise ConfigError(
+            f"{key}={path} has a bias in its lm_head, which the chunked head does not add: choose another."
+        )
+    return sizes
 
 
 def _tensors(key: str, files: list[Path]) -> Iterator[tuple[str, int]]:

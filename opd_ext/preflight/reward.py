@@ -16,7 +16,6 @@ from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.preflight.tables import Samples
 
 KEY = "reward.custom_reward_function"
-UNGRADED = "pkg://opd_ext.rewards.ungraded"
 SECONDS = 10.0  # a judge behind a network may take longer: then nothing is said against it
 _ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
@@ -41,15 +40,19 @@ def check_reward(config: DictConfig, graded: Sequence[Samples], findings: Findin
         inspect.signature(function).bind(**dict.fromkeys(_ARGUMENTS), **always)
     except TypeError as error:
         raise refuse(f"{shown} must take {', '.join((*_ARGUMENTS, *always))}", error) from None
-    if not graded or config.reward.reward_model.enable:  # a model that grades is not up yet
-        return
+    manager = config.reward.reward_manager.source
+    if not graded or config.reward.reward_model.enable or manager != "register":
+        return  # a model that grades is not up yet; a manager of the user's calls the function as it likes
     _check_references(function, graded)
     row = graded[0].sample[0]
     source, answer = row.get("data_source"), row["reward_model"]["ground_truth"]
-    given = dict(zip(_ARGUMENTS, (source, "", answer, dict(row.get("extra_info") or {})), strict=True)) | always
+    extra_info = dict(row.get("extra_info") or {}) | {"num_turns": 2, "rollout_reward_scores": {}}  # as verl does
+    given = dict(zip(_ARGUMENTS, (source, "", answer, extra_info), strict=True)) | always
     finished, result = _within(lambda: _call(function, given))
     if not finished:
         findings.note(f"{shown} took more than {SECONDS:.0f} s for one empty response: a step waits for all of them.")
+    elif isinstance(result, ConnectionError):
+        findings.note(f"{shown} does not reach what it asks ({result}): it must be up when the run starts.")
     elif isinstance(result, BaseException):
         raise refuse(f"{shown} fails on the first row, data_source={source} and ground_truth={answer!r:.60}", result)
     else:
@@ -71,13 +74,6 @@ def _check_references(function: Callable[..., Any], graded: Sequence[Samples]) -
                 f"{samples.name}: {len(faults)} of {len(samples.sample)} rows cannot be graded, the first is row "
                 f"{first}: {fault}"
             )
-
-
-def leave_ungraded(config: DictConfig, findings: Findings) -> None:
-    """Data without reference answers, where nothing that is trained reads a grade: then there is none."""
-    config.reward.custom_reward_function.path = UNGRADED
-    config.reward.custom_reward_function.name = "compute_score"
-    findings.note("The data has no reward_model, so nothing is graded and no accuracy is reported.")
 
 
 def _call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:

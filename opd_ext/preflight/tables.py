@@ -24,6 +24,11 @@ class Samples:
     columns: list[str]
     sample: list[dict[str, Any]] = field(repr=False)
 
+    @property
+    def answered(self) -> bool:
+        """Whether there are reference answers, by which rollouts can be graded."""
+        return "reward_model" in self.columns and any(row.get("reward_model") for row in self.sample)
+
 
 def open_samples(key: str, path: Path, columns: Iterable[str]) -> Samples:
     """The file behind ``key``; of a parquet file, ``columns`` alone are read.

@@ -5,6 +5,9 @@ A module of its own, so that a run that names another grader by its path leaves 
 """
 
 from opd_ext.rewards import math_dual
+from opd_ext.rewards.answers import check_reference
+
+__all__ = ["check_reference", "compute_score"]  # the former is asked about a file's references before a start
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> dict[str, float | str]:

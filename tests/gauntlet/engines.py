@@ -41,13 +41,6 @@ def teacher_passes(rank: Rank, update: Update) -> list[dict]:
     return calls
 
 
-def unequal_heads(rank: Rank) -> None:
-    found = agrees(rank, Update(SAMPLES, teacher="wide"))
-    names = ("untied", "wide")
-    rows = {name: AutoModelForCausalLM.from_pretrained(rank.folder / name).lm_head.out_features for name in names}
-    assert rows["wide"] > rows["untied"] and found["loss"] > 0
-
-
 def longer_teacher_prompts(rank: Rank) -> None:
     """Prompts of 3 to 6 tokens against 9 to 60: a position that goes on from another sequence would be 60 and more."""
     samples = [

@@ -29,7 +29,7 @@ async def graded_right(self, outputs, kwargs):
     outputs[-1].reward_score = 1.0
 
 
-def put_rollouts(config, queue, monkeypatch, tokenizer, score=graded_right, tools=None) -> KVBatchMeta:
+def put_rollouts(config, queue, monkeypatch, tokenizer, score=graded_right, tools=None, end=None) -> KVBatchMeta:
     """What the agent loop puts into the queue for the chats and responses above, sent with ``tools``."""
     from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
     from verl.trainer.ppo.v1 import agent_loop_tq
@@ -40,10 +40,10 @@ def put_rollouts(config, queue, monkeypatch, tokenizer, score=graded_right, tool
     monkeypatch.setattr(agent_loop_tq.tq, "async_kv_batch_put", put)
     monkeypatch.setattr(OPDAgentLoopWorker.__mro__[1], "_compute_score", score)
     parts = {"config": config, "processor": None, "hf_model_type": None}
-    worker = bare(OPDAgentLoopWorker, **parts, distillation_enabled=False, annotator=None)
+    worker = bare(OPDAgentLoopWorker, **parts, distillation_enabled=False, annotator=None, stop_ids=[370])
     for i, (chat, text) in enumerate(zip(CHATS, RESPONSES, strict=True)):
         prompt = render(tokenizer, chat, {"tools": tools})
-        response = [*tokenizer.encode(text), tokenizer.eos_token_id]
+        response = [*tokenizer.encode(text), tokenizer.eos_token_id if end is None else end]
         output = AgentLoopOutput(
             prompt_ids=prompt, response_ids=response, response_mask=[1] * len(response), metrics={}
         )
@@ -56,9 +56,17 @@ def put_rollouts(config, queue, monkeypatch, tokenizer, score=graded_right, tool
 
 def plan(batch, tokenizer, text: str, limit: int):
     context = get_context("instruction")(text=text)
-    rows = read_rows(batch, tokenizer, max_tokens=64)
+    rows = read_rows(batch, tokenizer, max_tokens=64, stops=[tokenizer.eos_token_id])
     inputs, metrics = plan_teacher_inputs(
-        rows, batch, context, tokenizer, template_kwargs={}, max_pair_length=limit, step=1, active_spans=None
+        rows,
+        batch,
+        context,
+        tokenizer,
+        template_kwargs={},
+        tools=None,
+        max_pair_length=limit,
+        step=1,
+        active_spans=None,
     )
     wanted = [render(tokenizer, context.messages({"raw_prompt": chat})) for chat in CHATS]
     return inputs, metrics, wanted

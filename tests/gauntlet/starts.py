@@ -22,7 +22,7 @@ def distillation_and_rewards(start, world) -> None:
     plain = world.parquet(rows(reward_model=..., data_source=...))
     status, said, started, printed = start(f"data.train_files={plain}", f"data.val_files={plain}")
     assert (status, len(started)) == (0, 1), said
-    assert "nothing is graded and no accuracy is reported" in printed
+    assert "has no reward_model, so it is not graded and no accuracy is reported" in printed
     for mode in ("sync", "separate_async"):
         status, said, started, _ = start(f"trainer.v1.trainer_mode={mode}")
         assert status == 2 and "know nothing of a teacher" in said and len(started) == 1

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.gauntlet import engines, losses, rollouts, starts
+from tests.gauntlet import architectures, engines, grades, losses, lost, rollouts, starts
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "gauntlet.md", ROOT / "README.md"
@@ -50,10 +50,10 @@ def row(reports: str, situation: str, verdict: str, here: str, check: Callable[.
 ROWS = [
     row(
         "meta-pytorch/torchtune#2119 meta-pytorch/torchtune#2502",
-        "one tokenizer, a teacher whose head is padded further",
+        "one tokenizer, heads padded to different height",
         "right",
-        "the rows that no token names are cut; loss and gradients are float64's",
-        engines.unequal_heads,
+        "whoever's is taller, the rows beyond the other's are cut; loss and gradients are float64's",
+        architectures.unequal_heads,
     ),
     row(
         "modelscope/ms-swift#9526",
@@ -61,6 +61,13 @@ ROWS = [
         "told",
         "both tokens are named before anything is started",
         starts.other_end_of_a_turn,
+    ),
+    row(
+        "siyan-zhao/OPSD#10",
+        "the teacher's prompt ends otherwise, so that the first token is template and not knowledge",
+        "right",
+        "`divergence_token0` is the divergence of first tokens alone",
+        architectures.first_token,
     ),
     row(
         "siyan-zhao/OPSD#30",
@@ -189,7 +196,7 @@ ROWS = [
         rollouts.line_breaks_that_merge,
     ),
     row(
-        "verl-project/verl#6239 verl-project/verl#2069 verl-project/verl#3936",
+        "verl-project/verl#2069 verl-project/verl#3936",
         "the filter of long prompts counts other tokens than are sent",
         "right",
         "the filter keeps exactly what fits as it is sent",
@@ -208,6 +215,83 @@ ROWS = [
         "told",
         "a note says that it changes nothing",
         starts.thinking_switch_without_effect,
+    ),
+    row(
+        "huggingface/Math-Verify#76 huggingface/Math-Verify#47 huggingface/Math-Verify#14 marin-community/marin#9163",
+        "a grader reads bold answers wrong, takes one answer of two, and all tiny numbers for equal",
+        "right",
+        "each is judged as it should be; as a reward, contradictions and open boxes earn nothing",
+        grades.answers_and_rewards,
+    ),
+    row(
+        "NovaSky-AI/SkyRL#2256",
+        "student, teacher and sampler disagree by more than the signal, and nobody asked them",
+        "right",
+        "before the first update head, packing and teacher are measured; a wrong head ends the run",
+        architectures.self_test,
+    ),
+    row(
+        "modelscope/ms-swift#9565 modelscope/ms-swift#9618 THUDM/slime#1686",
+        "layers with a state read the neighbour in a pack",
+        "right",
+        "such models get passes without neighbours; the loss is float64's",
+        architectures.layers_with_a_state,
+    ),
+    row(
+        "linkedin/Liger-Kernel#1319 modelscope/ms-swift#4506",
+        "a forward of text and images that does not choose the rows it is asked for",
+        "right",
+        "the rows are chosen in front of the head; the loss is float64's",
+        architectures.rows_that_the_forward_does_not_choose,
+    ),
+    row(
+        "huggingface/trl#7039",
+        "a turn may end with several tokens, and one of them is asked for",
+        "right",
+        "a response that ends with any of them is finished",
+        architectures.several_ends_of_a_turn,
+    ),
+    row(
+        "vllm-project/vime#62 verl-project/verl#439",
+        "a teacher's server never comes up, and nobody says why",
+        "right",
+        "the run ends with the last lines of the process that died",
+        lost.server_that_never_comes_up,
+    ),
+    row(
+        "verl-project/verl#4417",
+        "a reward function that raises takes its problems out of the accuracy",
+        "right",
+        "every rollout stays a row; the first exception is named, and ends the run or scores 0 by choice",
+        lost.reward_that_raises,
+    ),
+    row(
+        "verl-project/verl#3065",
+        "copies of a row get equal seeds, so that many samples are one",
+        "right",
+        "8 copies sampled once have the 8 seeds of one row sampled 8 times",
+        lost.copies_of_a_row,
+    ),
+    row(
+        "verl-project/verl#6239",
+        "a prompt is cut, or has tools, for the student alone",
+        "right",
+        "what would cut is refused; the teacher reads the student's tools; a prompt that is not the row's ends the run",
+        lost.another_prompt_than_was_sent,
+    ),
+    row(
+        "PrimeIntellect-ai/prime-rl#1563 PrimeIntellect-ai/prime-rl#2277",
+        "a batch of which nothing is left kills the run",
+        "right",
+        "the step is skipped; the third in a row ends the run and names the limit to raise",
+        lost.pairs_that_are_all_too_long,
+    ),
+    row(
+        "huggingface/trl#5676 unslothai/unsloth#9331",
+        "an adapter on the head or on tied embeddings",
+        "refused",
+        "`... cannot have an adapter here`",
+        lost.adapter_on_the_head,
     ),
 ]
 

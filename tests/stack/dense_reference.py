@@ -127,6 +127,7 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
 def _distillation(update, sample, mask: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor, dict]:
     """Constant factor and value per token, and what the metrics average over which tokens."""
     objective, labels = update.objective, torch.tensor(sample.response)[:, None]
+    common = min(z.shape[-1], w.shape[-1])  # the rows that both heads have
     logq, logp = ((x / objective.temperature).log_softmax(-1) for x in (z, w))
     sampled, taught = (x.gather(-1, labels)[:, 0] for x in (logq, logp))
     old = _float64(sample.old_log_probs) if update.old_policy or update.policy else sampled.detach()
@@ -145,7 +146,7 @@ def _distillation(update, sample, mask: Tensor, z: Tensor, w: Tensor) -> tuple[T
     else:
         for branch in objective.branches:
             here = mask * torch.isin(torch.tensor(sample.spans), torch.tensor(LABELS[branch.label]))
-            value = value + here * divergence(z, w, branch.kind, **branch.kind_args)
+            value = value + here * divergence(z[:, :common], w[:, :common], branch.kind, **branch.kind_args)
             used = used + here
         shown = value
     teacher_entropy = -(logp.exp() * logp).sum(-1)

@@ -131,6 +131,9 @@ def save_models(folder: Path) -> None:
     wide = Qwen3Config(**config.to_dict() | {"hidden_size": 40, "vocab_size": VOCABULARY + 5})
     Qwen3ForCausalLM(wide).save_pretrained(folder / "wide")
     tokenizer.save_pretrained(folder / "wide")
+    # A student whose vocabulary is padded further than the teacher's.
+    Qwen3ForCausalLM(Qwen3Config(**config.to_dict() | {"vocab_size": VOCABULARY + 5})).save_pretrained(folder / "tall")
+    tokenizer.save_pretrained(folder / "tall")
 
 
 def make_samples(response_lens: list[int], seed: int = 0) -> list[Sample]:

@@ -85,6 +85,8 @@ METHODS = {
     ),
     "trust region": Update(SAMPLES, trust=0.25),
     "external": Update(SAMPLES, teacher="wide"),
+    "taller student": Update(SAMPLES, model="tall", teacher="untied_teacher"),
+    "taller student and a policy": Update(SOME, model="tall", teacher="untied_teacher", policy=True),
 }
 USUAL = Update(SAMPLES)
 TIED = Update(SAMPLES, model="tied", teacher="tied_teacher")

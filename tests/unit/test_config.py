@@ -126,6 +126,17 @@ def test_the_node_carries_the_published_settings_of_crisp():
             ["opd.context.kind=same", "~opd.context.text", "~opd.context.strip_suffix", "opd.teacher.weights=live"],
             ["opd.context.kind=same", "loss 0"],
         ),
+        (["opd.rollout.failed=skip"], ["opd.rollout.failed=skip", "stop", "zero"]),
+        (["data.filter_overlong_prompts=false"], ["filter_overlong_prompts=false", "set it to true"]),
+        (["actor_rollout_ref.rollout.prompt_length=64"], ["prompt_length=64", "data.max_prompt_length=192"]),
+        (
+            [
+                "actor_rollout_ref.model.lora_rank=8",
+                "actor_rollout_ref.model.lora.merge=true",
+                "actor_rollout_ref.model.target_modules=[q_proj,lm_head]",
+            ],
+            ["lm_head cannot have an adapter", "all-linear"],
+        ),
         (["opd.rollout.train_tokens=999"], ["opd.rollout.train_tokens=999", "data.max_response_length=128"]),
         (["actor_rollout_ref.rollout.max_model_len=300"], ["max_model_len=300", "320"]),
         (["opd.max_pair_length=200"], ["opd.max_pair_length=200", "320"]),

@@ -17,12 +17,11 @@ from opd_ext.credit.annotate.base import (
     register_annotator,
 )
 from opd_ext.credit.annotate.config import AnnotatorConfig
-from opd_ext.credit.annotate.metrics import ALARM, annotation_metrics
+from opd_ext.credit.annotate.metrics import annotation_metrics
 from opd_ext.credit.annotate.parse import parse
 from opd_ext.credit.annotate.segments import segment
 
 __all__ = [
-    "ALARM",
     "FAILURES",
     "STATUSES",
     "Annotation",

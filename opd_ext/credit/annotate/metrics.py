@@ -10,9 +10,6 @@ from typing import Any
 from opd_ext.credit.annotate.base import FAILURES, STATUSES
 from opd_ext.spans import ERROR, KEY
 
-ALARM = 0.1
-"""Share of failed requests from which a step deserves a warning."""
-
 
 def annotation_metrics(annotations: Sequence[Mapping[str, Any] | None], lengths: Sequence[int]) -> dict[str, float]:
     """Metrics of a batch of rollouts.

@@ -25,6 +25,7 @@ from opd_ext.pipelines.t3s.report import trajectory_lines
 from opd_ext.progress import Progress
 from opd_ext.sampling.config import Decoding
 from opd_ext.sampling.jobs import Job
+from opd_ext.tokens.ends import stop_ids
 from opd_ext.tokens.finetuning import FineTuning
 from opd_ext.tokens.tables import CONFIDENCE, FLAGS, PROMPTS, SAMPLES, TableError, aligned, read_table, write_table
 
@@ -65,7 +66,7 @@ class T3S(Steps):
         job = self.job(
             config.teacher, None, "teacher", SAMPLED, config.traces, config.traces.n, config.traces.max_tokens
         )
-        self.sample([dataclasses.replace(job, stop_ids=tuple(problems.stop_ids(config.teacher, teacher)))], "traces")
+        self.sample([dataclasses.replace(job, stop_ids=tuple(stop_ids(config.teacher, teacher)))], "traces")
         return {"samples": len(read_table(self.folder / SAMPLED, SAMPLES))}
 
     @property

@@ -46,6 +46,8 @@ SECTIONS: tuple[Section, ...] = (
                 "falls after each refresh of the teacher, then levels off"),
             Metric("opd/divergence_first opd/divergence_middle opd/divergence_last", "nats",
                 "the same on the first 100 tokens of a response, on those between, and on the last 100", _TAUGHT),
+            Metric("opd/divergence_token0", "nats", "the same on the first token of a response alone", _TAUGHT,
+                "large where the prompts of student and teacher end otherwise (with thinking, without)"),
             Metric("opd/divergence_eos opd/divergence_think", "nats",
                 "the same where the sampled token is the end of the sequence, or a `<think>` or `</think>`", _TAUGHT,
                 "eos small: both agree where to stop"),
@@ -83,6 +85,8 @@ SECTIONS: tuple[Section, ...] = (
         "Which rollouts have a teacher", "bridge/teacher_inputs.py",
         (
             Metric("teacher/samples", "share", "rollouts with a teacher", _PLACED, "1, or as the context decides"),
+            Metric("teacher/prompt_tokens_max", "tokens", "the teacher's longest prompt", _PLACED,
+                "well below opd.max_pair_length"),
             Metric("rollout/too_long", "share", "rollouts whose pair exceeds opd.max_pair_length", _PLACED, "0"),
         ),
     ),
@@ -104,6 +108,14 @@ SECTIONS: tuple[Section, ...] = (
                 _FEEDBACK, "well above 0"),
             Metric("context/truncated_sample_fraction", "share", "rollouts whose demonstration or feedback was cut",
                 _FEEDBACK, "near 0"),
+        ),
+    ),
+    Section(
+        "Rollouts that failed", "bridge/failures.py",
+        (
+            Metric("rollout/failed val/failed", "share",
+                "rollouts that a grader, tool or agent loop did not finish; opd.rollout.failed=zero scores them 0", "",
+                "0"),
         ),
     ),
     Section(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+from transformers import GenerationConfig
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
 
@@ -14,6 +15,7 @@ from opd_ext import files
 from opd_ext.bridge import checkpoint, rollouts
 from opd_ext.bridge.agent_loop import rollout_seed
 from opd_ext.bridge.cpu_platform import own_socket
+from opd_ext.tokens.ends import stop_ids
 
 
 def test_a_rollout_seed_depends_on_run_step_prompt_and_session_and_on_nothing_else():
@@ -28,6 +30,16 @@ def test_a_rollout_seed_depends_on_run_step_prompt_and_session_and_on_nothing_el
     }
     assert len(others | {base}) == 5
     assert all(0 <= seed < 2**63 for seed in others)
+
+
+def test_every_end_of_a_response_that_the_model_names_counts(tmp_path):
+    """Qwen3 stops at 151645 or 151643; its tokenizer knows the first alone (TRL 7039)."""
+    tokenizer = SimpleNamespace(eos_token_id=151645, get_vocab=dict)
+    GenerationConfig(eos_token_id=[151645, 151643]).save_pretrained(tmp_path)
+    found = stop_ids(str(tmp_path), tokenizer)
+    assert found == [151643, 151645]
+    assert rollouts.token_classes(tokenizer, found) == {"eos": found}
+    assert stop_ids(str(tmp_path / "no model"), tokenizer) == [151645]
 
 
 def write_checkpoint(root, step, keep=None):
@@ -127,10 +139,10 @@ def test_rollout_metrics_are_means_over_samples():
 
 
 def test_a_response_is_truncated_if_it_used_its_limit_without_an_end():
-    tokenizer = SimpleNamespace(eos_token_id=2)
-    assert rollouts.is_truncated([5, 5, 5], tokenizer, 3)
-    assert not rollouts.is_truncated([5, 5, 2], tokenizer, 3)
-    assert not rollouts.is_truncated([5, 5], tokenizer, 3) and not rollouts.is_truncated([], tokenizer, 3)
+    stops = [2, 4]
+    assert rollouts.is_truncated([5, 5, 5], stops, 3) and not rollouts.is_truncated([5, 5, 4], stops, 3)
+    assert not rollouts.is_truncated([5, 5, 2], stops, 3)
+    assert not rollouts.is_truncated([5, 5], stops, 3) and not rollouts.is_truncated([], stops, 3)
 
 
 def test_a_rollout_that_is_not_paid_for_is_not_labelled_right():

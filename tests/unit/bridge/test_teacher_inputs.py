@@ -9,6 +9,7 @@ import torch
 from opd_ext.bridge import teacher_inputs
 from opd_ext.context.contexts import SolutionContext
 from opd_ext.context.feedback import FeedbackContext
+from opd_ext.context.sequence import render
 from opd_ext.tinymath.tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -20,17 +21,24 @@ def teacher_prompts(monkeypatch):
     """``teacher_prompts(context, output, feedback, solution)``: the rendered prompts of a group of two, ids each."""
 
     def plan(context, output, feedback="", solution=""):
-        jagged = torch.nested.as_nested_tensor([torch.tensor([1, 2])] * 2, layout=torch.jagged)
+        def twice(ids):
+            return torch.nested.as_nested_tensor([torch.tensor(ids)] * 2, layout=torch.jagged)
+
         question = [{"role": "user", "content": "What is 1+0?"}]
         extra_info = {"question": "What is 1+0?", "solution": solution, "index": 7}
-        data = {"prompts": jagged, "responses": jagged, "raw_prompt": [question] * 2, "extra_info": [extra_info] * 2}
+        data = {"raw_prompt": [question] * 2, "extra_info": [extra_info] * 2}
+        data |= {
+            "prompts": twice(render(TOKENIZER, question, {})),
+            "responses": twice([1, 2]),
+            "loss_mask": twice([1, 1]),
+        }
         monkeypatch.setattr(teacher_inputs, "tq", SimpleNamespace(kv_batch_get=lambda **_: data))
         rows = [
             {"uid": "u", "sample": i, "score": 1.0 - i, "acc": 1.0 - i, "output": output, "feedback": feedback}
             for i in range(2)
         ]
         batch = SimpleNamespace(keys=["u_0_0", "u_1_0"], partition_id="p")
-        inputs, _ = teacher_inputs.plan_teacher_inputs(rows, batch, context, TOKENIZER, {}, 10_000, 1, None)
+        inputs, _ = teacher_inputs.plan_teacher_inputs(rows, batch, context, TOKENIZER, {}, None, 10_000, 1, None)
         return [shown.ids[:-2] for shown in inputs if shown.ids is not None]
 
     return plan

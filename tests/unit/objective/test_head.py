@@ -304,7 +304,6 @@ def test_no_single_tensor_is_larger_than_a_chunk():
         ({"kind": "kl"}, "allowed: .*reverse_kl"),
         ({"token_weight": None}, "recompute"),
         ({"token_weight": torch.ones(2)}, "align"),
-        ({"teacher_weight": torch.randn(V + 1, HT)}, "one vocabulary"),
         ({"teacher_weight": None}, "both"),
         ({"hidden": torch.randn(N, H + 1)}, r"\[N, H\]"),
     ],

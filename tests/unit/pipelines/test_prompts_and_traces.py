@@ -53,6 +53,14 @@ def test_rendering_ends_where_the_assistant_begins(file, tokenizer):
         problems.check_lengths(rendered, 512, 512, "max_tokens")
 
 
+def test_a_template_that_refuses_a_row_is_one_sentence(file, tokenizer, monkeypatch):
+    """As Gemma-2's does of a system turn; the exception is Jinja's own."""
+    rows = problems.read_problems(PromptsConfig(file))
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
+    with pytest.raises(ConfigError, match=r"the chat template refuses row 000000: System role not supported\.$"):
+        problems.render_prompts(rows, tokenizer, PromptsConfig(file))
+
+
 WORDING = {"function": "Solve {{ question }}\nwith {{ starter_code }}!", "stdin": "Read, solve {{ question }}\n"}
 
 

@@ -116,8 +116,10 @@ def test_data_without_reference_answers_trains_what_reads_no_grade(start, world,
     plain = world.parquet(rows(reward_model=..., data_source=...))
     status, said, started, printed = start(f"data.train_files={plain}", f"data.val_files={plain}")
     assert (status, len(started)) == (0, 1), said
-    assert "nothing is graded and no accuracy is reported" in printed
-    assert started[0].reward.custom_reward_function.path == "pkg://opd_ext.rewards.ungraded"
+    assert "data.train_files has no reward_model, so it is not graded and no accuracy is reported" in printed
+    assert "data.val_files has no reward_model" in printed
+    _, _, _, printed = start(f"data.train_files={plain}")
+    assert "data.train_files has no reward_model" in printed and "data.val_files has no" not in printed
 
 
 def test_a_grader_that_takes_its_time_is_told(start, world, presets_composed_once, monkeypatch):

@@ -56,3 +56,10 @@ def test_the_header_returns_every_twenty_rows():
 def test_missing_metrics_are_dashes_and_broken_ones_are_shown():
     _, row, _ = lines(metrics={"opd/loss": float("nan"), "opd/divergence": 3.2e7})
     assert row.split() == ["1", "nan", "3.2e+07", "-/-", "-", "-", "-", "-", "-/-/-", "-", "-"]
+
+
+def test_what_a_step_loses_is_a_line_below_its_row_and_an_alarm_where_it_is_much():
+    _, _, lost, _ = lines(metrics=METRICS | {"rollout/failed": 0.03125, "rollout/too_long": 0.0})
+    assert lost == "lost: failed 3.1%"
+    _, _, lost, _ = lines(metrics=METRICS | {"annotation/skipped": 1.0, "annotation/failures": 0.01})
+    assert lost == "ALARM, lost: annotations failed 1.0%, annotations skipped 100.0%"

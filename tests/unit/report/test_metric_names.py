@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 
-from opd_ext.bridge import rollouts
+from opd_ext.bridge import failures, rollouts
 from opd_ext.context import build_context, context_names, get_context
 from opd_ext.context.config import ContextConfig
 from opd_ext.credit.annotate import annotation_metrics
@@ -75,8 +75,9 @@ def objective_metrics() -> set[str]:
 def rollout_metrics() -> set[str]:
     row = {"data_source": "d", "acc": 1.0, "response_tokens": 3, "truncated": False}
     row |= {"acc_strict": 1.0, "acc_answer_only": 1.0, "acc_boxed_only": 1.0, "format_ok": 1.0}
-    rows = [{**row, "index": index} for index in (0, 0, 0, 1, 1, 1)]
-    return {name for prefix in ("rollout", "val", "val/a/b c") for name in rollouts.summarise(rows, prefix)}
+    rows = [{**row, "uid": i // 3, "sample": i % 3, "index": i // 3, "failed": None} for i in range(6)]
+    counted = {name for prefix in ("rollout", "val") for name in failures.account(rows, 6, "stop", prefix, list)[0]}
+    return counted | {name for prefix in ("rollout", "val", "val/a/b c") for name in rollouts.summarise(rows, prefix)}
 
 
 def annotation_names() -> set[str]:

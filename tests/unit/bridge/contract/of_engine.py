@@ -78,7 +78,7 @@ def stock_keys():
     pins={f"{FSDP}_build_module": "self", HEAD: None},
 )
 def head(engine, jagged):
-    """``lm_head`` runs as a module, with its weight gathered, on the rows that ``logits_to_keep`` names."""
+    """``lm_head`` runs as a module, with its weight gathered, on every row of a pass."""
     lm_head, seen = engine.module.get_output_embeddings(), []
     assert isinstance(lm_head.weight, DTensor) and getattr(lm_head, "bias", None) is None
     project = lm_head.forward
@@ -90,11 +90,11 @@ def head(engine, jagged):
     lm_head.forward = types.MethodType(forward, lm_head)
     try:
         inputs, _ = engine.prepare_model_inputs(_batch(jagged))
-        out = engine.module(**inputs, use_cache=False, logits_to_keep=torch.tensor([2, 4]))
+        out = engine.module(**inputs, use_cache=False)
     finally:
         lm_head.forward = project
     size = engine.module.config.hidden_size
-    assert seen == [(torch.Size([1, 2, size]), False, (engine.module.config.vocab_size, size))]
+    assert seen == [(torch.Size([1, 9, size]), False, (engine.module.config.vocab_size, size))]
     assert out.logits.ndim == 0, "whatever the head returns comes out as logits"
 
 

@@ -56,7 +56,7 @@ def columns(config, tmp_path):
     assert isinstance(trainer.train_dataset, RLHFDataset)
     for batch in (next(iter(trainer.train_dataloader)), next(iter(trainer.val_dataloader))):
         assert set(batch["data_source"]) == {"data"}
-        assert batch["reward_model"][0] == {"ground_truth": ""}
+        assert batch["reward_model"][0] == {"ground_truth": None}
 
 
 @seam("bridge/datasets.py", covers="optim.total_training_steps")

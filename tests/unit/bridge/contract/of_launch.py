@@ -47,6 +47,16 @@ def task_runner(config, monkeypatch):
     assert isinstance(main_ppo.TaskRunnerV1, ray.actor.ActorClass)
 
 
+@seam("bridge/runner.py", pins={"ray.exceptions:RayError": None})
+def errors_of_other_processes():
+    """Ray raises a RayError whose ``cause`` is what the process raised, and says of a dead one its id."""
+    from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+    inner = RayTaskError("f", "Traceback ...", KeyError("unit_tests")).as_instanceof_cause()
+    assert isinstance(inner, RayError) and isinstance(inner.cause, KeyError)
+    assert issubclass(ActorDiedError, RayError) and "died unexpectedly" in str(ActorDiedError())
+
+
 @seam("bridge/runner.py", pins={"verl.trainer.main_ppo:run_ppo": "config task_runner_class"})
 def run_ppo(config, monkeypatch):
     """``run_ppo`` starts Ray with ``ray_kwargs.ray_init``, our variables over its own, then the runner it is given."""

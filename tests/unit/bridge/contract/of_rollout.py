@@ -3,6 +3,7 @@
 
 import asyncio
 import inspect
+import math
 from types import SimpleNamespace
 from unittest.mock import AsyncMock, Mock
 
@@ -19,6 +20,8 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.workers.rollout.replica import TokenOutput
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
+
+from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 
 from .seams import bare, parameters, says, seam
 
@@ -100,6 +103,21 @@ def sessions(config, monkeypatch):
 
 @seam(
     "bridge/agent_loop.py",
+    covers="OPDAgentLoopWorker._compute_score outputs[-1].reward_score",
+    pins={f"{LOOP}_compute_score": "self outputs kwargs"},
+)
+def grades():
+    """A rollout that has a ``reward_score`` is not graded again; a row without an answer gets 0 and no grade."""
+    output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
+    ours = bare(OPDAgentLoopWorker, reward_loop_worker_handles=["would be asked"])
+    asyncio.run(ours._compute_score([output], kwargs={"reward_model": {"ground_truth": None}}))
+    assert output.reward_score == 0.0 and math.isnan(output.extra_fields["reward_extra_info"]["acc"])
+    asyncio.run(ours._compute_score([output], kwargs={"reward_model": {"ground_truth": "2"}}))
+    assert output.reward_score == 0.0, "verl left it as it was"
+
+
+@seam(
+    "bridge/agent_loop.py",
     covers="OPDAgentLoopWorker._compute_teacher_logprobs OPDAgentLoopWorker._agent_loop_postprocess",
     pins={
         f"{LOOP}_compute_teacher_logprobs": "self output prompt_ids response_ids validate sample_kwargs=",
@@ -145,11 +163,82 @@ def finished_rollout(config, monkeypatch, queue):
     assert {name: data[name].unbind()[0].tolist() for name in tensors} == tensors
     from opd_ext.bridge.rollouts import read_rows
 
-    tokenizer = SimpleNamespace(eos_token_id=4, decode=lambda ids, skip_special_tokens: "text")
-    (row,) = read_rows(SimpleNamespace(keys=[key], partition_id="train"), tokenizer, max_tokens=8)
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "text")
+    (row,) = read_rows(SimpleNamespace(keys=[key], partition_id="train"), tokenizer, max_tokens=8, stops={4})
     assert (row["uid"], row["sample"], row["index"], row["data_source"]) == ("t1p0", 1, 5, "d")
     assert (row["score"], row["acc"], row["ground_truth"], row["truncated"]) == (1.0, 1.0, "2", False)
     assert row["annotation"] == {"runs": [[0, 1, 1]]}, "tuples come back as lists"
+
+
+def _finish(worker, queue, monkeypatch, output, session):
+    async def put(keys, fields, tags, partition_id):
+        queue.kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id=partition_id)
+
+    monkeypatch.setattr(agent_loop_tq.tq, "async_kv_batch_put", put)
+    sample = {"uid": "t9p0", "session_id": session, "raw_prompt": PROMPT, "global_steps": 1, "data_source": "d"}
+    sample |= {"extra_info": {"index": 5}, "reward_model": {"ground_truth": "2"}, "index": 5}
+    asyncio.run(worker._agent_loop_postprocess(output, False, **sample))
+
+
+@seam(
+    "bridge/failures.py",
+    covers="output.reward_score",
+    pins={
+        "verl.experimental.agent_loop.agent_loop:AgentLoopOutput": None,
+        "verl.experimental.agent_loop.agent_loop:AgentLoopMetrics": None,
+    },
+)
+def failed_rollouts(config, monkeypatch, queue):
+    """A rollout that was never finished, or not graded, goes the way of any other, and keeps its score of 0."""
+    from opd_ext.bridge.failures import mark_ungraded, unfinished
+    from opd_ext.bridge.rollouts import read_rows
+
+    worker = _worker(config=config, processor=None, hf_model_type=None, reward_loop_worker_handles=["a grader"])
+    worker.distillation_enabled = False
+    ungraded = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
+    mark_ungraded(ungraded, KeyError("unit_tests"))
+    _finish(worker, queue, monkeypatch, unfinished([1, 2], 4, TimeoutError("tool")), 0)
+    _finish(worker, queue, monkeypatch, ungraded, 1)
+    tokenizer = SimpleNamespace(eos_token_id=4, decode=lambda ids, skip_special_tokens: "text")
+    keys = ["t9p0_0_0", "t9p0_1_0"]
+    rows = read_rows(SimpleNamespace(keys=keys, partition_id="train"), tokenizer, max_tokens=8, stops=[4])
+    assert [row["failed"] for row in rows] == ["TimeoutError: tool", "KeyError: 'unit_tests'"]
+    assert [(row["score"], row["acc"]) for row in rows] == [(0.0, 0.0)] * 2
+    data = queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["loss_mask"])
+    assert [mask.tolist() for mask in data["loss_mask"].unbind()] == [[0], [1, 1]]
+
+
+@seam(
+    "bridge/agent_loop.py",
+    covers="OPDAgentLoopWorker._compute_score OPDAgentLoopWorker._agent_loop_postprocess "
+    "OPDAgentLoopManager.agent_loop_workers",
+    pins={f"{LOOP}_compute_score": "self outputs kwargs", "ray.exceptions:RayActorError": None, "ray:get": None},
+)
+def raising_graders(config, monkeypatch, queue):
+    """What a grader raises comes out of ``_compute_score``, and what a session raises out of ``_run_agent_loop``.
+
+    The manager lists its workers. A dead actor is a ``RayActorError``.
+    """
+    from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
+
+    assert issubclass(ray.exceptions.ActorDiedError, ray.exceptions.RayActorError)
+    assert "self.agent_loop_workers" in inspect.getsource(agent_loop.AgentLoopManager)
+    grader = SimpleNamespace(compute_score=SimpleNamespace(remote=AsyncMock(side_effect=KeyError("unit_tests"))))
+    worker = bare(
+        OPDAgentLoopWorker,
+        config=config,
+        processor=None,
+        hf_model_type=None,
+        reward_loop_worker_handles=[grader],
+        distillation_enabled=False,
+        mm_processor_kwargs=None,
+        annotator=None,
+        stop_ids=[4],
+        opd=SimpleNamespace(rollout=SimpleNamespace(train_tokens=8, val_tokens=8)),
+    )
+    output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
+    _finish(worker, queue, monkeypatch, output, 2)
+    assert output.reward_score == 0.0 and output.extra_fields["opd_failure"] == "KeyError: 'unit_tests'"
 
 
 @seam(

@@ -15,6 +15,8 @@ PINNED = {path for seam in test_contract.SEAMS for path in seam.pins}
 OURS = {
     *("engine.kind", "engine.objective", "engine.teacher", "engine.updates"),  # of OPDEngine, from OPDWorker
     *("shown.ids", "shown.too_long", "shown.span_label"),  # of TeacherInput
+    "trainer.tested",  # of OPDTrainer, from the self-test
+    "engine.alone",  # of OPDEngine, from the self-test
     *("self.state.global_step", "state.attempts", "self.state.teacher_version"),  # of TrainerState
 }
 

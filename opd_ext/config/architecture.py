@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the config of a model says about its head and its layers, before a weight is loaded.
+
+The loss is computed from the rows in front of ``lm_head``, and sequences lie end to end in one pass. Neither fits every
+architecture: some change the logits afterwards, and some carry a state along the sequence, into the next one.
+"""
+
+from typing import Any
+
+from opd_ext.errors import ConfigError
+
+# Config entries by which an architecture changes logits after `lm_head`; None and 1 leave them alone.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+# Parts of the names of layers whose state runs along the sequence and does not read `position_ids`.
+_STATEFUL = ("linear", "mamba", "ssm", "conv", "recurrent", "lightning", "delta", "rwkv", "hybrid")
+
+
+def check_head(config: Any, name: str) -> None:
+    """Refuse a model whose logits are more than ``hidden @ weight.T``.
+
+    Args:
+        config: of transformers; of a model for text and images the text's part is read.
+        name: of the model, for the sentence.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    text = config.get_text_config()
+    for entry in _LOGIT_TRANSFORMS:
+        if (value := getattr(text, entry, None)) not in (None, 1):
+            raise ConfigError(
+                f"{name} ({text.model_type}) changes logits after its lm_head ({entry}={value}), which the chunked "
+                "head would not see: choose a model without it."
+            )
+
+
+def stateful_layer(config: Any) -> str | None:
+    """The kind of layer that would carry one sequence into the next of a pack, or None.
+
+    Such models take every sequence in a pass of its own, which is exact and slower.
+    """
+    text = config.get_text_config()
+    kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+    return min((kind for kind in map(str, kinds) if any(part in kind for part in _STATEFUL)), default=None)

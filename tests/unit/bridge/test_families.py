@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of many architectures through the real engine: right in a pack, right alone, or refused by name.
+
+Public reports of neighbours that leak: ms-swift 9565 and 9618, transformers 46851, slime 1686; of forwards that swallow
+``logits_to_keep``: Liger 1319, ms-swift 4506.
+"""
+
+import os
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3VLConfig
+
+os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
+
+from opd_ext.bridge import selftest
+from opd_ext.config.architecture import check_head, stateful_layer
+from opd_ext.errors import ConfigError
+from opd_ext.teacher.kinds import Live
+from opd_ext.tinymath.shipped import FOLDER
+
+SIZES = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # logits of about unit scale
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR["layer_types"] = ["linear_attention", "full_attention"]
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS["shared_expert_intermediate_size"] = 16
+PACKED = {name: {} for name in "llama qwen2 qwen3 mistral gemma3_text phi3 olmo2 smollm3 glm4 exaone4".split()}
+ALONE = {
+    "qwen3_next": LINEAR | EXPERTS,
+    "qwen3_5_text": LINEAR,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+}
+PROBES = [
+    selftest.Probe(list(range(3, 12)), list(range(40, 47)), [1] * 7, [-1.0] * 7, list(range(20, 25))),
+    selftest.Probe(list(range(60, 71)), list(range(80, 90)), [1] * 10, [-1.0] * 10, list(range(30, 42))),
+]
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory):
+    """``examined(config, kind)``: what the self-test finds in a random model of ``config``; a group of one rank."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+
+    from opd_ext.bridge.engine import OPDEngine
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+    def examine(config, kind=AutoModelForCausalLM, leaks=False):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("model")
+        kind.from_config(config).save_pretrained(folder)
+        for file in (FOLDER / "base").glob("*token*"):
+            shutil.copy(file, folder)
+        precision = {name: "fp32" for name in ("param_dtype", "reduce_dtype", "buffer_dtype")}
+        engine = OPDEngine(
+            HFModelConfig(path=str(folder), override_config={"attn_implementation": "sdpa"}, use_remove_padding=True),
+            FSDPEngineConfig(strategy="fsdp2", model_dtype="fp32", mixed_precision=precision, use_torch_compile=False),
+            FSDPOptimizerConfig(lr=1e-2, total_training_steps=1),
+            CheckpointConfig(),
+        )
+        engine.initialize()
+        engine.engine_config.infer_micro_batch_size_per_gpu, engine.kind = 1, Live()
+        engine.alone = engine.alone and not leaks
+        state = torch.get_rng_state()
+        found = selftest.examine(engine, PROBES)
+        assert torch.equal(torch.get_rng_state(), state), "a run draws what it would have drawn"
+        return found
+
+    yield examine
+    torch.distributed.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", [*PACKED, *ALONE])
+def test_a_sequence_beside_others_is_what_it_is_alone(family, examined):
+    found = examined(AutoConfig.for_model(family, **SIZES | (PACKED | ALONE)[family]))
+    assert found["packing"] < 1e-4 and found["head"] < 1e-4
+    assert found["alone"] == (family in ALONE)
+    assert abs(found["equal_input"]) < 1e-5 < found["teacher_input"], "a live teacher has the student's weights"
+
+
+def test_a_model_that_leaks_unannounced_is_found_and_given_passes_of_its_own(examined):
+    found = examined(AutoConfig.for_model("lfm2", **SIZES | ALONE["lfm2"]), leaks=True)
+    assert found["packing"] > found["tolerance"] and found["alone"]
+
+
+def test_a_model_for_text_and_images_is_trained_on_text(examined):
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": []}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    config = Qwen3VLConfig(text_config=SIZES | {"rope_scaling": rope}, vision_config=vision)
+    found = examined(config, AutoModelForImageTextToText)
+    assert found["packing"] < 1e-4 and found["head"] < 1e-4
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere2", "falcon_h1", "gemma3"])
+def test_logits_that_change_behind_the_head_are_refused_by_name(family):
+    config = AutoConfig.for_model(family)
+    text = config.get_text_config()
+    if family == "granite":
+        text.logits_scaling = 8.0
+    if family == "gemma3":  # nested in the config of a model for text and images
+        text.final_logit_softcapping = 30.0
+    if family == "falcon_h1":
+        text.lm_head_multiplier = 0.5
+    with pytest.raises(ConfigError, match=f"my model .{text.model_type}. changes logits after its lm_head"):
+        check_head(config, "my model")
+
+
+@pytest.mark.parametrize("family", "qwen3_next qwen3_5 nemotron_h bamba jamba olmo_hybrid minimax mamba2".split())
+def test_layers_whose_state_runs_along_the_sequence_are_known_from_the_config(family):
+    assert stateful_layer(AutoConfig.for_model(family))
+
+
+@pytest.mark.parametrize("family", [*PACKED, "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_attention_alone_is_packed(family):
+    assert stateful_layer(AutoConfig.for_model(family)) is None
+    check_head(AutoConfig.for_model(family), "it")
+
+
+# ---------------------------------------------------------------------- what is said
+
+FOUND = {
+    **{"head": 1e-6, "packing": 1e-6, "alone": False, "tolerance": 1e-3, "alike": 1e-4, "sampler": 1e-6},
+    **{"equal_input": 0.0, "teacher_input": 0.3, "teacher_input_token0": 5.4, "teacher_input_rest": 0.1},
+    **{"ends": {"tokenizer": [2], "generation_config": [2, 3]}, "equal_weights": True, "untaught": "there is none"},
+}
+told = partial(pytest.mark.parametrize, "change, warning, stopped")
+
+
+@told(
+    [
+        ({}, None, False),
+        ({"equal_weights": False, "equal_input": 0.4}, None, False),
+        ({"equal_input": 0.4}, "should be equal", False),
+        ({"packing": 0.9, "alone": True}, "reads its neighbours", False),
+        ({"sampler": 0.1}, "sampler's log-probs differ", False),
+        ({"ends": {"tokenizer": [2], "teacher's config": [7]}}, "different tokens", False),
+        ({"head": 0.7}, None, True),
+    ]
+)
+def test_four_lines_and_one_sentence_for_what_is_wrong(change, warning, stopped):
+    lines, warnings, stop = selftest.report(FOUND | change)
+    assert len(lines) == 4 and (stop is not None) == stopped
+    assert len(warnings) == (warning is not None) and (warning or "") in "".join(warnings)
