@@ -250,8 +250,8 @@ GRADERS = [
     wrong(
         "a reference in a later row that no response can match",
         lambda w: (
-            w.parquet([*rows(63), row(reward_model={"ground_truth": "nan"})])
-            + "\nreward.custom_reward_function.path=pkg://opd_ext.rewards.math_dual"
+            f"data.train_files={w.parquet([*rows(63), row(reward_model={'ground_truth': 'nan'})])}\n"
+            f"{GRADER}.path=pkg://opd_ext.rewards.math_dual"
         ),
         "1 of 64 rows cannot be graded, the first is row 63",
         "'nan' says that there is none",
