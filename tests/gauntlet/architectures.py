@@ -135,7 +135,7 @@ def self_test(rank: Rank, monkeypatch) -> None:
     found = selftest.examine(engine, probes)
     assert found["head"] < 1e-4 and found["packing"] < 1e-4 and abs(found["equal_input"]) < 1e-5
     assert found["teacher_input"] > 0.1
-    known = {"ends": {"tokenizer": [2], "teacher": [2]}, "equal_weights": True}
+    known = {"ends": {"tokenizer": [2], "teacher": [2]}, "equal_weights": True, "untaught": ""}
     assert selftest.report(found | known)[1:] == ([], None)
     own = engine.model_logits
     monkeypatch.setattr(engine, "model_logits", lambda ids: 2 * own(ids))  # as of a model that scales its logits
