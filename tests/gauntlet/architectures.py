@@ -49,9 +49,9 @@ def unequal_heads(rank: Rank) -> None:
     model = AutoModelForCausalLM.from_pretrained(rank.folder / "wide", dtype=torch.float32)
     model.resize_token_embeddings(VOCABULARY)
     expected = dense_update(rank.folder, Update(SAMPLES, model=save(rank, "cut", model), teacher="untied"))
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert not tall["grads"][name][VOCABULARY:].any(), name
-        tall["grads"][name] = tall["grads"][name][:VOCABULARY]
+    embedding = tall["grads"]["model.embed_tokens.weight"]  # of the head too, which is tied to it
+    assert not embedding[VOCABULARY:].any()
+    tall["grads"]["model.embed_tokens.weight"] = embedding[:VOCABULARY]
     assert distance(tall, expected) < FP32
 
 
@@ -127,11 +127,16 @@ def several_ends_of_a_turn(config, queue, monkeypatch, world) -> None:
         assert [row["truncated"] for row in read_rows(batch, tokenizer, 1, stops)] == truncated
 
 
-def self_test(rank: Rank) -> None:
-    """Engines that agree are measured as such; a head that is not the model's own is found."""
+def self_test(rank: Rank, monkeypatch) -> None:
+    """Engines that agree are measured as such; a head that is not the model's own ends the run."""
     rank.gradients(Update(SAMPLES, teacher="untied"))
     engine = rank.worker(EngineSpec("untied")).engine
     probes = [selftest.Probe(s.prompt, s.response, s.mask, None, s.teacher_prompt) for s in SAMPLES[:2]]
     found = selftest.examine(engine, probes)
     assert found["head"] < 1e-4 and found["packing"] < 1e-4 and abs(found["equal_input"]) < 1e-5
     assert found["teacher_input"] > 0.1
+    known = {"ends": {"tokenizer": [2], "teacher": [2]}, "equal_weights": True, "untaught": ""}
+    assert selftest.report(found | known)[1:] == ([], None)
+    own = engine.model_logits
+    monkeypatch.setattr(engine, "model_logits", lambda ids: 2 * own(ids))  # as of a model that scales its logits
+    assert "changes logits after the head" in selftest.report(selftest.examine(engine, probes) | known)[2]

@@ -13,6 +13,7 @@ from transformers.utils import get_json_schema
 from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 from opd_ext.bridge.rollouts import read_rows
 from opd_ext.bridge.teacher_inputs import plan_teacher_inputs, put_teacher_inputs
+from opd_ext.config import schema
 from opd_ext.context.base import get_context
 from opd_ext.context.sequence import render
 from opd_ext.tokens.dataset import TokenDataset
@@ -40,7 +41,14 @@ def put_rollouts(config, queue, monkeypatch, tokenizer, score=graded_right, tool
     monkeypatch.setattr(agent_loop_tq.tq, "async_kv_batch_put", put)
     monkeypatch.setattr(OPDAgentLoopWorker.__mro__[1], "_compute_score", score)
     parts = {"config": config, "processor": None, "hf_model_type": None}
-    worker = bare(OPDAgentLoopWorker, **parts, distillation_enabled=False, annotator=None, stop_ids=[370])
+    worker = bare(
+        OPDAgentLoopWorker,
+        **parts,
+        distillation_enabled=False,
+        annotator=None,
+        stop_ids=[370],
+        opd=schema.load(config.opd),
+    )
     for i, (chat, text) in enumerate(zip(CHATS, RESPONSES, strict=True)):
         prompt = render(tokenizer, chat, {"tools": tools})
         response = [*tokenizer.encode(text), tokenizer.eos_token_id if end is None else end]
