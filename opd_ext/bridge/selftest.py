@@ -18,6 +18,7 @@ from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 
 from opd_ext.bridge.engine import OPDEngine
+from opd_ext.files import write_whole
 from opd_ext.objective.head import divergence_head
 from opd_ext.tokens.ends import named_ends
 
@@ -184,9 +185,9 @@ def run(trainer: Any, batch: KVBatchMeta, taught: bool) -> None:
     found["untaught"] = "its server scores tokens alone" if served else "there is none in this step"
     lines, warnings, stop = report(found)
     result = found | {"lines": lines, "warnings": warnings, "stop": stop}
-    (trainer.run_dir / "selftest.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(trainer.run_dir / "selftest.json", json.dumps(result, indent=2) + "\n")
     for line in [*lines, *(f"warning: {warning}" for warning in warnings)]:
-        trainer.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        trainer.log.note(line)
     if stop is not None:
         raise RuntimeError(stop)
 

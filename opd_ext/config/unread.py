@@ -52,7 +52,6 @@ NEVER: Table = {
     "reward_model": (None, _LEGACY.format("num_workers, .reward_manager or .reward_model")),
     "sandbox_fusion": (None, _LEGACY.format("sandbox_fusion")),
     "skip.rollout.enable": (False, "every step samples"),
-    "skip.rollout_tq.enable": (False, "every step samples"),
     "skip.async_rollout.enable": (False, "every step samples"),
 }
 _RL = "only the RL term reads it, and opd.policy is null"

@@ -319,4 +319,4 @@ def test_a_header_that_is_there_twice_goes_twice(tmp_path):
 def test_a_folder_with_brackets_is_shown_as_it_is(tmp_path):
     page, out = terminal(file=io.StringIO(), width=200), tmp_path / "o[red]" / "[" / "x]"
     prepare({"math500": jsonl(tmp_path / "q.jsonl", [{"problem": "q", "answer": "1"}])}, out, console=page)
-    assert f"Math data in {out}" in page.file.getvalue()
+    assert f"Mathdatain{out}" in "".join(page.file.getvalue().split())  # a long title is cut into lines

@@ -88,7 +88,7 @@ def test_tools_count_towards_a_prompts_length(start, world, presets_composed_onc
     template = "{{ tools }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     path = world.model(lambda folder: (folder / "chat_template.jinja").write_text(template))
     tool = (
-        "from verl.tools.function_tool import function_tool\n\n@function_tool()\ndef add(a: int, b: int) -> int:\n"
+        "from verl.tools.function_tool import function_tool\n\n@function_tool()\ndef plus(a: int, b: int) -> int:\n"
         f"    '''Add two numbers. {'Both of them. ' * 40}\n\n    Args:\n        a: one.\n        b: other.\n    '''\n"
     )
     words = f"{MODEL}={path}", f"data.function_tool_path={world.file('tools.py', tool)}"
