@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_ext.config import checks
@@ -24,6 +25,14 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "from_python"
 # float32 on both sides; sums of 67 products and of some 50 tokens in another order. Gradients here reach 0.5.
 close = functools.partial(torch.testing.assert_close, atol=2e-6, rtol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Tests of engines share this process, and verl's workers write their rank where a Trainer reads it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)
