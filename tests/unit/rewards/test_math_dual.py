@@ -2,6 +2,7 @@
 """The dual-path math grader: what counts as correct, and that threads and hostile answers do not change
 it."""
 
+import logging
 import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +91,10 @@ def fresh_verifier(monkeypatch):
 def test_an_answer_that_never_evaluates_costs_its_deadline_once_and_nothing_else(monkeypatch, fresh_verifier, caplog):
     monkeypatch.setattr(verifier, "DEADLINE", 0.5)  # below math-verify's own limit, so the child is ended
     monkeypatch.setattr(verifier, "LIMIT_SECONDS", 2)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # frameworks in this process switch it off,
+    monkeypatch.setattr(verifier.logger, "disabled", False)  # as a whole or by name
+    monkeypatch.setattr(verifier.logger, "propagate", True)
+    caplog.set_level(logging.WARNING, logger=verifier.logger.name)
     compute_score("math", "Answer: 41", "42")
     started = time.monotonic()
     result = compute_score("math", "Answer: $10^{10^{10}}$", "42")
