@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -66,7 +67,8 @@ def _known_keys() -> list[str]:
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         config = compose("opd", overrides=[_search_path([])])
     groups = [path.name for path in CONFIG_DIR.iterdir() if path.is_dir()]
-    return [*groups, *keys_of(OmegaConf.to_container(config))]
+    keys: Any = OmegaConf.to_container(config)
+    return [*groups, *keys_of(keys)]
 
 
 def _addable(override: str) -> str:

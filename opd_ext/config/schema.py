@@ -179,7 +179,7 @@ def load(section: DictConfig) -> OPDConfig:
         opd: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OPDConfig), content))
     except OmegaConfBaseException as error:
         error.full_key = f"opd.{error.full_key}"
-        keys = OmegaConf.to_container(OmegaConf.structured(OPDConfig))
+        keys: Any = OmegaConf.to_container(OmegaConf.structured(OPDConfig))
         raise refusal(error, (), "opd train", known=lambda: keys_of(keys, "opd.")) from None
     return opd
 

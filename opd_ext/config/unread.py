@@ -91,5 +91,5 @@ def _set(config: DictConfig, key: str, left: Any) -> list[tuple[str, Any]]:
     """What is not as ``left`` below ``key``, with its value."""
     value = OmegaConf.select(config, key)
     if isinstance(value, DictConfig):
-        return [found for name in value for found in _set(config, f"{key}.{name}", left)]
+        return [found for name in map(str, value) for found in _set(config, f"{key}.{name}", left)]
     return [(key, value)] if value != left else []
