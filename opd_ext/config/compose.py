@@ -2,7 +2,6 @@
 """From YAML files and overrides to one resolved configuration."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext import home
 from opd_ext.config.overrides import check_folders, keys_of, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError
@@ -30,7 +30,7 @@ def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> Di
     Raises:
         ConfigError: for an override that Hydra cannot apply.
     """
-    _find_home()
+    home.settle()
     check_folders(config_dirs)
     search_path = _search_path(config_dirs)
     try:
@@ -51,15 +51,6 @@ def _search_path(config_dirs: Sequence[Path]) -> str:
         raise ConfigError("verl is not installed in this environment; run `bash setup.sh`.")
     folders = [Path(verl.origin).parent / "trainer" / "config", *(Path(folder).absolute() for folder in config_dirs)]
     return f"hydra.searchpath=[{','.join(quoted(f'file://{folder}') for folder in folders)}]"
-
-
-def _find_home() -> None:
-    """A service may run without HOME, under which presets look for worlds, and Ray and Hugging Face for their files."""
-    if not os.environ.get("HOME"):
-        try:
-            os.environ["HOME"] = str(Path.home())
-        except RuntimeError:
-            raise ConfigError("HOME is not set and this user has no home folder: set HOME to a folder.") from None
 
 
 def _known_keys() -> list[str]:

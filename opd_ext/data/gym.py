@@ -17,32 +17,13 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from opd_ext.data.math import write_tables
+from opd_ext.data.tables import schema, write_tables
 from opd_ext.rewards.gym import task as verifier
 from opd_ext.terminal import terminal
 
 REQUEST = 'Think step by step. Then write "Answer: " and the final answer, alone on the last line.'
 
-SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct(
-                [
-                    ("index", pa.int64()),
-                    ("split", pa.string()),
-                    ("question", pa.string()),
-                    ("difficulty", pa.string()),
-                    ("entry", pa.string()),
-                ]
-            ),
-        ),
-    ]
-)
+SCHEMA = schema(difficulty=pa.string(), entry=pa.string())
 
 
 @dataclass(frozen=True)

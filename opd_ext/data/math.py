@@ -19,39 +19,20 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from opd_ext.context import prompts
 from opd_ext.data.cells import bare_question, boxed, ground_truth, level, plain, user_text
-from opd_ext.files import read_jsonl, whole
+from opd_ext.data.tables import schema, write_tables
+from opd_ext.files import read_jsonl
 from opd_ext.progress import Progress
 from opd_ext.rewards.math_dual import check_reference
 from opd_ext.terminal import terminal
 
 SPLIT_SEED = 42
 
-# One schema for every file: data sets whose levels are all null, and others, must concatenate.
-SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct(
-                [
-                    ("index", pa.int64()),
-                    ("split", pa.string()),
-                    ("question", pa.string()),
-                    ("difficulty", pa.int64()),
-                ]
-            ),
-        ),
-    ]
-)
+SCHEMA = schema(difficulty=pa.int64())
 
 
 @dataclass(frozen=True)
@@ -353,34 +334,6 @@ def _tell_copies(name: str, data: DataSet, console: Console) -> None:
 
 def _table(data: DataSet) -> pa.Table:
     return pa.Table.from_pylist(data.rows, schema=SCHEMA)
-
-
-def write_tables(tables: Mapping[Path, pa.Table], force: bool) -> dict[Path, str]:
-    """Write every table or, if a file stands in the way, none; returns what happened to each file.
-
-    Raises:
-        FileExistsError: files exist with other content, and not ``force``.
-    """
-    status = {path: _status(path, table) for path, table in tables.items()}
-    blocked = [str(path) for path, what in status.items() if what == "replaced"]
-    if blocked and not force:
-        raise FileExistsError(
-            f"{', '.join(blocked)} exists with other content: use --force to replace it or choose another --out."
-        )
-    for path, table in tables.items():
-        if status[path] != "unchanged":
-            with whole(path) as scratch:
-                pq.write_table(table, scratch)
-    return status
-
-
-def _status(path: Path, table: pa.Table) -> str:
-    if not path.exists():
-        return "written"
-    try:
-        return "unchanged" if pq.read_table(path).equals(table) else "replaced"
-    except (pa.ArrowException, OSError):
-        return "replaced"
 
 
 def _summary(data_sets: Mapping[str, DataSet], status: Mapping[Path, str]) -> Table:

