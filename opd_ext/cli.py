@@ -155,14 +155,17 @@ def gym(
     val: Annotated[int, typer.Option(min=0, help="rows to validate on")] = 256,
     test: Annotated[int, typer.Option(min=0, help="rows that nothing looks at before the end")] = 0,
     seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    request: Annotated[
+        str | None, typer.Option(help="what stands below a question; '' for nothing", show_default="an answer line")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace files that have other content")] = False,
 ) -> None:
     """Make tasks with their verifiers (reasoning-gym); no download."""
-    from opd_ext.data.gym import parse, prepare
+    from opd_ext.data.gym import REQUEST, parse, prepare
 
     sizes = {name: size for name, size in {"train": train, "val": val, "test": test}.items() if size}
     try:
-        prepare(parse(tasks), out, sizes, seed, force)
+        prepare(parse(tasks), out, sizes, seed, REQUEST if request is None else request, force)
     except (ValueError, OSError, ImportError) as error:
         raise _refused("data gym", error) from None
 
@@ -253,7 +256,7 @@ def discover(
 
 
 def _add_pipeline(name: str, text: str) -> None:
-    """`opd ssd` and `opd t3s` take the same options."""
+    """The pipelines take the same options."""
 
     def command(
         overrides: Annotated[list[str] | None, typer.Argument(metavar="OVERRIDES")] = None,
@@ -282,6 +285,7 @@ def _add_pipeline(name: str, text: str) -> None:
     app.command(name, help=f"{text} {again}", context_settings={"ignore_unknown_options": True})(command)
 
 
+_add_pipeline("sft", "Fine-tuning on given, verified or own right traces, for teachers and warm starts.")
 _add_pipeline("ssd", "Simple self-distillation: sample, fine-tune, evaluate.")
 _add_pipeline("t3s", "Trajectory-aware token selection: pilot, bottleneck, mask, second run.")
 

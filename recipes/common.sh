@@ -6,6 +6,8 @@
 #   find_opd COMMAND          put `opd` on PATH; COMMAND is what installs it
 #   only_plans ARGUMENTS...   true if they ask for a plan, the configuration or help: no inputs are needed
 #   build_world MODEL...      the miniature world, unless it has these models
+#   build_smollm2 NAME REQUEST   SmolLM2-135M-Instruct and, in the folder NAME, arithmetic that asks REQUEST besides,
+#                             unless they are there
 #   input NAME DEFAULT        the environment variable NAME, or OPD_NAME (which Ray jobs pass on), or DEFAULT
 #   check_inputs SET...       refuse a MODEL, TEACHER or data set that is not there, and more GPUS than there are
 #   name_run ORIGINAL ARGUMENTS...
@@ -32,6 +34,16 @@ build_world() {
     for model in "$@"; do
         [[ -f $world/$model/config.json ]] || { opd data tinymath --models "$(IFS=, && echo "$*")"; return; }
     done
+}
+
+build_smollm2() {
+    local home=${OPD_HOME:-$HOME/.cache/opd_ext}
+    [[ -f $home/models/smollm2/config.json ]] || opd data model smollm2
+    [[ -f $home/$1/val.parquet ]] || opd data gym --out "$home/$1" --request "$2" --train 240 --val 120 \
+        chain_sum min_terms=2 max_terms=2 min_digits=1 max_digits=1 \
+        products min_terms=2 max_terms=2 min_digits=1 max_digits=1 \
+        gcd min_numbers=2 max_numbers=2 min_value=2 max_value=20 \
+        simple_equations min_terms=2 max_terms=2 max_value=9
 }
 
 input() {

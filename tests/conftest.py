@@ -5,10 +5,14 @@ Shapes in signatures are checked at every call, here and nowhere else: productio
 """
 
 import hashlib
+import os
 import time
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: on a busy machine a thread that spins for another one costs ten times what it waits for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.shapes import check_shapes
 

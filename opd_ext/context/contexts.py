@@ -36,19 +36,29 @@ class InstructionContext(TeacherContext):
         text: instruction id, see :func:`opd_ext.context.prompts.instruction`.
         strip_suffix: remove the reminder of the student's prompt before the teacher's is appended. False
             repeats it, as the released code does.
+        template: the teacher's request where prompts are not DAPO's, with ``{instruction}`` and ``{question}``; the
+            question is then ``extra_info["question"]``, without what the student's prompt asks for besides.
     """
 
     text: str = "v2"
     strip_suffix: bool = True
+    template: str | None = None
 
     def __post_init__(self) -> None:
         prompts.instruction(self.text)  # an unknown id is an error of the config, not of the first step
+        for name in () if self.template is None else ("{instruction}", "{question}"):
+            if name not in self.template:
+                raise ValueError(f"template={self.template!r} has no {name}: write it where that belongs")
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         messages = copy_messages(sample)
         request = last_user_message(messages, sample)
-        question = prompts.strip_student_prompt(request["content"], self.strip_suffix)
-        request["content"] = prompts.teacher_prompt(question, self.text)
+        if self.template is None:
+            question = prompts.strip_student_prompt(request["content"], self.strip_suffix)
+            request["content"] = prompts.teacher_prompt(question, self.text)
+        else:
+            instructed = self.template.replace("{instruction}", prompts.instruction(self.text))
+            request["content"] = instructed.replace("{question}", _required_text(sample, "question"))
         return messages
 
 

@@ -22,8 +22,9 @@ from opd_ext.rewards.gym import task as verifier
 from opd_ext.terminal import terminal
 
 REQUEST = 'Think step by step. Then write "Answer: " and the final answer, alone on the last line.'
+"""What a question asks for besides, unless told otherwise: the line that the grader reads."""
 
-SCHEMA = schema(difficulty=pa.string(), entry=pa.string())
+SCHEMA = schema(solution=pa.string(), difficulty=pa.string(), entry=pa.string())
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def prepare(
     out: Path,
     sizes: dict[str, int],
     seed: int = 0,
+    request: str = REQUEST,
     force: bool = False,
     console: Console | None = None,
 ) -> dict[str, Path]:
@@ -72,6 +74,7 @@ def prepare(
         tasks: each gives the same share of every split, up to one question.
         sizes: split -> rows.
         seed: of the questions.
+        request: stands below every question; empty: the question alone.
 
     Returns:
         Split -> file.
@@ -86,7 +89,7 @@ def prepare(
     for number, task in enumerate(tasks):
         entries = _entries(task, sum(share[number] for share in shares.values()), seed)
         for split, share in shares.items():
-            rows[split] += [_row(task.name, split, next(entries)) for _ in range(share[number])]
+            rows[split] += [_row(task.name, split, next(entries), request) for _ in range(share[number])]
     tables = {}
     for split, found in rows.items():
         random.Random(f"{seed} {split}").shuffle(found)  # tasks stand side by side in every batch
@@ -132,16 +135,17 @@ def _stored(entry: dict[str, Any]) -> str:
     return json.dumps(entry, default=str)
 
 
-def _row(name: str, split: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, split: str, entry: dict[str, Any], request: str) -> dict[str, Any]:
     question = entry["question"].strip()
     return {
         "data_source": f"gym/{name}",
-        "prompt": [{"role": "user", "content": f"{question}\n\n{REQUEST}"}],
+        "prompt": [{"role": "user", "content": f"{question}\n\n{request}".strip()}],
         "ability": "reasoning",
         "reward_model": {"style": "rule", "ground_truth": str(entry["answer"])},
         "extra_info": {
             "split": split,
             "question": question,
+            "solution": f"Answer: {entry['answer']}",
             "difficulty": _difficulty(entry["metadata"]),
             "entry": _stored(entry),
         },

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``opd ssd`` and ``opd t3s``: settings, stages, report."""
+"""``opd sft``, ``opd ssd`` and ``opd t3s``: settings, stages, report."""
 
 import shlex
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ from rich.table import Table
 from opd_ext.bridge.warm_python import warm_python
 from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
-from opd_ext.pipelines.settings import PipelineConfig, check_inputs, compose_pipeline
+from opd_ext.pipelines.settings import PipelineConfig, TracedConfig, check_inputs, compose_pipeline
+from opd_ext.pipelines.sft import pipeline as sft_pipeline
+from opd_ext.pipelines.sft.config import SFTConfig
 from opd_ext.pipelines.ssd import pipeline as ssd_pipeline
 from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.stages import Pipeline
@@ -20,7 +22,11 @@ from opd_ext.pipelines.t3s.config import T3SConfig
 from opd_ext.report.after import after_run
 from opd_ext.terminal import terminal
 
-_PIPELINES = {"ssd": (SSDConfig, ssd_pipeline), "t3s": (T3SConfig, t3s_pipeline)}
+_PIPELINES = {
+    "sft": (SFTConfig, sft_pipeline),
+    "ssd": (SSDConfig, ssd_pipeline),
+    "t3s": (T3SConfig, t3s_pipeline),
+}
 
 
 def run(
@@ -36,7 +42,7 @@ def run(
     """Run what is left of a pipeline, and write its report once all of it is there.
 
     Args:
-        name: ``ssd`` or ``t3s``.
+        name: ``sft``, ``ssd`` or ``t3s``.
         until, only, force: names of stages, see :meth:`opd_ext.pipelines.stages.Pipeline.run`.
         dry_run: print the stages and what is done, and stop.
         cfg: print the configuration and stop.
@@ -76,7 +82,9 @@ def _check(config: PipelineConfig) -> None:
     """What would otherwise come out after hours."""
     check_inputs(config)
     problems.load_grader(config.reward)
-    problems.check_columns(config.prompts.file, isinstance(config, T3SConfig), bool(config.prompts.wording))
+    problems.check_columns(
+        config.prompts.file, isinstance(config, TracedConfig) and not config.traces_column, bool(config.prompts.wording)
+    )
     wording = config.prompts.wording if config.evaluate.wording is None else config.evaluate.wording
     for file in filter(None, (config.evaluate.file, config.evaluate.select_file)):
         problems.check_columns(file, graded=True, worded=bool(wording))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of the pipelines: types, defaults, and what is refused before anything starts.
 
-Composed by Hydra from ``opd_ext/config/pipelines``: ``ssd.yaml`` or ``t3s.yaml``, a ``scale`` and, if asked for, a
-published ``preset`` or a ``recipe``.
+Composed by Hydra from ``opd_ext/config/pipelines``: ``sft.yaml``, ``ssd.yaml`` or ``t3s.yaml``, a ``scale`` and, if
+asked for, a published ``preset`` or a ``recipe``.
 """
 
 import json
@@ -22,7 +22,7 @@ from opd_ext import home
 from opd_ext.config.overrides import check_folders, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
-from opd_ext.sampling.config import VLLMConfig
+from opd_ext.sampling.config import SamplingConfig, VLLMConfig
 
 CONFIG_DIR = Path(__file__).parents[1] / "config" / "pipelines"
 
@@ -88,7 +88,7 @@ class EvaluationConfig:
 
 @dataclass
 class PipelineConfig:
-    """What both pipelines have in common."""
+    """What all pipelines have in common."""
 
     run_dir: str = "runs/offline"  # everything that the pipeline makes; a rerun goes on there
     scale: str = "cpu_tiny"  # name of the preset in config/pipelines/scale that is composed
@@ -139,6 +139,29 @@ class PipelineConfig:
     def models(self) -> dict[str, str | None]:
         """Key -> model, for every model that must be there before the first stage."""
         return {"model": self.model}
+
+
+@dataclass
+class TracedConfig(PipelineConfig):
+    """What is learnt from traces: a teacher's, or those of a column."""
+
+    teacher: str | None = None  # folder or hub id of the model whose traces are learnt from
+    traces: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.6, -1, 1.0, 16, 32768))
+    """How the teacher is sampled; one right trace per prompt is kept."""
+    traces_column: str | None = None  # of prompts.file: verified traces as text; also `column.field`
+    trace_prefix: str = ""  # put before every trace, e.g. the opening think tag that the teacher's template writes
+
+    def check(self) -> None:
+        super().check()
+        if not self.teacher and not self.traces_column:
+            raise ConfigError("teacher is missing: set it to a model, or traces_column to a column with its traces.")
+        check_decoding("traces", self.traces)
+        if not self.traces_column:
+            self.check_limit("traces.max_tokens", self.traces.max_tokens)
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        return super().models | ({} if self.traces_column else {"teacher": self.teacher})
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")

@@ -19,7 +19,7 @@ from opd_ext.context import context_names, get_context
 from opd_ext.credit.annotate import annotator_names, get_annotator
 from opd_ext.credit.credits import credit_names, get_credit
 from opd_ext.divergence.divergences import divergence_names, get_divergence
-from opd_ext.pipelines.settings import PipelineConfig
+from opd_ext.pipelines.settings import PipelineConfig, TracedConfig
 from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.t3s.config import T3SConfig
 from opd_ext.policy.shapings import get_policy, policy_names
@@ -129,10 +129,11 @@ def trainer_sections() -> list[Section]:
 
 
 def pipeline_sections() -> dict[str, list[Section]]:
-    """Title -> the keys that both pipelines have, and those of each."""
+    """Title -> the keys that all pipelines have, and those of each."""
     seen: dict[type, str] = {}
     return {
-        "Keys of both pipelines": list(sections(PipelineConfig(), "", seen=seen)),
+        "Keys of all pipelines": list(sections(PipelineConfig(), "", seen=seen)),
+        "Keys of `opd sft` and `opd t3s`": list(sections(TracedConfig(), "", own=True, seen=seen)),
         "Keys of `opd ssd`": list(sections(SSDConfig(), "", own=True, seen=seen)),
         "Keys of `opd t3s`": list(sections(T3SConfig(), "", own=True, seen=seen)),
     }
@@ -158,8 +159,8 @@ def page() -> str:
 
 
 _PIPELINES = wrap(
-    "`opd ssd` and `opd t3s` are not under `opd`: their keys stand at the top, `opd ssd model=... train.steps=200`. "
-    "The defaults are those of the dataclasses; `opd_ext/config/pipelines` sets what a pipeline, a scale or a "
+    "`opd sft`, `opd ssd` and `opd t3s` are not under `opd`: their keys stand at the top, "
+    "`opd ssd model=... train.steps=200`. The defaults are those of the dataclasses; `opd_ext/config/pipelines` sets what a pipeline, a scale or a "
     "published preset needs."
 )
 

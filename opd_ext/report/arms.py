@@ -119,3 +119,15 @@ def png(figure: Figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
+
+
+def training_losses(losses: Mapping[str, list[tuple[int, float]]]) -> Section:
+    """Curves of model -> (step, training loss)."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in losses.items():
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set(xlabel="step", ylabel="training loss, nats per trained token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return Section("Training loss", "Each over the tokens that its arm trains.", picture=png(figure))

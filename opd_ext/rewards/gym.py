@@ -2,6 +2,8 @@
 """Grader of reasoning-gym's tasks: the answer that a response ends with, judged by the task's own verifier.
 
 The rows are made by ``opd data gym``; ``extra_info.entry`` holds what the verifier needs to know of a question.
+:func:`compute_score` reads the answer line that such rows ask for. Models of some hundred million weights hardly ever
+write one: :func:`last_number` also takes the number that a response ends with.
 """
 
 from __future__ import annotations
@@ -55,6 +57,21 @@ def stated_answer(response: str) -> str | None:
     return answer.removesuffix(".").strip() or None
 
 
+_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def final_number(response: str) -> str | None:
+    """The last number of a response, after the thinking; None if there is none.
+
+    >>> final_number("We add them: 1,200 + 34 = 1,234.")
+    '1234'
+    >>> final_number("7 - 12 = -5 (minus five)"), final_number("x1 and v2.0")
+    ('-5', None)
+    """
+    found = _NUMBER.findall(response.rpartition("</think>")[2])
+    return found[-1].rstrip(",").replace(",", "") if found else None
+
+
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict:
     """Grade one response; the signature is that of verl's custom reward functions.
 
@@ -71,6 +88,23 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     Raises:
         ValueError: the row was not made by ``opd data gym``.
     """
+    return _graded(data_source, stated_answer(solution_str or ""), extra_info)
+
+
+def last_number(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict:
+    """As :func:`compute_score`, but a response without an answer line answers with its last number.
+
+    That is how GSM8K is often read (`flexible-extract` of lm-evaluation-harness). It forgives how an answer is written,
+    and it pays for a number that stands last by chance. References that are no numbers need the answer line.
+    """
+    answer = stated_answer(solution_str or "")
+    graded = _graded(data_source, answer, extra_info)
+    if answer is None and _NUMBER.fullmatch(str(ground_truth).strip()):
+        graded |= _graded(data_source, final_number(solution_str or ""), extra_info) | {"format_ok": 0.0}
+    return graded
+
+
+def _graded(data_source: str, answer: str | None, extra_info: Any) -> dict:
     name = str(data_source).removeprefix("gym/")
     try:
         entry = json.loads((extra_info or {})["entry"])
@@ -78,7 +112,6 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
         raise ValueError(
             f"a row of {data_source!r} has no extra_info.entry; make the file with `opd data gym`"
         ) from None
-    answer = stated_answer(solution_str or "")
     score = 0.0
     if answer is not None and len(answer) <= LONGEST:
         score = _verdict(task(name), answer, entry)

@@ -4,8 +4,7 @@
 from dataclasses import dataclass, field
 
 from opd_ext.errors import ConfigError, one_of
-from opd_ext.pipelines.settings import PipelineConfig, TrainConfig, check_decoding, check_training
-from opd_ext.sampling.config import SamplingConfig
+from opd_ext.pipelines.settings import TracedConfig, TrainConfig, check_decoding, check_training
 
 T3S_ARMS = ("t3s", "inverse", "random", "lowest")
 
@@ -49,14 +48,9 @@ class DiffusionConfig:
 
 
 @dataclass
-class T3SConfig(PipelineConfig):
+class T3SConfig(TracedConfig):
     """Training-trajectory-aware token selection."""
 
-    teacher: str | None = None  # folder or hub id of the model whose traces are learnt from
-    traces: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.6, -1, 1.0, 16, 32768))
-    """How the teacher is sampled; one right trace per prompt is kept."""
-    traces_column: str | None = None  # of prompts.file: verified traces as text; also `column.field`
-    trace_prefix: str = ""  # put before every trace, e.g. the opening think tag that the teacher's template writes
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)  # how the pilot's dip is looked for
     threshold: float = 0.0  # nats; an anchor's confidence rose by more
     always_keep_eos: bool = False  # train the end of the response even where it is an anchor
@@ -69,22 +63,16 @@ class T3SConfig(PipelineConfig):
         super().check()
         for arm in self.arms:
             one_of("arms", arm, T3S_ARMS)
-        if not self.teacher and not self.traces_column:
-            raise ConfigError("teacher is missing: set it to a model, or traces_column to a column with its traces.")
         if self.train.save_every >= self.train.steps:
             raise ConfigError(
                 f"train.save_every={self.train.save_every} must be below train.steps={self.train.steps}: the pilot's "
                 "checkpoints are what the bottleneck is looked for in."
             )
-        check_decoding("traces", self.traces)
         check_decoding("bottleneck", self.bottleneck)
-        if not self.traces_column:
-            self.check_limit("traces.max_tokens", self.traces.max_tokens)
         if self.diffusion is not None:
             self.diffusion.check()
 
     @property
     def models(self) -> dict[str, str | None]:
-        teacher = {} if self.traces_column else {"teacher": self.teacher}
         diffusion = {"diffusion.model": self.diffusion.model} if self.diffusion is not None else {}
-        return super().models | teacher | diffusion
+        return super().models | diffusion

@@ -17,7 +17,8 @@ from opd_ext.pipelines.steps import REFUSALS
 from opd_ext.pipelines.t3s import diffusion as diffusion_pipeline
 from opd_ext.pipelines.t3s import report as t3s_report
 from opd_ext.pipelines.t3s.config import T3SConfig
-from opd_ext.pipelines.t3s.steps import CHOICE, CURVE, RRT, SELECTION, T3S, TRACES
+from opd_ext.pipelines.t3s.steps import CHOICE, CURVE, RRT, SELECTION, T3S
+from opd_ext.pipelines.traces import TRACES
 from opd_ext.tokens.finetuning import read_metrics
 
 BASE, PLAIN = "base", "sft"

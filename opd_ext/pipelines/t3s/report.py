@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from opd_ext.report.arms import by_difficulty, compare_models, png
+from opd_ext.report.arms import by_difficulty, compare_models, png, training_losses
 from opd_ext.report.pages import Section, write_pages
 
 
@@ -57,7 +57,7 @@ def write_report(
     }
     if (groups := by_difficulty(scores, difficulty)) is not None:
         sections.append(groups)
-    sections.append(_losses(losses))
+    sections.append(training_losses(losses))
     if diffusion:
         records, section = compare_models(diffusion, "base")
         section.title = "Masked-diffusion model"
@@ -114,14 +114,3 @@ def _selected(selection: Mapping[str, Any], bottleneck: Mapping[str, Any]) -> Se
         f"end of the response is an anchor in {100 * selection['eos_anchor_fraction']:.1f} % of the traces."
     )
     return Section("Selection", text, ["tokens", "number", "mean change, nats", "mean base probability %"], rows)
-
-
-def _losses(losses: Mapping[str, list[tuple[int, float]]]) -> Section:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, points in losses.items():
-        axes.plot(*zip(*points, strict=True), label=name)
-    axes.set(xlabel="step", ylabel="training loss, nats per trained token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return Section("Training loss", "Each over the tokens that its arm trains.", picture=png(figure))

@@ -10,31 +10,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from opd_ext import launch
 from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
 from opd_ext.pipelines.settings import plain
 from opd_ext.pipelines.stages import Stage, StageError
-from opd_ext.pipelines.steps import Steps, write_frame
-from opd_ext.pipelines.t3s import selection, traces
+from opd_ext.pipelines.steps import write_frame
+from opd_ext.pipelines.t3s import selection
 from opd_ext.pipelines.t3s.config import T3SConfig
 from opd_ext.pipelines.t3s.merge import recovering_residual_transfer
 from opd_ext.pipelines.t3s.report import trajectory_lines
+from opd_ext.pipelines.traces import TRACES, TracedSteps
 from opd_ext.progress import Progress
 from opd_ext.sampling.config import Decoding
 from opd_ext.sampling.jobs import Job
-from opd_ext.tokens.ends import stop_ids
 from opd_ext.tokens.finetuning import FineTuning
-from opd_ext.tokens.tables import CONFIDENCE, FLAGS, PROMPTS, SAMPLES, TableError, aligned, read_table, write_table
+from opd_ext.tokens.tables import CONFIDENCE, FLAGS, PROMPTS, SAMPLES, aligned, read_table, write_table
 
-SAMPLED = "samples/teacher.parquet"
-TRACES, SELECTION, CURVE, CHOICE = "traces.parquet", "selection.json", "trajectory.parquet", "bottleneck.json"
+SELECTION, CURVE, CHOICE = "selection.json", "trajectory.parquet", "bottleneck.json"
 RRT = "rrt"
 
 
-class T3S(Steps):
+class T3S(TracedSteps):
     """A run of T3S."""
 
     config: T3SConfig
@@ -42,69 +40,6 @@ class T3S(Steps):
     @property
     def pilot(self) -> FineTuning:
         return self.fine_tuning("pilot", TRACES)
-
-    # ------------------------------------------------------------------ traces
-
-    def trace_stages(self) -> list[Stage]:
-        """`sample-teacher`, unless traces are given, and `traces`: what is chosen of them, in the student's tokens."""
-        config = self.config
-        choice = {"seed": config.seed, "prefix": config.trace_prefix, "max_length": config.train.max_length}
-        if config.traces_column:
-            settings = {**choice, "column": config.traces_column}
-            return [Stage("traces", self._given_traces, settings, [TRACES], ["prompts-train"])]
-        asked = self.sampling_settings(config.teacher, config.traces, config.traces.n, config.traces.max_tokens)
-        chosen = {**choice, "reward": plain(config.reward)}
-        return [
-            Stage("sample-teacher", self._sample_teacher, asked, [SAMPLED], ["prompts-train"]),
-            Stage("traces", self._chosen_traces, chosen, [TRACES], ["prompts-train", "sample-teacher"]),
-        ]
-
-    def _sample_teacher(self) -> dict[str, Any]:
-        config, teacher = self.config, self._teacher
-        rendered = problems.render_prompts(problems.read_problems(config.prompts), teacher, config.prompts)
-        write_table(self.prompts("teacher"), rendered, PROMPTS)
-        job = self.job(
-            config.teacher, None, "teacher", SAMPLED, config.traces, config.traces.n, config.traces.max_tokens
-        )
-        self.sample([dataclasses.replace(job, stop_ids=tuple(stop_ids(config.teacher, teacher)))], "traces")
-        return {"samples": len(read_table(self.folder / SAMPLED, SAMPLES))}
-
-    @property
-    def _teacher(self) -> PreTrainedTokenizerBase:
-        return problems.load_tokenizer(self.config.teacher, self.config.trust_remote_code)
-
-    def _chosen_traces(self) -> dict[str, Any]:
-        config = self.config
-        samples, rows = read_table(self.folder / SAMPLED, SAMPLES), problems.read_problems(config.prompts)
-        grades = problems.grade(samples, rows, self._teacher, config.reward)
-        chosen = traces.choose(samples, grades, config.seed)
-        return self._write_traces(chosen, self._teacher) | {"right": float(grades["acc"].mean())}
-
-    def _given_traces(self) -> dict[str, Any]:
-        rows = problems.read_problems(self.config.prompts)
-        column, _, field = self.config.traces_column.partition(".")
-        if column not in rows or (field and field not in rows[column].iloc[0]):
-            raise TableError(f"{self.config.prompts.file} has no column {self.config.traces_column} with traces.")
-        texts = rows[column].map(lambda cell: cell[field]) if field else rows[column]
-        if empty := int(texts.map(lambda text: not text).sum()):
-            raise TableError(
-                f"{empty} rows of {self.config.prompts.file} have no {self.config.traces_column}; drop them."
-            )
-        return self._write_traces(rows[["uid"]].assign(text=texts), None)
-
-    def _write_traces(self, chosen: pd.DataFrame, teacher: Any) -> dict[str, Any]:
-        config, prompts = self.config, read_table(self.prompts("train"), PROMPTS)
-        table = traces.as_students_ids(
-            chosen, prompts, self.tokenizer, teacher, config.trace_prefix, self.tokenizer.eos_token_id
-        )
-        lengths = table["prompt_ids"].map(len) + table["response_ids"].map(len)
-        if lengths.max() > config.train.max_length:
-            raise TableError(
-                f"The longest trace has {lengths.max()} tokens with its prompt; raise train.max_length="
-                f"{config.train.max_length} or lower traces.max_tokens."
-            )
-        write_table(self.folder / TRACES, table, SAMPLES)
-        return {"traces": len(table), "prompts": len(prompts), "longest": int(lengths.max())}
 
     # ------------------------------------------------------------------ trajectory
 

@@ -77,3 +77,28 @@ def test_an_answer_that_a_verifier_cannot_read_is_wrong():
     entry = json.dumps({"question": "", "answer": "[1, 2]", "metadata": {}})
     for odd in ("[[", "\x00", "{1: ", "9" * 900):
         assert rewards.compute_score("gym/number_sorting", f"Answer: {odd}", "", {"entry": entry})["acc"] == 0.0
+
+
+def test_the_last_number_answers_where_no_line_does(files):
+    row = next(row for row in files["train"].to_dict("records") if row["data_source"] == "gym/chain_sum")
+    truth = row["reward_model"]["ground_truth"]
+
+    def acc(response: str) -> float:
+        return rewards.last_number(row["data_source"], response, truth, row["extra_info"])["acc"]
+
+    right = [f"We add them: 1 + 2 = {truth}.", f"**{truth}**", f"First 3, then\nAnswer: {truth}\nas 5 + 5 = 10"]
+    wrong = [f"{truth} is more than 1000000.", f"{truth}\nAnswer: 1000000", f"{truth}5", "nothing", "", None]
+    assert [acc(response) for response in right] == [1.0] * 3
+    assert [acc(response) for response in wrong] == [0.0] * 6
+    sorting = next(row for row in files["train"].to_dict("records") if row["data_source"] == "gym/word_sorting")
+    assert rewards.last_number("gym/word_sorting", "3", "a, b", sorting["extra_info"])["acc"] == 0.0
+
+
+def test_the_request_below_a_question_is_a_setting_and_the_solution_is_an_answer_line(tmp_path):
+    for request in ("", "Show your steps."):
+        out = tmp_path / (request or "none")
+        gym.prepare(gym.parse(["chain_sum"]), out, {"val": 3}, request=request)
+        for row in pd.read_parquet(out / "val.parquet").to_dict("records"):
+            question, truth = row["extra_info"]["question"], row["reward_model"]["ground_truth"]
+            assert row["prompt"][0]["content"] == question + (f"\n\n{request}" if request else "")
+            assert row["extra_info"]["solution"] == f"Answer: {truth}"

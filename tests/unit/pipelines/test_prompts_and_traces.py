@@ -5,9 +5,8 @@ import pandas as pd
 import pytest
 
 from opd_ext.errors import ConfigError
-from opd_ext.pipelines import problems
+from opd_ext.pipelines import problems, traces
 from opd_ext.pipelines.settings import PromptsConfig, RewardConfig
-from opd_ext.pipelines.t3s import traces
 from opd_ext.sampling.jobs import Job, sample_seed
 from opd_ext.tinymath.tokenizer import make_tokenizer
 from opd_ext.tokens.tables import PROMPTS, TableError, content_key, write_table

@@ -119,7 +119,7 @@ REFUSED = {
         "recipe=t3s/none does not exist; choose one of: t3s/llada2_mini, t3s/qwen3_8b",
     ),
     "recipe of another": ("ssd", ["recipe=t3s/qwen3_8b"], "recipe=t3s/qwen3_8b is one of `opd t3s`, not of `opd ssd`"),
-    "scale": ("ssd", ["scale=none"], "scale=none does not exist; choose one of: cpu_tiny, node_8xh200"),
+    "scale": ("ssd", ["scale=none"], "scale=none does not exist; choose one of: cpu, cpu_tiny, node_8xh200"),
 }
 
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain fine-tuning on given or verified traces: ``opd sft``."""

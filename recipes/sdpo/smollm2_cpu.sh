@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# SDPO on a real model without a GPU: SmolLM2-135M-Instruct, two CPU cores, less than an hour. README.md has the result.
+#
+#   recipes/sdpo/smollm2_cpu.sh                            all of it
+#   recipes/sdpo/smollm2_cpu.sh --dry-run                  the plan
+#   recipes/sdpo/smollm2_cpu.sh opd.seed=2 OVERRIDE...     any setting can be overridden
+#
+# 1. The first time: the model and 360 problems of arithmetic, in ${OPD_HOME:-~/.cache/opd_ext}.
+# 2. Trains it against a slow copy of itself that has read another rollout's right answer to the same problem.
+# 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/sdpo-smollm2_cpu.
+#    Run again, it goes on from the last checkpoint there.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+common=$here/common.sh
+[[ -r $common ]] || common=$here/../common.sh
+[[ -r $common ]] || common=$(opd new --recipes 2>/dev/null || true)/common.sh # a folder outside recipes/
+[[ -r $common ]] ||
+    { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
+. "$common"
+
+find_opd "bash setup.sh"
+only_plans "$@" || build_smollm2 gym ""
+name_run sdpo/smollm2_cpu "$@"
+exec opd train recipe=sdpo/smollm2_cpu "${inputs[@]}" "$@"
