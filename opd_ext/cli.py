@@ -216,6 +216,23 @@ def report(
 
 
 @app.command()
+def ls(
+    folder: Annotated[
+        Path | None, typer.Argument(file_okay=False, help="of run folders", show_default="$OPD_RUNS, or runs")
+    ] = None,
+) -> None:
+    """List runs: step, accuracy, tokens, disk, state."""
+    import os
+
+    from opd_ext.report.runs import print_runs
+
+    try:
+        print_runs(folder or Path(os.environ.get("OPD_RUNS") or "runs"))
+    except OSError as error:
+        raise _refused("ls", error) from None
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(file_okay=False, help="the folder of a run")],
     step: Annotated[str | None, typer.Option(help="a step that was saved, or best", show_default="newest")] = None,
