@@ -126,8 +126,8 @@ def check_complete(folder: Path, world_size: int, writers: int, contents: list[s
     if not _within(PATIENCE_S, lambda: not missing()):
         lost = missing()
         raise CheckpointError(
-            f"{len(lost)} files of {folder} are missing ({lost[0]} is the first): a rank wrote elsewhere or the "
-            "disk is full; the run ends, since it would go on without checkpoints."
+            f"{lost[0]} is missing in {folder} ({len(lost)} missing in all): a rank wrote elsewhere, or the disk is "
+            "full; the run ends, since it would go on without checkpoints."
         )
 
 

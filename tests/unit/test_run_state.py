@@ -47,8 +47,6 @@ def test_a_run_that_ends_early_says_why(tmp_path, error, state):
     assert state_of(tmp_path) == state
     why = json.loads((tmp_path / "run.json").read_text())["why"]
     assert why == ("no room" if state == "failed" else "KeyboardInterrupt")
-        "no room" if state == "failed" else "KeyboardInterrupt"
-    )
 
 
 def make_run(folder, steps, total, method="crisp", val=None, state=None):
