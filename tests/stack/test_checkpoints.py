@@ -4,6 +4,8 @@
 import dataclasses
 import functools
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,11 +74,29 @@ def train_and_save(place: Rank) -> dict:
     return found
 
 
+def load_as_a_fine_tuning_does(place: Rank, engine, folder: Path) -> None:
+    """By the checkpoints of a pipeline, which know the step before the loader is asked."""
+    from opd_ext.bridge.finetune import Checkpoints
+
+    root = place.folder / f"on-{place.world_size}-{place.rank}-{folder.name}"
+    root.mkdir()
+    (root / "global_step_3").symlink_to(folder)
+    (root / "latest_checkpointed_iteration.txt").write_text("3")
+    asked = []
+    loader = SimpleNamespace(start_after=asked.append)
+    handler = Checkpoints(None, engine=engine, train_dataloader=loader, default_local_dir=str(root), resume_mode="auto")
+    assert handler.load_checkpoint() == 3 and asked == [3]
+
+
 def load(place: Rank, ranks: int, save: bool) -> dict:
     found = {}
     for name in SPECS:
         worker = build(place, name)
-        worker.load_checkpoint(str(place.folder / f"{name}-from-{ranks}"))
+        folder = place.folder / f"{name}-from-{ranks}"
+        if name == "tied":
+            load_as_a_fine_tuning_does(place, worker.engine, folder)
+        else:
+            worker.load_checkpoint(str(folder))
         found[name] = contents(worker.engine)
         if save:
             worker.save_checkpoint(str(place.folder / f"{name}-from-{place.world_size}"))
