@@ -121,7 +121,8 @@ def print_runs(folder: Path) -> None:
 def _settings(path: Path, wanted: dict[str, str]) -> dict[str, str]:
     """section -> the value of one key directly below it, of a file that OmegaConf has written; a YAML parser takes
     a hundred times as long."""
-    found, section = {}, ""
+    found: dict[str, str] = {}
+    section = ""
     if not path.is_file():
         return found
     for line in path.read_text(encoding="utf-8").split("\n"):
