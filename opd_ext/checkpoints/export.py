@@ -184,10 +184,9 @@ def _fill(model: Any, shards: Mapping[str, Sharded], dtype: torch.dtype | None) 
         raise CheckpointError(f"The checkpoint holds '{strange[0]}', which its own config does not know.")
     weights = {}
     for name in shards:
-        if shards[name].shape != tuple(wanted[name].shape):
-            raise CheckpointError(
-                f"'{name}' has shape {shards[name].shape} in the checkpoint and {tuple(wanted[name].shape)} by its config."
-            )
+        saved, shape = shards[name].shape, tuple(wanted[name].shape)
+        if saved != shape:
+            raise CheckpointError(f"'{name}' has shape {saved} in the checkpoint and {shape} by its config.")
         tensor = shards[name].whole()
         weights[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     model.load_state_dict(weights, strict=False, assign=True)

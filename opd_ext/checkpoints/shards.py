@@ -78,8 +78,8 @@ class Sharded:
         """
         if tuple(target.shape) != self.shape:
             raise CheckpointError(
-                f"'{self.name}' has shape {self.shape} in the checkpoint and {tuple(target.shape)} in the model: resume "
-                "with the model that was trained."
+                f"'{self.name}' has shape {self.shape} in the checkpoint and {tuple(target.shape)} in the model: "
+                "resume with the model that was trained."
             )
         if not isinstance(target, DTensor):
             return self.whole()
