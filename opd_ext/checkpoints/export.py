@@ -169,7 +169,7 @@ def _peft_model(source: Source, shards: Mapping[str, Sharded]) -> Any:
         model = get_peft_model(base, config)
     else:
         model = get_peft_model(_empty(source), config, low_cpu_mem_usage=True)
-    _fill(model, shards, None)
+    _fill(model, shards, torch.float32)
     return model
 
 

@@ -15,9 +15,11 @@ from opd_ext import files
 from opd_ext.bridge import checkpoint, rollouts, saving
 from opd_ext.bridge.agent_loop import rollout_seed
 from opd_ext.bridge.cpu_platform import own_socket
+from opd_ext.bridge.runner import check_folder
 from opd_ext.checkpoints.layout import CheckpointError, TrainerState, shards_per_replica
 from opd_ext.config import schema
 from opd_ext.config.compose import compose_config
+from opd_ext.errors import RunError
 from opd_ext.tokens.ends import stop_ids
 
 
@@ -210,6 +212,13 @@ def test_a_rank_with_a_disk_of_its_own_is_named_before_the_first_step(tmp_path):
         checkpoint.check_shared(tmp_path, _ranks(True, False, True, False))
     assert "what 2 of 4 ranks write there (on node1, node3) does not arrive here" in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trainer_on_a_node_without_the_run_folder_is_one_sentence(tmp_path):
+    with pytest.raises(RunError, match="is not on node .*, where Ray has put the trainer"):
+        check_folder(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    check_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
