@@ -28,16 +28,16 @@ def running(run_dir: Path) -> Iterator[None]:
         ConfigError: another process trains there.
     """
     with (run_dir / LOCK).open("w") as lock:
-        for attempt in range(10):  # whoever lists runs looks at the lock by taking it for a moment
+        for _ in range(10):  # whoever lists runs looks at the lock by taking it for a moment
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if attempt == 9:
-                    raise ConfigError(
-                        f"Another process trains in {run_dir}: wait for it, or choose another opd.run_dir."
-                    ) from None
                 time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        else:
+            raise ConfigError(f"Another process trains in {run_dir}: wait for it, or choose another opd.run_dir.")
         _say(run_dir, RUNNING)
         try:
             yield

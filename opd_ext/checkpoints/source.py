@@ -20,7 +20,7 @@ class Source:
         run: the folder of the run, or of one fine-tuning of a pipeline.
         step: optimiser steps of the run.
         folder: ``global_step_<step>``.
-        config: of the run, plain; empty for a fine-tuning.
+        config: of the run, plain; of a fine-tuning the section of its model.
     """
 
     run: Path
@@ -75,7 +75,7 @@ def find(run: Path, step: str | None = None) -> Source:
     """
     if not run.is_dir():
         raise CheckpointError(f"There is no folder {run}.")
-    config = _config(run / "config.yaml")
+    config = _config(run)
     root = run / "checkpoints"
     elsewhere = config.get("trainer", {}).get("default_local_dir")
     if not root.is_dir() and elsewhere:
@@ -109,7 +109,13 @@ def _choose(run: Path, step: str | None, there: list[int], latest: int | None) -
     return int(step)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(run: Path) -> dict[str, Any]:
+    """Of a run, or what a fine-tuning of a pipeline says of its model, in the same place."""
+    task, path = run / "finetuning.json", run / "config.yaml"
+    if task.is_file():
+        said = json.loads(task.read_text(encoding="utf-8"))
+        model = {"path": said.get("model"), "trust_remote_code": said.get("trust_remote_code")}
+        return {"actor_rollout_ref": {"model": model}}
     if not path.is_file():
         return {}
     import yaml

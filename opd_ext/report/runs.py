@@ -58,7 +58,7 @@ def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 def look(folder: Path) -> Listed:
     """Read of a run what a table shows: two lines of the configuration, the end of the metrics, the size of files."""
     disk, changed = _size(folder)
-    if (folder / _MANIFEST).is_file() and not (folder / _CONFIG).is_file():
+    if (folder / _MANIFEST).is_file():
         return _look_at_pipeline(folder, disk, changed)
     said = _settings(folder / _CONFIG, {"opd": "method", "trainer": "total_training_steps"})
     total = int(said["trainer"]) if said.get("trainer", "").isdecimal() else None

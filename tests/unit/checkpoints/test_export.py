@@ -218,8 +218,11 @@ def test_a_fine_tuning_of_a_pipeline_is_a_folder_already(tmp_path):
         folder = tmp_path / "run" / "train" / name / "checkpoints" / "global_step_5" / "huggingface"
         folder.parent.mkdir(parents=True)
         folder.symlink_to(FOLDER / "base")
+        said = {"model": "the/model", "trust_remote_code": False}
+        (folder.parents[2] / "finetuning.json").write_text(json.dumps(said))
     assert "several fine-tunings" in refused(tmp_path / "run")
     export(tmp_path / "run" / "train" / "second", "--out", tmp_path / "model")
     found, given = loaded(tmp_path / "model"), loaded(FOLDER / "base")
     assert all(torch.equal(found.state_dict()[name], weight) for name, weight in given.state_dict().items())
+    assert json.loads((tmp_path / "model" / "opd_export.json").read_text())["initial_model"] == "the/model"
     assert "has no teacher" in refused(tmp_path / "run" / "train" / "second", "--teacher")
