@@ -2,6 +2,7 @@
 """`opd export`: real FSDP2 shards of two ranks become folders that transformers loads and that answer alike."""
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -151,6 +152,19 @@ def test_an_adapter_comes_by_itself(runs, tmp_path):
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (2, 6, "the/model")
     assert not (tmp_path / "adapter" / "config.json").exists(), "vLLM would take it for a whole model"
+
+
+def test_a_checkpoint_of_the_adapter_alone_is_merged_into_the_model_that_it_was_trained_on(runs, tmp_path):
+    """verl's ``checkpoint.save_lora_only``."""
+    build("lora").unload().save_pretrained(tmp_path / "base")
+    run = shutil.copytree(runs / "lora", tmp_path / "run")
+    for path in run.glob(f"checkpoints/*/actor/{MODEL}*.pt"):
+        weights = torch.load(path, weights_only=False)
+        torch.save({name: tensor for name, tensor in weights.items() if "lora_" in name}, path)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("the/model", str(tmp_path / "base")))
+    export(run, "--out", tmp_path / "model")
+    assert (answers(loaded(tmp_path / "model")) - torch.load(runs / "lora" / "answers.pt")).abs().max() < ROUNDING
 
 
 def test_the_teacher_comes_if_asked(runs, tmp_path):

@@ -192,3 +192,11 @@ def test_a_checkpoint_of_another_model_is_refused(group):
         reshard.load_optimiser(torch.optim.AdamW(other.parameters()), folder / "2")
     with pytest.raises(CheckpointError, match=r"shape \(3, 3\) in the checkpoint and \(4, 3\)"):
         Sharded("w", [torch.zeros(3, 3)], (3, 3), 0).like(torch.zeros(4, 3))
+
+
+def test_a_checkpoint_of_an_adapter_alone_leaves_the_base_as_it_is():
+    net = nn.ModuleDict({"base": nn.Linear(2, 2, bias=False), "lora_A": nn.Linear(2, 2, bias=False)})
+    base = net["base"].weight.detach().clone()
+    saved = torch.full((2, 2), 7.0)
+    reshard.load_weights(net, {"lora_A.weight": Sharded("lora_A.weight", [saved], (2, 2), None)})
+    assert torch.equal(net["lora_A"].weight, saved) and torch.equal(net["base"].weight, base)
