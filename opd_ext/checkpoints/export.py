@@ -254,6 +254,12 @@ def _rollout_dtype(source: Source) -> str | None:
 
 
 def _saved_dtype(source: Source) -> str:
+    """That of the weights where they are a file already, whose config verl lets say bfloat16; else the config's."""
+    if stored := sorted(source.template.glob("*.safetensors")):
+        from safetensors import safe_open
+
+        with safe_open(stored[0], "pt") as file:
+            return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")
     config = json.loads((source.template / "config.json").read_text())
     said = config.get("dtype") or config.get("torch_dtype")
     return said if said in DTYPES else "bfloat16"

@@ -231,12 +231,15 @@ def test_a_fine_tuning_of_a_pipeline_is_a_folder_already(tmp_path):
     for name in ("pilot", "second"):
         folder = tmp_path / "run" / "train" / name / "checkpoints" / "global_step_5" / "huggingface"
         folder.parent.mkdir(parents=True)
-        folder.symlink_to(FOLDER / "base")
+        shutil.copytree(FOLDER / "base", folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))  # verl's word; it saves fp32
         said = {"model": "the/model", "trust_remote_code": False}
         (folder.parents[2] / "finetuning.json").write_text(json.dumps(said))
     assert "several fine-tunings" in refused(tmp_path / "run")
     export(tmp_path / "run" / "train" / "second", "--out", tmp_path / "model")
     found, given = loaded(tmp_path / "model"), loaded(FOLDER / "base")
+    assert found.dtype == torch.float32
     assert all(torch.equal(found.state_dict()[name], weight) for name, weight in given.state_dict().items())
     assert json.loads((tmp_path / "model" / "opd_export.json").read_text())["initial_model"] == "the/model"
     assert "has no teacher" in refused(tmp_path / "run" / "train" / "second", "--teacher")
