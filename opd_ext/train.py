@@ -21,6 +21,7 @@ from uuid import uuid4
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from opd_ext.bridge.warm_python import warm_python
+from opd_ext.checkpoints.layout import export_command
 from opd_ext.config import checks, schema
 from opd_ext.config.compose import compose_config
 from opd_ext.config.overrides import from_words
@@ -29,6 +30,7 @@ from opd_ext.files import write_whole
 from opd_ext.launch import PATH_VARIABLE
 from opd_ext.preflight import preflight
 from opd_ext.progress import STARTED
+from opd_ext.run_state import running
 
 
 def prepare_environment(config: DictConfig) -> None:
@@ -160,7 +162,6 @@ def _plan(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
 
 def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
     """Train, then print and write the report of the run folder."""
-    from opd_ext.bridge.runner import train
     from opd_ext.report.after import after_run
 
     def write_report() -> None:
@@ -170,6 +171,18 @@ def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
 
     run_dir = Path(opd.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    with running(run_dir):
+        _train_alone(config, opd, run_dir)
+    if len(list((run_dir / "generations").glob("val_*.jsonl"))) > 1:  # before and after
+        after_run(write_report, f"opd report {shlex.quote(str(run_dir))}")
+    elif command := export_command(run_dir):
+        print(f"Model as a Hugging Face folder: {command}")
+
+
+def _train_alone(config: DictConfig, opd: schema.OPDConfig, run_dir: Path) -> None:
+    """Train in a run folder that is this process's alone."""
+    from opd_ext.bridge.runner import train
+
     write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(config))
     console = run_dir / "console.log"
     console.touch()
@@ -183,8 +196,6 @@ def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
     verl_output = nullcontext() if opd.console == "full" else redirect_stdout((run_dir / "driver.log").open("w"))
     with _Follow(console), verl_output, _ray_of_this_run():
         train(config)
-    if len(list((run_dir / "generations").glob("val_*.jsonl"))) > 1:  # before and after
-        after_run(write_report, f"opd report {shlex.quote(str(run_dir))}")
 
 
 def main(argv: list[str] | None = None) -> int:

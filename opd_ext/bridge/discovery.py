@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from opd_ext.bridge.checkpoint import TrainerState
+from opd_ext.checkpoints.layout import TrainerState
 from opd_ext.files import write_jsonl
 
 

@@ -121,6 +121,15 @@ class Checkpoints(CheckpointHandler):
                 _drop_resume_state(last)
         torch.distributed.barrier()
 
+    def load_checkpoint(self) -> int:
+        """As verl does, but from a checkpoint of any number of ranks."""
+        path = self._determine_resume_path()
+        if path is None or not checkpoint.load_resharded(self.engine, Path(path)):
+            return super().load_checkpoint()
+        self.resume_global_step = extract_step(path)
+        self._load_dataloader_state(path)
+        return self.resume_global_step
+
     def _load_dataloader_state(self, checkpoint_path: str) -> None:
         self.train_dataloader.start_after(self.resume_global_step)
 

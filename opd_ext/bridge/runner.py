@@ -3,6 +3,7 @@
 
 import importlib
 import os
+import platform
 import sys
 import traceback
 from pathlib import Path
@@ -27,8 +28,22 @@ class OPDTaskRunner(_Runner):
     def run(self, config: DictConfig) -> None:
         importlib.import_module("opd_ext.bridge.trainer")  # registers the trainer in this process
         schema.load(config.opd).import_external_libs()
+        check_folder(Path(config.opd.run_dir))
         os.environ["TENSORBOARD_DIR"] = str(Path(config.opd.run_dir) / "tensorboard")
         super().run(config)
+
+
+def check_folder(run_dir: Path) -> None:
+    """What the driver has written is here, too: on a cluster the trainer may be on another node.
+
+    Raises:
+        RunError: one sentence.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise RunError(
+            f"{run_dir} is not on node {platform.node()}, where Ray has put the trainer: set opd.run_dir or OPD_RUNS "
+            "to a file system that all nodes share."
+        )
 
 
 def train(config: DictConfig) -> None:

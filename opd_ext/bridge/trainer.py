@@ -25,12 +25,14 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import best, checkpoint, datasets, discovery, failures, rollouts, selftest
+from opd_ext.bridge import datasets, discovery, failures, rollouts, saving, selftest
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import RunLog
 from opd_ext.bridge.inputs import tool_schemas
 from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
 from opd_ext.bridge.worker import OPDWorker
+from opd_ext.checkpoints import best
+from opd_ext.checkpoints.layout import TrainerState
 from opd_ext.config import schema
 from opd_ext.context import build_context
 from opd_ext.objective.metrics import means
@@ -61,7 +63,7 @@ class OPDTrainer(PPOTrainerSync):
                 config.actor_rollout_ref.teacher_path = self.opd.teacher.path
         self.full_steps = 0  # in a row, whose pairs were all too long
         super().__init__(config)
-        self.state = checkpoint.TrainerState(
+        self.state = TrainerState(
             method=self.opd.method,
             context=str(self.opd.context) if self.opd.context.present else "",
             grader=str(config.reward.custom_reward_function.path),
@@ -331,33 +333,16 @@ class OPDTrainer(PPOTrainerSync):
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self) -> None:
-        root, step = Path(self.config.trainer.default_local_dir).absolute(), self.global_steps
-        folder = checkpoint.begin(root, step)
-        self.actor_rollout_wg.save_checkpoint(str(folder / "actor"), None, step)
-        if self.opd.needs_teacher_engine and self.state.teacher_version > 0:
-            self.actor_rollout_wg.save_teacher(str(folder / "teacher"))
-        torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
-        self.state.global_step = step
-        self.state.write(folder)
-        saved = set(checkpoint.steps(root))
-        kept = best.best_step({at: share for at, share in best.validations(self.run_dir).items() if at in saved})
-        final = checkpoint.commit(folder, root, step, self.config.trainer.max_actor_ckpt_to_keep, kept)
-        self.checkpoint_callback.on_save(trainer=self, global_step=step, checkpoint_dir=str(final), async_save=False)
+        folder = saving.save(self)
+        step = self.global_steps
+        self.checkpoint_callback.on_save(trainer=self, global_step=step, checkpoint_dir=str(folder), async_save=False)
 
     def _load_checkpoint(self) -> None:
-        checkpoint.mend(Path(self.config.trainer.default_local_dir))
+        saving.prepare(self)
         super()._load_checkpoint()
         files.drop_lines_after(self.run_dir / "metrics.jsonl", self.global_steps)
-        if self.global_steps == 0:
-            return
-        explicit = self.config.trainer.resume_mode == "resume_path"
-        root = Path(self.config.trainer.default_local_dir).absolute()
-        folder = Path(self.config.trainer.resume_from_path) if explicit else root / f"global_step_{self.global_steps}"
-        self.state = checkpoint.TrainerState.read(folder)
-        if self.opd.needs_teacher_engine and self.state.teacher_version > 0:
-            self.actor_rollout_wg.load_teacher(str(folder.absolute() / "teacher"))
-        version, step = self.state.teacher_version, self.global_steps
-        self.log.note(f"resumed from {folder}: step {step}, teacher version {version} (age {step - version} steps)")
+        if self.global_steps > 0:
+            saving.load(self)
 
     # ------------------------------------------------------------------ validation and metrics
 

@@ -3,19 +3,23 @@
 
 import dataclasses
 import functools
+import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.device import get_device_name
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from opd_ext.bridge import checkpoint, selftest
 from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
-from opd_ext.bridge import selftest
 from opd_ext.bridge.cpu_platform import init_process_group, own_socket
+from opd_ext.checkpoints.layout import TEACHER, shard_name
+from opd_ext.checkpoints.reshard import load_teacher
 from opd_ext.config.schema import OPDConfig
 from opd_ext.teacher.weights import copy_shards, ema_shards
 
@@ -24,7 +28,13 @@ _SHARED_MODEL_SETTINGS = ("override_config", "use_shm", "trust_remote_code", "us
 
 
 def _local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's part of every parameter and persistent buffer, by name (aliases, not copies).
+    """This rank's part of every parameter and persistent buffer, by name (aliases, not copies)."""
+    tensors = _distinct_tensors(module)
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+def _distinct_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer, by name.
 
     A tied weight appears once, under its first name: a moving average over both names would move it twice.
     """
@@ -32,13 +42,16 @@ def _local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     first_names: dict[int, str] = {}
     for name, tensor in tensors.items():
         first_names.setdefault(id(tensor), name)
-    shards = {name: tensors[name].detach() for name in first_names.values()}
-    return {name: shard.to_local() if isinstance(shard, DTensor) else shard for name, shard in shards.items()}
+    return {name: tensors[name].detach() for name in first_names.values()}
 
 
 def _shard_file(folder: str) -> Path:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return Path(folder) / f"world_size_{world}_rank_{rank}.pt"
+    return Path(folder) / shard_name(TEACHER, torch.distributed.get_world_size(), torch.distributed.get_rank())
+
+
+def _is_replica(mesh: DeviceMesh) -> bool:
+    """Whether another rank holds the same weights and saves them: under HSDP, whose mesh is (replicas, shards)."""
+    return mesh.ndim > 1 and mesh.get_local_rank(0) > 0
 
 
 class OPDTrainingWorker(TrainingWorker):
@@ -56,6 +69,29 @@ class OPDTrainingWorker(TrainingWorker):
             shared = {name: getattr(config.model_config, name) for name in _SHARED_MODEL_SETTINGS}
             config = dataclasses.replace(config, model_config=HFModelConfig(path=model_path, **shared))
         super().__init__(config)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
+    ) -> None:
+        """Write this rank's files; of replicas only the first writes weights and moments."""
+        manager = self.engine.checkpoint_manager
+        if _is_replica(self.engine.device_mesh):
+            shared = ("model", "optimizer")
+            manager.checkpoint_save_contents = [it for it in manager.checkpoint_save_contents if it not in shared]
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
+    ) -> None:
+        """Load as verl does where every rank has saved a file; else each takes its rows from whoever has them.
+
+        Raises:
+            CheckpointError: it is incomplete, or of another model.
+        """
+        if not checkpoint.load_resharded(self.engine, Path(local_path)):
+            super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
 
 
 class OPDWorker(ActorRolloutRefWorker):
@@ -121,22 +157,23 @@ class OPDWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_teacher(self, folder: str) -> None:
         """Write this rank's teacher shards to ``folder``."""
+        if _is_replica(self.ref.engine.device_mesh):
+            return
         path = _shard_file(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_local_shards(self.ref.engine.module), path)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_teacher(self, folder: str) -> None:
-        """Restore this rank's teacher shards from ``folder``.
+        """Restore this rank's teacher weights from ``folder``, however many ranks wrote them.
 
         Raises:
-            FileNotFoundError: the checkpoint was written by another number of ranks.
+            CheckpointError: they are incomplete, or of another model.
         """
-        path = _shard_file(folder)
-        if not path.exists():
-            found = sorted(file.name for file in Path(folder).glob("*.pt"))
-            raise FileNotFoundError(
-                f"{path} is missing (found: {', '.join(found) or 'nothing'}); resume with the number of trainer ranks "
-                "that wrote the checkpoint."
-            )
-        copy_shards(torch.load(path, map_location="cpu", weights_only=True), _local_shards(self.ref.engine.module))
+        load_teacher(_distinct_tensors(self.ref.engine.module), Path(folder))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def leave_token(self, folder: str) -> str:
+        """See :func:`opd_ext.bridge.checkpoint.check_shared`; returns the name of this node."""
+        checkpoint.leave_token(folder, torch.distributed.get_rank())
+        return platform.node()

@@ -24,7 +24,7 @@ NEVER: Table = {
     f"{_ACTOR}.grad_clip": (None, f"set {_ACTOR}.optim.clip_grad"),
     f"{_ACTOR}.use_torch_compile": (True, f"set {_ACTOR}.fsdp_config.use_torch_compile"),
     f"{_ACTOR}.fsdp_config.dtype": ("bfloat16", f"set {_ACTOR}.fsdp_config.mixed_precision.param_dtype"),
-    f"{_ACTOR}.checkpoint.async_save": (False, "a checkpoint is whole before the next step begins"),
+    f"{_ACTOR}.checkpoint.async_save": (False, "verl saves in the background for Megatron alone"),
     f"{_ACTOR}.freeze_vision_tower": (False, "this trainer is for language models"),
     "actor_rollout_ref.model.tiled_mlp.enabled": (False, "verl's FSDP engine has no tiled MLP"),
     "actor_rollout_ref.nccl_timeout": (600, "the worker takes PyTorch's own"),

@@ -12,6 +12,7 @@ from opd_ext.preflight.data import check_data
 from opd_ext.preflight.findings import Findings
 from opd_ext.preflight.machine import check_machine
 from opd_ext.preflight.models import check_models
+from opd_ext.preflight.resume import check_resume
 from opd_ext.preflight.reward import check_reward
 
 __all__ = ["Findings", "preflight"]
@@ -31,6 +32,7 @@ def preflight(config: DictConfig, opd: OPDConfig, starting: bool) -> Findings:
     check_machine(config, opd, starting)
     if starting:
         check_inputs(config)
+    check_resume(config, opd, starting, findings)
     tokenizer = check_models(config, opd, starting, findings)
     found = check_data(config, opd, tokenizer, findings)
     graded = [samples for key in found for samples in found[key] if samples.answered]

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from opd_ext.checkpoints.layout import export_command
 from opd_ext.files import read_jsonl, write_whole
 from opd_ext.report.bootstrap import LEVEL, RESAMPLES, SEED, estimate, resampled_means
 from opd_ext.report.curves import draw_curves
@@ -155,6 +156,7 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
         png=base64.b64encode(png).decode("ascii"),
         config=run.config,
         words=_words,
+        export=export_command(run.directory),
         **_side_by_side(first[1], last[1]),
     )
     summary = {
@@ -175,6 +177,8 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
     write_whole(folder / "curves.png", png)
     write_whole(folder / "report.html", html)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    if command := export_command(run.directory):
+        console.print(f"Model as a Hugging Face folder: {command}", soft_wrap=True, highlight=False)
 
 
 def _first_and_last(run: Run) -> list[tuple[int, pd.DataFrame]]:

@@ -3,7 +3,8 @@
 
 import json
 
-from opd_ext.bridge import best, checkpoint
+from opd_ext.bridge import checkpoint
+from opd_ext.checkpoints import best
 from tests.unit.preflight.conftest import rows
 
 

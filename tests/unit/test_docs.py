@@ -35,7 +35,7 @@ MORE = [
     VERL / "experimental" / "agent_loop" / "agent_loop.py",
 ]
 # Files of a run, which no checkout has.
-OF_A_RUN = ("checkpoints/", "generations/")
+OF_A_RUN = ("checkpoints/global_step", "checkpoints/latest", "export/", "generations/")
 
 
 def _named(pattern: str) -> list[str]:

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from opd_ext.bridge import best, checkpoint
+from opd_ext.bridge import checkpoint
+from opd_ext.checkpoints import best
 
 
 def _recorded(folder, accuracies):

@@ -12,9 +12,14 @@ from transformers import GenerationConfig
 os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
 
 from opd_ext import files
-from opd_ext.bridge import checkpoint, rollouts
+from opd_ext.bridge import checkpoint, rollouts, saving
 from opd_ext.bridge.agent_loop import rollout_seed
 from opd_ext.bridge.cpu_platform import own_socket
+from opd_ext.bridge.runner import check_folder
+from opd_ext.checkpoints.layout import CheckpointError, TrainerState, shards_per_replica
+from opd_ext.config import schema
+from opd_ext.config.compose import compose_config
+from opd_ext.errors import RunError
 from opd_ext.tokens.ends import stop_ids
 
 
@@ -180,3 +185,74 @@ def test_several_samples_per_problem_give_pass_at_k():
     assert rollouts.summarise(rows, "val")["val/pass_at_2"] == 0.5
     assert not any("pass_at" in name for name in rollouts.summarise(rows[:1] + rows[2:3], "val"))
     assert not any("pass_at" in name for name in rollouts.summarise(rows[:3], "val")), "unequal numbers of samples"
+
+
+# ---------------------------------------------------------------------- one disk, and complete
+
+
+def _ranks(*sees):
+    """What ranks do that see the trainer's disk, or (False) one of their own."""
+
+    def ask(folder):
+        for rank, shared in enumerate(sees):
+            assert checkpoint.leave_token(folder if shared else f"{folder}-of-node-{rank}", rank) == shared
+        return [f"node{rank}" for rank in range(len(sees))]
+
+    return ask
+
+
+def test_ranks_that_write_where_the_trainer_reads_leave_no_trace(tmp_path):
+    (tmp_path / "ckpt" / ".shared_killed").mkdir(parents=True)
+    checkpoint.check_shared(tmp_path / "ckpt", _ranks(True, True))
+    assert not list((tmp_path / "ckpt").iterdir())
+
+
+def test_a_rank_with_a_disk_of_its_own_is_named_before_the_first_step(tmp_path):
+    with patch.object(checkpoint, "PATIENCE_S", 0.0), pytest.raises(CheckpointError) as refused:
+        checkpoint.check_shared(tmp_path, _ranks(True, False, True, False))
+    assert "what 2 of 4 ranks write there (on node1, node3) does not arrive here" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trainer_on_a_node_without_the_run_folder_is_one_sentence(tmp_path):
+    with pytest.raises(RunError, match="is not on node .*, where Ray has put the trainer"):
+        check_folder(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lost", ["actor/model_world_size_4_rank_1.pt", "actor/optim_world_size_4_rank_0.pt",
+             "actor/extra_state_world_size_4_rank_3.pt", "teacher/world_size_4_rank_1.pt", None]
+)  # fmt: skip
+def test_a_checkpoint_gets_its_name_only_with_a_file_of_every_rank(tmp_path, lost):
+    """Four ranks, two replicas: the first two write weights and moments, all of them RNG."""
+    wanted = {("actor/model_", 2), ("actor/optim_", 2), ("actor/extra_state_", 4), ("teacher/", 2)}
+    for kind, count in wanted:
+        for rank in range(count):
+            path = tmp_path / f"{kind}world_size_4_rank_{rank}.pt"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    everything = tmp_path, 4, shards_per_replica(4, fsdp_size=2), ["model", "optimizer", "extra"], True
+    if lost is None:
+        checkpoint.check_complete(*everything)
+        return
+    (tmp_path / lost).unlink()
+    with (
+        patch.object(checkpoint, "PATIENCE_S", 0.0),
+        pytest.raises(CheckpointError, match=f"{lost} is missing in .* .1 missing in all"),
+    ):
+        checkpoint.check_complete(*everything)
+
+
+@pytest.mark.parametrize("method, last", [("trace", 40), ("crisp", 10**6)])
+def test_a_teacher_is_saved_as_long_as_a_later_step_reads_it(method, last):
+    """TRACE's divergence has a weight in step 40 for the last time; nobody reads the teacher that comes after it."""
+    opd = schema.load(compose_config([f"method={method}", "scale=node_8xh200"]).opd)
+    trainer = SimpleNamespace(opd=opd, state=TrainerState(teacher_version=1))
+    held = []
+    for trainer.global_steps in (1, last - 1, last, last + 1):
+        held.append(saving._holds_teacher(trainer))
+    assert held == [True, True, method == "crisp", method == "crisp"]
+    trainer.state.teacher_version = 0
+    assert not saving._holds_teacher(trainer), "still the initial model"

@@ -187,6 +187,16 @@ def test_report_files_hold_the_numbers(run_dir):
     assert names == {"summary.json", "curves.png", "report.html"}  # no temporary file is left
 
 
+def test_a_report_says_how_to_have_the_model(run_dir):
+    console = terminal(file=io.StringIO(), width=200)
+    write_report(run_dir, console)
+    assert "opd export" not in console.file.getvalue() + (run_dir / "report" / "report.html").read_text()
+    (run_dir / "checkpoints" / "global_step_20").mkdir(parents=True)
+    write_report(run_dir, console)
+    assert f"opd export {run_dir}" in console.file.getvalue()
+    assert f"<code>opd export {run_dir}</code>" in (run_dir / "report" / "report.html").read_text()
+
+
 def test_a_run_that_was_killed_and_resumed_reads_as_one(run_dir):
     log = run_dir / "metrics.jsonl"
     with log.open("a") as handle:

@@ -128,11 +128,13 @@ def loop(task, jagged, one_rank, monkeypatch, tmp_path):
 @seam(
     "bridge/finetune.py",
     covers="Checkpoints.__init__ Checkpoints.save_checkpoint Checkpoints._load_dataloader_state "
+    "Checkpoints.load_checkpoint Checkpoints._determine_resume_path "
     "Checkpoints.default_local_dir Checkpoints.rank Checkpoints.engine Checkpoints.train_dataloader "
     "Checkpoints.resume_global_step",
     pins={
         f"{HANDLER}save_checkpoint": "self step",
         f"{HANDLER}load_checkpoint": "self",
+        f"{HANDLER}_determine_resume_path": "self",
         f"{HANDLER}_load_dataloader_state": "self checkpoint_path",
         "verl.utils.checkpoint:CheckpointHandler": None,
         "verl.utils.checkpoint.checkpoint_handler:extract_step": "path",
@@ -151,10 +153,12 @@ def handler(one_rank, tmp_path):
     settings = {"engine": engine, "train_dataloader": "the loader", "default_local_dir": str(tmp_path)}
     probe = Probe(**settings, resume_mode="auto")
     assert (probe.rank, probe.engine, probe.train_dataloader) == (0, engine, "the loader")
+    assert probe._determine_resume_path() is None
     assert probe.load_checkpoint() == 0 and not seen
     checkpoint.commit(checkpoint.begin(tmp_path, 4), tmp_path, 4, keep=None)
     assert probe.load_checkpoint() == 4
     folder = str(tmp_path / "global_step_4")
+    assert probe._determine_resume_path() == folder
     assert seen == [(4, folder)] and extract_step(folder) == 4
     engine.load_checkpoint.assert_called_once_with(folder)
 

@@ -155,7 +155,7 @@ def tokenizer(config):
 @seam(
     "bridge/trainer.py",
     covers="OPDTrainer._init_dataloader OPDTrainer.train_dataset OPDTrainer.val_dataset OPDTrainer.val_dataloader "
-    "OPDTrainer.train_dataloader OPDTrainer.total_training_steps OPDTrainer._fetch_one_gen_batch",
+    "OPDTrainer.total_training_steps OPDTrainer._fetch_one_gen_batch",
     pins={f"{TRAINER}_init_dataloader": "self", f"{TRAINER}_fetch_one_gen_batch": "self"},
 )
 def data(config, tmp_path):

@@ -100,6 +100,45 @@ def external_teacher(model):
     assert student.model_config == "student"
 
 
+MANAGER = "verl.utils.checkpoint.checkpoint_manager:BaseCheckpointManager."
+FSDP = "verl.workers.engine.fsdp.transformer_impl:FSDPEngine."
+
+
+@seam(
+    "bridge/worker.py",
+    covers="OPDTrainingWorker.save_checkpoint OPDTrainingWorker.load_checkpoint OPDTrainingWorker.engine "
+    "manager.checkpoint_save_contents",
+    pins={
+        f"{WORKERS}TrainingWorker.save_checkpoint": "self local_path hdfs_path= global_step= max_ckpt_to_keep=",
+        f"{WORKERS}TrainingWorker.load_checkpoint": "self local_path hdfs_path= del_local_after_load=",
+        f"{MANAGER}load_rng_state": "rng_state",
+        f"{FSDP}to": "self device model= optimizer= grad=",
+        f"{FSDP}is_optimizer_offload_enabled": None,
+    },
+)
+def checkpoints(engine, tmp_path):
+    """A rank writes ``<part>_world_size_<W>_rank_<R>.pt`` of the parts in its manager's ``checkpoint_save_contents``.
+
+    Its engine has ``module``, ``optimizer``, ``lr_scheduler`` and the ``device_mesh`` whose first axis are replicas.
+    """
+    engine.save_checkpoint(str(tmp_path / "all"))
+    parts = {"model_": "should_load_model", "optim_": "should_load_optimizer", "extra_state_": "should_load_extra"}
+    ours = f"{{}}world_size_{engine.device_mesh.size()}_rank_0.pt"
+    assert {path.name for path in (tmp_path / "all").glob("*.pt")} == {ours.format(part) for part in parts}
+    assert all(getattr(engine.checkpoint_manager, asked) for asked in parts.values())
+    kept, engine.checkpoint_manager.checkpoint_save_contents = (
+        engine.checkpoint_manager.checkpoint_save_contents,
+        ["extra"],
+    )
+    engine.save_checkpoint(str(tmp_path / "extra"))
+    engine.checkpoint_manager.checkpoint_save_contents = kept
+    assert [path.name for path in (tmp_path / "extra").glob("*.pt")] == [ours.format("extra_state_")]
+    extra = torch.load(tmp_path / "all" / ours.format("extra_state_"), weights_only=False)
+    assert extra.keys() == {"lr_scheduler", "rng"}
+    assert engine.module and engine.optimizer and engine.lr_scheduler
+    says("verl.workers.engine.fsdp.utils:create_device_mesh", 'mesh_dim_names=["ddp", "fsdp"]')
+
+
 @seam(
     "bridge/cpu_platform.py",
     pins={"verl.utils.distributed:initialize_global_process_group_ray": "timeout_second= backend="},

@@ -36,7 +36,7 @@ def collapse(accuracies: dict[int, float], problems: int, share: float | None) -
     """
     if share is None or len(accuracies) < 2:
         return None
-    last, first = max(accuracies), best_step(accuracies)
+    last, first = max(accuracies), max(accuracies, key=lambda step: (accuracies[step], step))
     now, then = accuracies[last], accuracies[first]
     mean = (now + then) / 2
     noise = math.sqrt(2 * mean * (1 - mean) / problems)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run goes on from is looked at before anything starts: a checkpoint that will do, and all that will not."""
+
+import json
+
+import pytest
+import torch
+
+from opd_ext.checkpoints.layout import EXTRA, MODEL, OPTIMISER, TEACHER, TrainerState, shard_name
+
+LORA = ("actor_rollout_ref.model.lora.merge=true", "opd.teacher.weights=base", "~opd.teacher.interval")
+RANKS = 2
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """``saved(lora=0, teacher=0)``: a checkpoint of two ranks after step 3 in the run folder of ``start``."""
+
+    def write(lora: int = 0, teacher: int = 0):
+        folder = tmp_path / "run" / "checkpoints" / "global_step_3"
+        (folder / "actor").mkdir(parents=True)
+        for rank in range(RANKS):
+            for kind in (MODEL, OPTIMISER, EXTRA):
+                torch.save({"weight": torch.ones(2)}, folder / "actor" / shard_name(kind, RANKS, rank))
+        if lora:
+            (folder / "actor" / "lora_train_meta.json").write_text(json.dumps({"r": lora, "lora_alpha": 32}))
+        TrainerState(global_step=3, teacher_version=teacher).write(folder)
+        (folder.parent / "latest_checkpointed_iteration.txt").write_text("3")
+        return folder
+
+    return write
+
+
+def test_another_number_of_ranks_is_told_and_starts(start, saved, presets_composed_once):
+    saved()
+    status, said, started, _ = start()
+    assert (status, len(started)) == (0, 1), said
+    _, _, _, printed = start("--dry-run")
+    assert "from step 3; 2 trainer ranks saved it, 1 go on" in printed
+
+
+def test_the_adapter_that_was_saved_starts(start, saved, presets_composed_once):
+    saved(lora=8)
+    alpha = "actor_rollout_ref.model.lora_alpha=32"
+    status, said, started, _ = start("actor_rollout_ref.model.lora_rank=8", alpha, *LORA)
+    assert (status, len(started)) == (0, 1), said
+
+
+def _no_state(folder):
+    (folder / "state.json").unlink()
+
+
+def _lost_moments(folder):
+    (folder / "actor" / shard_name(OPTIMISER, RANKS, 1)).unlink()
+
+
+def _cut_off(folder):
+    path = folder / "actor" / shard_name(MODEL, RANKS, 1)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _two_worlds(folder):
+    (folder / "actor" / shard_name(MODEL, 3, 0)).touch()
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (_no_state, "is not a complete checkpoint of this trainer"),
+        (_lost_moments, "has weights of 2 ranks and moments of 1"),
+        (_cut_off, "model_world_size_2_rank_1.pt cannot be read"),
+        (_two_worlds, "shards of 2 and 3 ranks side by side"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_one_sentence(start, saved, presets_composed_once, spoil, says):
+    spoil(saved())
+    status, said, started, _ = start()
+    assert (status, started) == (2, []) and says in said and "trainer.resume_from_path" in said, said
+    assert start("trainer.resume_mode=disable")[0] == 0, "anew is possible"
+
+
+@pytest.mark.parametrize(
+    "words, lora, says",
+    [
+        (("actor_rollout_ref.model.lora_rank=8", *LORA), 0, "lora_rank=8, and the run was saved with 0"),
+        (("actor_rollout_ref.model.lora_rank=8", *LORA), 4, "lora_rank=8, and the run was saved with 4"),
+        ((), 8, "lora_rank=0, and the run was saved with 8"),
+        (
+            ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=16", *LORA),
+            8,
+            "lora_alpha=16, and the run was saved with 32",
+        ),
+    ],
+)
+def test_another_adapter_is_one_sentence(start, saved, presets_composed_once, words, lora, says):
+    saved(lora)
+    status, said, started, _ = start(*words)
+    assert (status, started) == (2, []) and says in said, said
+
+
+def test_a_teacher_that_moved_must_be_there_if_it_is_read_again(start, saved, presets_composed_once):
+    folder = saved(teacher=2)
+    status, said, started, _ = start("opd.teacher.interval=1")
+    assert (status, started) == (2, []) and "holds no teacher" in said
+    (folder / "teacher").mkdir()
+    torch.save({}, folder / "teacher" / shard_name(TEACHER, RANKS, 0))
+    assert start("opd.teacher.interval=1")[0] == 0
+
+
+def test_a_checkpoint_that_is_named_must_exist(start, tmp_path, presets_composed_once):
+    status, said, started, _ = start(
+        "trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_9"
+    )
+    assert (status, started) == (2, []) and "global_step_9 does not exist" in said
