@@ -160,8 +160,8 @@ def page() -> str:
 
 _PIPELINES = wrap(
     "`opd sft`, `opd ssd` and `opd t3s` are not under `opd`: their keys stand at the top, "
-    "`opd ssd model=... train.steps=200`. The defaults are those of the dataclasses; `opd_ext/config/pipelines` sets what a pipeline, a scale or a "
-    "published preset needs."
+    "`opd ssd model=... train.steps=200`. The defaults are those of the dataclasses; `opd_ext/config/pipelines` sets "
+    "what a pipeline, a scale or a published preset needs."
 )
 
 

@@ -72,7 +72,7 @@ def test_the_node_carries_the_published_settings_of_crisp():
         (["+opd.divergence.key.kind=forward_kl"], ["opd.divergence.key", "opd.credit.kind=spans"]),
         (["opd.context.kind=hint"], ["opd.context.kind=hint", "instruction", "same", "solution"]),
         (["opd.context.text=v9"], ["v9", "v1", "v5"]),
-        (["+opd.context.tone=dry"], ["opd.context.tone", "strip_suffix, text"]),
+        (["+opd.context.tone=dry"], ["opd.context.tone", "strip_suffix, template, text"]),
         (["opd.context.kind=label", "~opd.context.text", "~opd.context.strip_suffix"], ["label", "annotator"]),
         (["opd.credit.kind=places"], ["opd.credit.kind=places", "uniform", "position"]),
         (["opd.credit.kind=position", "+opd.credit.gama=1"], ["opd.credit.gama", "gamma"]),

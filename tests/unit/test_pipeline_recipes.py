@@ -279,12 +279,15 @@ def test_the_grader_of_programs_is_found_wherever_the_recipe_is_started(composed
 # ---------------------------------------------------------------------- one home for the settings
 
 SCRIPTS = {f"ssd/{name}": "ssd/qwen3_4b_instruct.sh" for name in PRESETS}
+SCRIPTS |= {"ssd/smollm2_cpu": "ssd/smollm2_cpu.sh"}
 SCRIPTS |= {"t3s/qwen3_8b": "t3s/qwen3_8b.sh", "t3s/llada2_mini": "t3s/llada2_mini.sh"}
 
 
 def test_every_recipe_has_a_script():
     folder = CONFIG_DIR / "recipe"
-    assert {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")} == SCRIPTS.keys()
+    recipes = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")}
+    assert recipes == {*SCRIPTS, "sft/smollm2_cpu"}
+    assert "opd sft recipe=sft/smollm2_cpu" in (RECIPES / "opd" / "smollm2_cpu.sh").read_text()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config.compose import CONFIG_DIR, compose_config
+from opd_ext.config.overrides import quoted
 from tests.unit.test_published import PUBLISHED
 
 
@@ -67,14 +68,22 @@ RECIPE_FILES = sorted((CONFIG_DIR / "recipe").glob("*/*.yaml"))
 def test_a_recipe_repeats_nothing_that_it_builds_on(file, compose):
     """Its settings differ from those of its method, world and scale, or of the recipe that it varies."""
     content = OmegaConf.to_container(OmegaConf.load(file))
-    parent = next((entry for entry in content.pop("defaults") if isinstance(entry, str) and "/" in entry), None)
-    builds_on = [f"recipe={parent}"] if parent else [f"method={file.parent.name}", "scale=node_8xh200"]
+    defaults = content.pop("defaults")
+    parent = next((entry for entry in defaults if isinstance(entry, str) and "/" in entry), None)
+    chosen = {key: value for entry in defaults if isinstance(entry, dict) for key, value in entry.items()}
+    groups = [f"{key.rpartition('/')[2]}={value}" for key, value in chosen.items()]
+    builds_on = [f"recipe={parent}"] if parent else groups
+    assert parent or chosen["override /method"] == file.parent.name
     config, base = compose(f"recipe={file.parent.name}/{file.stem}"), compose(*builds_on)
     settings = leaves(content)
     for key in settings:
         if OmegaConf.select(config, key) == OmegaConf.select(base, key) and key != "actor_rollout_ref.model.path":
             # Unless it would follow from another one of them; and a recipe names its model, even the default one.
-            others = [f"{other}={value}" for other, value in settings.items() if other != key and "${" not in value]
+            others = [
+                f"{other}={quoted(value) if '{' in value else value}"  # a template has braces of its own
+                for other, value in settings.items()
+                if other != key and "${" not in value
+            ]
             assert OmegaConf.select(config, key) != OmegaConf.select(compose(*builds_on, *others), key), key
 
 

@@ -39,8 +39,8 @@ def write_report(config: SFTConfig, pipeline: Pipeline, steps: TracedSteps) -> N
     traces = pipeline.record("traces")["notes"]
     training = training_losses({TUNED: losses})
     training.text = (
-        f"{traces['traces']:,} traces of {traces['prompts']:,} prompts, at most {traces['longest']} tokens long with the "
-        f"prompt. The model: {task.final}"
+        f"{traces['traces']:,} traces of {traces['prompts']:,} prompts, of {traces['longest']} tokens at most, prompt "
+        f"included. The model: {task.final}"
     )
     sections = [evaluation, *([groups] if groups is not None else []), training]
     everything = {"evaluation": records, "traces": traces, "losses": losses, "model": str(task.final)}

@@ -16,6 +16,7 @@ from opd_ext.context import (
     register_context,
     render,
 )
+from opd_ext.context.contexts import InstructionContext
 
 QUESTION = "What is $2 + 3$?"
 HEADER = (
@@ -86,6 +87,26 @@ def test_v2_is_the_default():
 def test_parity_mode_repeats_the_reminder_as_the_released_code_does():
     (message,) = get_context("instruction")(strip_suffix=False).messages(sample())
     assert message["content"] == f"{INSTRUCTIONS['v2']}\n\n{CLAUSE}\n\n{QUESTION}{REMINDER}{REMINDER}"
+
+
+def test_a_template_takes_the_bare_question_and_words_of_its_own():
+    sample = {
+        "raw_prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "{x} + 1?\n\nShow your steps."}],
+        "extra_info": {"question": "{x} + {instruction} 1?"},
+    }
+    context = InstructionContext("text:Be brief.", template="{question} {instruction}")
+    assert context.messages(sample) == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "{x} + {instruction} 1? Be brief."},
+    ]
+    with pytest.raises(ValueError, match="sample .* has no extra_info"):
+        context.messages(sample | {"extra_info": {}})
+
+
+@pytest.mark.parametrize(("template", "missing"), [("{question}", "{instruction}"), ("Be brief.", "{instruction}")])
+def test_a_template_that_leaves_something_out_is_refused(template, missing):
+    with pytest.raises(ValueError, match=f"has no {missing}"):
+        InstructionContext("v1", template=template)
 
 
 def test_an_unknown_instruction_is_refused_when_the_context_is_built():
