@@ -142,9 +142,7 @@ def _whole(run: Run, taken: Times) -> Table:
     samples = sum(each.samples for each in run.validation)
     share = taken.validating / taken.total if taken.total else 0.0
     table = Table(title="Whole run", show_header=False, title_justify="left")
-    there = run.assumed.gpus_per_node
-    nodes = run.assumed.nodes or max(run.nodes, run.served[0] if run.served else 0)
-    table.add_row("GPUs", f"{run.gpus}" + (f" of {nodes * there}" if there else ""))
+    table.add_row("GPUs", f"{run.gpus}" + (f" of {run.gpus_there}" if run.gpus_there else ""))
     table.add_row("one step", f"{taken.step:.0f} s, {taken.tokens:,.0f} tokens generated")
     table.add_row(
         "validation",

@@ -136,6 +136,12 @@ class Run:
         return self.ranks + (self.served[0] * self.served[1] if self.served else 0)
 
     @property
+    def gpus_there(self) -> int:
+        """That the machine is said to have; 0: nobody says."""
+        nodes = self.assumed.nodes or max(self.nodes, self.served[0] if self.served else 0)
+        return nodes * (self.assumed.gpus_per_node or 0)
+
+    @property
     def replicas(self) -> int:
         return max(1, self.ranks // self.tp)
 
