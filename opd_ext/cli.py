@@ -48,6 +48,27 @@ def train(overrides: Annotated[list[str] | None, typer.Argument(metavar="OVERRID
     raise typer.Exit(main(overrides or []))
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def plan(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[METHOD] [KEY=VALUE ...]")] = None,
+    gpu: Annotated[str | None, typer.Option(help="opd.plan.gpu: h200, h100, a100, a100_40gb, l40s, rtx4090")] = None,
+    mean_response: Annotated[float | None, typer.Option(help="opd.plan.mean_response, tokens")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print plain values: bytes, seconds, tokens")] = False,
+    config_dir: Annotated[list[Path] | None, typer.Option(help="folder with presets of yours", file_okay=False)] = None,
+) -> None:
+    """Say what a run needs: memory and seconds per GPU and phase, disk, hours. Takes the words of `opd train`."""
+    from opd_ext.config.overrides import from_words
+    from opd_ext.errors import ConfigError
+    from opd_ext.train import plan as planned
+
+    given = {"gpu": gpu, "mean_response": mean_response}
+    assumed = [f"opd.plan.{name}={value}" for name, value in given.items() if value is not None]
+    try:
+        planned([*from_words(words or [], config_dir or []), *assumed], config_dir or [], json)
+    except ConfigError as error:
+        raise _refused("plan", error) from None
+
+
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method: its choices, formula, paper and recipes")] = None,

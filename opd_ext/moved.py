@@ -29,6 +29,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "opd_ext.offline": ("opd_ext.pipelines",),
     "opd_ext.offline.ssd": ("opd_ext.pipelines.ssd.target",),
     "opd_ext.offline.t3s": ("opd_ext.pipelines.t3s.selection",),
+    "opd_ext.report.plan": ("opd_ext.plan.page",),
     "opd_ext.rewards.tinymath": ("opd_ext.tinymath.grader",),
     "opd_ext.teacher.annotate": ("opd_ext.credit.annotate",),
     "opd_ext.teacher.base": ("opd_ext.context.base",),

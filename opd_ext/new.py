@@ -219,7 +219,7 @@ def _planned_pipeline(folder: Path, name: str, source: str) -> dict[str, str]:
 def _planned(folder: Path, name: str, source: str) -> dict[str, str]:
     """Script -> its run folder; prints the plan of one."""
     from opd_ext import train
-    from opd_ext.report.plan import print_plan
+    from opd_ext.plan import print_plan
 
     runs = {}
     for script in sorted(_scripts(name, source), key=lambda script: script == PLANNED):

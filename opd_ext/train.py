@@ -8,6 +8,7 @@ opd train --config-dir DIR method=mine                 a preset of yours: DIR/me
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from uuid import uuid4
 
@@ -149,15 +151,23 @@ def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Path:
     return Path(opd.run_dir)
 
 
-def _plan(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
-    """Check the configuration as :func:`run` does, and print what would run."""
-    from opd_ext.report.plan import print_plan
+def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), as_json: bool = False) -> None:
+    """Check the configuration as :func:`run` does, and print what would run, and what it needs.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    from opd_ext import plan as page
 
     config = compose_config(list(overrides), config_dirs)
     prepare_environment(config)
-    opd = validate(config)
+    with redirect_stdout(StringIO()):  # verl says of each configuration that it is fine
+        opd = validate(config)
     findings = preflight(config, opd, starting=False)
-    print_plan(config, opd, findings.facts, findings.notes)
+    if as_json:
+        print(json.dumps(page.as_json(config, opd), indent=2))
+    else:
+        page.print_plan(config, opd, findings.facts, findings.notes)
 
 
 def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
@@ -218,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.cfg:
             print(OmegaConf.to_yaml(compose_config(overrides, args.config_dir)))
         elif args.dry_run:
-            _plan(overrides, args.config_dir)
+            plan(overrides, args.config_dir)
         else:
             run(overrides, args.config_dir)
     except ConfigError as error:

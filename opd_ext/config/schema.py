@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.config.assumptions import PlanConfig
 from opd_ext.config.overrides import keys_of
 from opd_ext.config.refusals import refusal
 from opd_ext.context.config import ContextConfig
@@ -84,6 +85,7 @@ class OPDConfig:
     """Fifth place: the RL term that goes along; null: none."""
     head: HeadConfig = field(default_factory=HeadConfig)  # the chunked LM head
     rollout: RolloutConfig = field(default_factory=RolloutConfig)  # limits of generation
+    plan: PlanConfig = field(default_factory=PlanConfig)  # what `opd plan` reckons with; a run does not read it
 
     @property
     def external_libs(self) -> list[str]:

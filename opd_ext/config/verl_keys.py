@@ -3,6 +3,7 @@
 
 from omegaconf import DictConfig
 
+from opd_ext.config.assumptions import check_gpus
 from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError, one_of, positive
 
@@ -210,6 +211,8 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
     if actor.ppo_epochs != 1:
         raise ConfigError(f"actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs} must be 1: rollouts train once.")
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    _check_shards(opd, config, ranks)
+    _check_gpus(opd, config)
     if actor.ppo_mini_batch_size * rollout.n % ranks:
         raise ConfigError(
             f"actor_rollout_ref.actor.ppo_mini_batch_size x rollout.n = {actor.ppo_mini_batch_size * rollout.n} must "
@@ -222,6 +225,25 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
         )
     if rollout.name != "vllm":
         raise ConfigError(f"actor_rollout_ref.rollout.name={rollout.name} is not supported: set it to vllm.")
+
+
+def _check_shards(opd: OPDConfig, config: DictConfig, ranks: int) -> None:
+    """A teacher that moves is refreshed shard by shard, so both engines cut their weights alike (HSDP, too)."""
+    sizes = [config.actor_rollout_ref[part].fsdp_config.fsdp_size for part in ("actor", "ref")]
+    actor, ref = (size if 0 < size < ranks else ranks for size in sizes)
+    if opd.needs_teacher_engine and opd.teacher.path is None and actor != ref:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.fsdp_config.fsdp_size={sizes[0]} must be actor_rollout_ref.ref.fsdp_config."
+            f"fsdp_size={sizes[1]}: the teacher is refreshed shard by shard; set both alike."
+        )
+
+
+def _check_gpus(opd: OPDConfig, config: DictConfig) -> None:
+    opd.plan.check()
+    served, trainer = config.distillation, config.trainer
+    servers = (served.nnodes, served.n_gpus_per_node) if served.enabled and served.nnodes else None
+    if opd.device == "cuda":
+        check_gpus(opd.plan, (trainer.nnodes, trainer.n_gpus_per_node), servers)
 
 
 _HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "word_embeddings")

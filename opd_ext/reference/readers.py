@@ -28,7 +28,7 @@ _NAMED = {"opd": "OPDConfig"}
 _PLAIN = {"train": "TrainConfig"}
 """Names under which a settings dataclass travels as a plain mapping, to processes that read it from JSON."""
 
-_CHECKS = ("config/checks.py", "config/verl_keys.py", "report/plan.py")
+_CHECKS = ("config/checks.py", "config/verl_keys.py", "plan/page.py")
 _CHECKING = re.compile(r"_?check|_?try_|__str__|__post_init__")
 
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``opd.plan``: what a plan assumes, because no configuration says it. Nothing of it changes a run."""
+
+from dataclasses import dataclass
+
+from opd_ext.errors import ConfigError, positive
+
+_SHARES = ("mfu_train", "mfu_forward", "bandwidth_share")
+_POSITIVE = ("gpus_per_node", "nodes", "mean_response", "mean_val_response", "mean_prompt", "mean_teacher_prompt",
+             "length_spread", "disk_gb_s", "sync_gb_s")  # fmt: skip
+
+
+@dataclass
+class PlanConfig:
+    """The machine and the sizes that `opd plan` reckons with; every one is printed with the plan."""
+
+    gpu: str | None = None  # h200 | h100 | a100 | a100_40gb | l40s | rtx4090 | cpu; null: by opd.device, h200 or cpu
+    gpus_per_node: int | None = None  # GPUs that a node has; null: as many as are used. More than there are is refused
+    nodes: int | None = None  # nodes that there are; null: trainer.nnodes, or the teacher servers' if those are more
+    mean_response: float | None = None  # tokens of a training response; null: by the limit and whether the model thinks
+    mean_val_response: float | None = None  # tokens of a validation response; null: by data set
+    mean_prompt: int = 300  # tokens of a prompt
+    mean_teacher_prompt: int | None = None  # tokens of the teacher's prompt; null: by opd.context.kind
+    length_spread: float = 0.75  # standard deviation of the logarithm of a response's length
+    mfu_train: float = 0.40  # share of the peak FLOP/s that an update reaches
+    mfu_forward: float = 0.45  # share of the peak FLOP/s that a pass without gradients reaches
+    bandwidth_share: float = 0.78  # share of the memory's bandwidth that decoding reaches
+    allreduce_us: float = 12.0  # microseconds of one all-reduce of a decoding step under tensor parallelism
+    disk_gb_s: float = 3.0  # GB/s at which all ranks together write a checkpoint
+    sync_gb_s: float = 6.3  # GB/s at which weights travel from the trainer to vLLM
+
+    def check(self, key: str = "opd.plan") -> None:
+        """Refuse what no machine has; ``key`` is where it stands.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+        for name in _SHARES:
+            positive(f"{key}.{name}", getattr(self, name), at_most=1)
+        for name in _POSITIVE:
+            if (value := getattr(self, name)) is not None:
+                positive(f"{key}.{name}", value)
+        positive(f"{key}.allreduce_us", self.allreduce_us, zero=True)
+
+
+def check_gpus(plan: PlanConfig, trainer: tuple[int, int], servers: tuple[int, int] | None) -> None:
+    """Refuse a run that asks for more GPUs than its nodes have.
+
+    Args:
+        trainer: nodes and GPUs per node of the trainer, where vLLM generates, too.
+        servers: the same of the teacher's servers, which have GPUs of their own; None: there are none.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if plan.gpus_per_node is None:
+        return
+    pools = [pool for pool in (trainer, servers) if pool is not None]
+    wanted, nodes = sum(count * gpus for count, gpus in pools), plan.nodes or max(count for count, _ in pools)
+    if wanted <= nodes * plan.gpus_per_node and max(gpus for _, gpus in pools) <= plan.gpus_per_node:
+        return
+    there = f"{nodes} node(s) of {plan.gpus_per_node}"
+    if servers is None:
+        raise ConfigError(
+            f"trainer.nnodes x trainer.n_gpus_per_node = {wanted} GPUs, and there are {there}: lower them, or say what "
+            "there is in opd.plan.nodes and opd.plan.gpus_per_node."
+        )
+    left = max(1, nodes * plan.gpus_per_node - servers[0] * servers[1]) // trainer[0]
+    raise ConfigError(
+        f"{trainer[0] * trainer[1]} GPUs that train and {servers[0] * servers[1]} that serve the teacher are {wanted}, "
+        f"and there are {there}: set trainer.n_gpus_per_node={left} (GPUS={left} before a recipe's script), or "
+        "opd.plan.nodes if there are more nodes."
+    )

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan warns of, and which setting is better; every proposal has been reckoned through."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from opd_ext.plan.machines import GiB
+from opd_ext.plan.memory import generation, phases
+from opd_ext.plan.run import Run
+from opd_ext.plan.timing import Times, server, times
+
+FULL = 0.97  # of a device's memory: what is beyond is lost to fragments
+_WORTH = 0.9  # of a step's time: a proposal that leaves more is none
+_MUCH = 0.3  # of a run's time
+_ROLLOUT, _ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
+
+
+def advice(run: Run, taken: Times) -> list[str]:
+    """Sentences, the gravest first."""
+    return [*_overflows(run), *_cache(run), *_parallel(run, taken), *_validation(run, taken), *_head(run, taken)]
+
+
+def _fits(run: Run, name: str) -> bool:
+    return all(p.bytes <= FULL * run.machine.memory for p in phases(run) if p.name == name)
+
+
+def _overflows(run: Run) -> Iterator[str]:
+    for phase in phases(run):
+        if phase.bytes <= FULL * run.machine.memory:
+            continue
+        remedies = [words for words, other in _remedies(run, phase.name) if _fits(other, phase.name)]
+        when = " from step 2 on, when the optimiser's moments exist" if phase.name == "generation" else ""
+        yield (
+            f"OUT OF MEMORY in {phase.name}{when}: {phase.bytes / GiB:.0f} of {run.machine.memory / GiB:.0f} GiB; "
+            + (f"set {' or '.join(remedies[:2])}." if remedies else "use more GPUs, a smaller model or LoRA.")
+        )
+
+
+def _remedies(run: Run, phase: str) -> Iterator[tuple[str, Run]]:
+    sharding = run.sharding
+    moments = replace(sharding, offloaded=sharding.offloaded | {"optimizer"})
+    if phase in ("generation", "weight sync"):
+        if run.vllm_share is not None:
+            for share in (0.5, 0.4, 0.3):
+                smaller = replace(run, vllm_share=share, tp=max(run.tp, 2))
+                if share < run.vllm_share and server(smaller).room > run.vllm_length and _fits(smaller, phase):
+                    tp = f" with {_ROLLOUT}.tensor_model_parallel_size=2" if run.tp < 2 else ""
+                    yield f"{_ROLLOUT}.gpu_memory_utilization={share}{tp}", smaller
+                    break
+        yield f"{_ACTOR}.fsdp_config.optimizer_offload=true", replace(run, sharding=moments)
+        return
+    if not run.checkpointing:
+        key = "actor_rollout_ref.model.enable_gradient_checkpointing=true"
+        yield key, replace(run, checkpointing=True)
+    if run.budget > run.pair:
+        pair = run.pair
+        smaller = replace(run, budget=pair, teacher_budget=pair, score_budget=pair)
+        yield f"{_ACTOR}.ppo_max_token_len_per_gpu={pair}", smaller
+    yield f"{_ACTOR}.fsdp_config.offload_policy=true", replace(run, sharding=replace(sharding, streamed=True))
+
+
+def _cache(run: Run) -> Iterator[str]:
+    room = server(run).room
+    if run.vllm_share is not None and room < run.vllm_length:
+        yield (
+            f"vLLM WILL NOT START: beside the weights its share holds {max(0, room):,.0f} tokens, and one sequence may "
+            f"have {run.vllm_length:,}; raise {_ROLLOUT}.gpu_memory_utilization or .tensor_model_parallel_size."
+        )
+
+
+def _parallel(run: Run, taken: Times) -> Iterator[str]:
+    """A few long sequences do not fill a GPU: reading its share of the weights is all that one decoding step does."""
+    if run.device != "cuda" or run.tp > 1 or run.gpus_per_node % 4:
+        return
+    other = times(replace(run, tp=4))
+    if other.step < _WORTH * taken.step and generation(run).bytes <= FULL * run.machine.memory:
+        yield (
+            f"generation waits for its longest responses: {_ROLLOUT}.tensor_model_parallel_size=4 takes it from "
+            f"{taken.phases['generation']:.0f} to {other.phases['generation']:.0f} s, a step from {taken.step:.0f} to "
+            f"{other.step:.0f} s."
+        )
+
+
+def _validation(run: Run, taken: Times) -> Iterator[str]:
+    if not taken.total or taken.validating < _MUCH * taken.total or not run.validation:
+        return
+    largest = max(run.validation, key=lambda each: each.samples)
+    yield (
+        f"validation is {taken.validating / taken.total:.0%} of the run; {largest.samples:,} of its "
+        f"{sum(each.samples for each in run.validation):,} samples are {largest.name}: sample fewer per problem there "
+        f"({_ROLLOUT}.val_kwargs.n), or validate less often (trainer.test_freq)."
+    )
+
+
+def _head(run: Run, taken: Times) -> Iterator[str]:
+    if not run.fp32_head or run.device != "cuda":
+        return
+    other = times(replace(run, fp32_head=False))
+    if other.step < _WORTH * taken.step:
+        yield (
+            f"opd.head.fp32=true costs {taken.step - other.step:.0f} of {taken.step:.0f} s per step in fp32 products."
+        )

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration says of a run's size: models, shards, batches, lengths, what is computed and what is kept."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from opd_ext.config.assumptions import PlanConfig
+from opd_ext.config.schema import OPDConfig
+from opd_ext.errors import ConfigError
+from opd_ext.plan.machines import Machine, machine
+from opd_ext.plan.shapes import DTYPE_BYTES, ModelShape, model_shape
+
+# Mean tokens of a response where nobody says: of a model that thinks, most of a short limit; of another a quarter.
+_THINKING, _THINKING_SHARE, _PLAIN_SHARE, _SHORT = 10_000, 0.8, 0.25, 950
+# Tokens of the teacher's prompt beyond the student's, by what it is shown.
+_SHOWN = {"same": 0, "instruction": 30, "label": 100, "feedback": 2200, "solution": 3700}
+# Problems of the validation sets of `opd data math`, and mean tokens of a response: thinking or not. Published and
+# measured means of Qwen3-8B; AIME's of 2025 are longer.
+_SETS = {"math500": (500, 4900, 1100), "aime24": (30, 14_200, 5000), "aime25": (30, 16_300, 5700)}
+_UNKNOWN_ROWS = 500
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How an engine holds its weights.
+
+    Attributes:
+        shards: ranks that hold a copy together; fewer than there are in HSDP.
+        master, compute: bytes per element of the stored weights (so of gradients and moments) and of the passes.
+        offloaded: parts that wait in host memory between updates: weights, optimizer.
+        streamed: all of it stays in host memory, and travels layer by layer.
+    """
+
+    shards: int
+    master: int
+    compute: int
+    offloaded: frozenset[str] = frozenset()
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation set: its samples and their lengths."""
+
+    name: str
+    problems: int
+    samples: int
+    mean: float
+    known: bool  # whether somebody has counted its problems
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its memory, time and disk see it. Lengths are tokens; batches count over all ranks.
+
+    Attributes:
+        student, teacher: models that the trainer's ranks hold; ``teacher`` only if it has weights of its own here.
+        scorer: the model that the teacher's pass runs through, if there is one: student, teacher or served.
+        served: nodes and GPUs per node of the teacher's servers; None: it has none.
+        prompts, n, updates: of a step: prompts, responses of each, optimiser steps.
+        limit, mean: of training responses.
+        pair: prompt and response at most, the student's or the teacher's.
+        budget, teacher_budget, score_budget: tokens of a micro-batch in update, teacher pass, old log-probs.
+        trained: parameters that have gradients.
+        trained_tensors: tensors of them.
+        adapter: parameters of a LoRA adapter, 0 without one.
+        dense: logits of a micro-batch stand in memory whole, because verl's own loss reads them.
+        temperature_copies: copies of these logits, 2 where a temperature divides them.
+        dense_entropy: the update computes entropies from them.
+        scores_old: the old policy's log-probs are computed anew.
+        teaches: a teacher's pass precedes an update.
+        moves: the teacher's weights do not stay what they were, so a checkpoint holds them.
+    """
+
+    device: str
+    machine: Machine
+    assumed: PlanConfig
+    nodes: int
+    gpus_per_node: int
+    student: ModelShape
+    teacher: ModelShape | None
+    scorer: ModelShape | None
+    served: tuple[int, int] | None
+    sharding: Sharding
+    teacher_sharding: Sharding
+    tp: int
+    vllm_share: float | None
+    vllm_sequences: int
+    vllm_length: int
+    vllm_sleeps: bool
+    bucket: float
+    prompts: int
+    n: int
+    updates: int
+    limit: int
+    mean: float
+    thinks: bool
+    pair: int
+    teacher_prompt: int
+    budget: int
+    teacher_budget: int
+    score_budget: int
+    checkpointing: bool
+    trained: int
+    trained_tensors: int
+    adapter: int
+    adapter_tensors: int
+    chunk: int
+    fp32_head: bool
+    dense: bool
+    temperature_copies: int
+    dense_entropy: bool
+    scores_old: bool
+    teaches: bool
+    moves: bool
+    steps: int
+    validations: int
+    validation: tuple[Validation, ...]
+    val_limit: int
+    saves: int
+    kept: int | None
+    run_dir: str
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def gpus(self) -> int:
+        """Of the run, the teacher's servers included."""
+        return self.ranks + (self.served[0] * self.served[1] if self.served else 0)
+
+    @property
+    def gpus_there(self) -> int:
+        """That the machine is said to have; 0: nobody says."""
+        nodes = self.assumed.nodes or max(self.nodes, self.served[0] if self.served else 0)
+        return nodes * (self.assumed.gpus_per_node or 0)
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.ranks // self.tp)
+
+    @property
+    def responses(self) -> int:
+        """Of a step, over all ranks."""
+        return self.prompts * self.n
+
+    @property
+    def rank_responses(self) -> int:
+        """Of a mini-batch, on one rank."""
+        return max(1, self.responses // self.updates // self.ranks)
+
+
+def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
+    """The run of a checked configuration; None where the student's size is not known here."""
+    ref = config.actor_rollout_ref
+    actor, rollout, model, trainer = ref.actor, ref.rollout, ref.model, config.trainer
+    student = model_shape(model.path)
+    if student is None:
+        return None
+    ranks, teacher = trainer.nnodes * trainer.n_gpus_per_node, opd.teacher.path
+    external = model_shape(teacher) if teacher else None
+    if teacher and external is None and opd.needs_teacher_engine:
+        return None
+    served = served_gpus(config, opd)
+    adapter, adapter_tensors = student.adapter(model.lora_rank, model.target_modules)
+    steps, thinks = _steps(config), _thinks(config)
+    mean = opd.plan.mean_response or _mean(opd.rollout.train_tokens, thinks)
+    # verl's own loss, without the chunked head: of steps without a teacher, and so of all where there is none.
+    dense = not opd.distils or not all(opd.schedule(step)[0] > 0 for step in (1, steps))
+    entropy = actor.calculate_entropy or actor.entropy_coeff != 0
+    kept, every = trainer.max_actor_ckpt_to_keep, trainer.save_freq
+    return Run(
+        device=opd.device,
+        machine=machine(opd.plan.gpu, opd.device),
+        assumed=opd.plan,
+        nodes=trainer.nnodes,
+        gpus_per_node=trainer.n_gpus_per_node,
+        student=student,
+        teacher=(external or student) if opd.needs_teacher_engine else None,
+        scorer=(external or student) if opd.distils else None,
+        served=served,
+        sharding=_sharding(actor.fsdp_config, ranks),
+        teacher_sharding=_sharding(ref.ref.fsdp_config, ranks),
+        tp=rollout.tensor_model_parallel_size,
+        vllm_share=rollout.gpu_memory_utilization if opd.device == "cuda" else None,
+        vllm_sequences=rollout.max_num_seqs,
+        vllm_length=rollout.max_model_len,
+        vllm_sleeps=opd.device == "cuda" and rollout.free_cache_engine,
+        bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
+        prompts=config.data.train_batch_size,
+        n=rollout.n,
+        updates=config.data.train_batch_size // actor.ppo_mini_batch_size,
+        limit=opd.rollout.train_tokens,
+        mean=min(mean, opd.rollout.train_tokens),
+        thinks=thinks,
+        pair=opd.max_pair_length,
+        teacher_prompt=opd.plan.mean_teacher_prompt or opd.plan.mean_prompt + _SHOWN.get(opd.context.kind, 0),
+        budget=actor.ppo_max_token_len_per_gpu,
+        teacher_budget=ref.ref.log_prob_max_token_len_per_gpu,
+        score_budget=rollout.log_prob_max_token_len_per_gpu,
+        checkpointing=model.enable_gradient_checkpointing,
+        trained=adapter or student.parameters,
+        trained_tensors=adapter_tensors or student.tensors,
+        adapter=adapter,
+        adapter_tensors=adapter_tensors,
+        chunk=opd.head.chunk_size,
+        fp32_head=opd.head.fp32,
+        dense=dense,
+        temperature_copies=1 if rollout.temperature == 1.0 else 2,
+        dense_entropy=entropy,
+        scores_old=_scores_old(config, opd),
+        teaches=opd.distils and opd.teacher.backend == "engine",
+        moves=opd.needs_teacher_engine and any(opd.teacher.kind.share(step, 1) > 0 for step in range(1, steps + 1)),
+        steps=steps,
+        validations=_validations(config, steps),
+        validation=validation_sets(
+            config.data.val_files, rollout.val_kwargs.n, opd.rollout.val_tokens, thinks, opd.plan.mean_val_response
+        ),
+        val_limit=opd.rollout.val_tokens,
+        saves=-(-steps // every) if every > 0 else 0,
+        kept=kept,
+        run_dir=opd.run_dir,
+    )
+
+
+def served_gpus(config: DictConfig, opd: OPDConfig) -> tuple[int, int] | None:
+    """Nodes and GPUs per node of verl's teacher servers, which are none of the trainer's."""
+    if opd.teacher.backend != "server" or not config.distillation.enabled:
+        return None
+    return config.distillation.nnodes, config.distillation.n_gpus_per_node
+
+
+def _sharding(engine: DictConfig, ranks: int) -> Sharding:
+    size = engine.fsdp_size
+    parts = {"weights": engine.param_offload, "optimizer": engine.optimizer_offload}
+    offloaded = frozenset(name for name, moved in parts.items() if moved)
+    return Sharding(
+        shards=size if 0 < size < ranks else ranks,
+        master=dtype_bytes(engine.model_dtype),
+        compute=dtype_bytes((engine.mixed_precision or {}).get("param_dtype", "bf16")),
+        offloaded=offloaded,
+        streamed=engine.offload_policy,
+    )
+
+
+def dtype_bytes(name: Any) -> int:
+    """Bytes of an element of a dtype by any of verl's names.
+
+    Raises:
+        ConfigError: verl has no such dtype.
+    """
+    if str(name) not in DTYPE_BYTES:
+        raise ConfigError(f"dtype {name} does not exist; choose one of: {', '.join(sorted(DTYPE_BYTES))}.")
+    return DTYPE_BYTES[str(name)]
+
+
+def _steps(config: DictConfig) -> int:
+    return config.trainer.total_training_steps or config.trainer.total_epochs
+
+
+def _validations(config: DictConfig, steps: int) -> int:
+    """Before the first step, and at every multiple; verl adds the last step."""
+    trainer = config.trainer
+    if trainer.val_only:
+        return 1
+    every = trainer.test_freq
+    return int(bool(trainer.val_before_train)) + (-(-steps // every) if every > 0 else 0)
+
+
+def _scores_old(config: DictConfig, opd: OPDConfig) -> bool:
+    """Whether the old policy's log-probs are a pass of their own, as the trainer decides it."""
+    correction = config.algorithm.rollout_correction
+    if correction and correction.bypass_mode:
+        return False
+    several = config.data.train_batch_size > config.actor_rollout_ref.actor.ppo_mini_batch_size
+    read = opd.distils and (opd.divergence.sampled or opd.credit.reads_old_log_probs)
+    return opd.policy.present or (several and read)
+
+
+def _thinks(config: DictConfig) -> bool:
+    """Whether responses hold a chain of thought: the template asks for it, and the model was trained to."""
+    wanted = bool((config.data.apply_chat_template_kwargs or {}).get("enable_thinking", False))
+    return wanted and not re.search(r"-(base|instruct)\b", str(config.actor_rollout_ref.model.path).lower())
+
+
+def _mean(limit: int, thinks: bool) -> float:
+    if thinks:
+        return min(_THINKING_SHARE * limit, _THINKING)
+    return max(_PLAIN_SHARE * limit, min(limit, _SHORT))
+
+
+def validation_sets(files: Any, n: int, limit: int, thinks: bool, mean: float | None) -> tuple[Validation, ...]:
+    """The sets that a validation reads; rows are counted where a file is on this machine."""
+    paths: Sequence[str] = [files] if isinstance(files, str) else list(files or ())
+    found = []
+    for path in paths:
+        name = Path(path).stem
+        rows, long, short = _SETS.get(name, (None, None, None))
+        counted = _rows(Path(path).expanduser())
+        problems = counted or rows or _UNKNOWN_ROWS
+        length = mean or (long if thinks else short) or _mean(limit, thinks)
+        found.append(Validation(name, problems, problems * n, min(length, limit), bool(counted or rows)))
+    return tuple(found)
+
+
+def _rows(path: Path) -> int | None:
+    if path.suffix != ".parquet" or not path.is_file():
+        return None
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path).metadata.num_rows
