@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 H200 = "580.95.05, 9.0"
-TOOLS = "bash awk basename cat chmod cp cut date df dirname env grep head ls mkdir rm sed sha256sum sleep sort tail tr uname wc"
+TOOLS = "bash awk basename cat cp cut df dirname env grep head mkdir rm sed sha256sum sleep sort tail tr wc"
 
 # A Python that makes an environment of itself. `pip install` and imports are calls to write down, and the first one
 # that $FAILS matches (a pattern of `case`) prints $SAYS and fails; the rest is the real Python's.
