@@ -117,11 +117,13 @@ def new(
 
 
 @app.command()
-def doctor() -> None:
-    """Look at versions, devices, plugin, memory and disk; exit 1 with one sentence per problem."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+) -> None:
+    """Look at versions, devices, plugin, memory, disk and network; exit 1 with one sentence per problem."""
     from opd_ext.doctor import main
 
-    raise typer.Exit(main())
+    raise typer.Exit(main(as_json))
 
 
 def default_world() -> Path:
