@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError, did_you_mean
+from opd_ext.plan.disk import checkpoint_bytes, on_disk
+from opd_ext.plan.run import Run
 from opd_ext.preflight.findings import Findings, refuse
 
 GiB = 2**30
@@ -55,27 +57,29 @@ def check_folder(folder: Path) -> None:
         raise refuse(f"opd.run_dir={folder} cannot be written: choose a folder of yours", error) from None
 
 
-def check_room(config: DictConfig, opd: OPDConfig, parameters: float, findings: Findings) -> None:
-    """Disk for the checkpoints of a model: fp32 weights, two moments, a Hugging Face folder, a teacher that moved."""
-    trainer = config.trainer
-    if trainer.save_freq < 1:
+def check_room(run: Run, findings: Findings) -> None:
+    """Disk for the checkpoints of a run.
+
+    Raises:
+        ConfigError: not even one of them fits.
+    """
+    if not run.saves:
         return
-    moving = opd.needs_teacher_engine and opd.teacher.weights not in ("external", "frozen")
-    one = parameters * (4 * 3 + 4 + (4 if moving else 0))
-    kept = trainer.max_actor_ckpt_to_keep or max(1, (trainer.total_training_steps or 1) // trainer.save_freq)
-    there = next(parent for parent in (Path(opd.run_dir), *Path(opd.run_dir).parents) if parent.exists())
+    one = sum(checkpoint_bytes(run).values())
+    all_of_them, count = on_disk(run)
+    there = next(parent for parent in (Path(run.run_dir), *Path(run.run_dir).parents) if parent.exists())
     free = shutil.disk_usage(there).free
     findings.fact(
-        "disk", f"{free / GiB:,.0f} GiB free, a checkpoint takes about {one / GiB:.2g} GiB and {kept} are kept"
+        "disk", f"{free / GiB:,.0f} GiB free, a checkpoint takes {one / GiB:.2g} GiB, there are {count} at most"
     )
     if one > free:
         raise ConfigError(
-            f"A checkpoint takes about {one / GiB:.1f} GiB and {there} has {free / GiB:.1f} GiB free: choose another "
+            f"A checkpoint takes {one / GiB:.1f} GiB and {there} has {free / GiB:.1f} GiB free: choose another "
             "opd.run_dir, or trainer.save_freq=-1."
         )
-    if one * (kept + 1) > free:  # the new one is written before the oldest goes
+    if all_of_them > free:
         findings.note(
-            f"{kept} checkpoints and one that is being written take about {one * (kept + 1) / GiB:.0f} GiB, "
+            f"{count} checkpoints, one that is being written among them, take {all_of_them / GiB:.0f} GiB and "
             f"{free / GiB:.0f} GiB are free: lower trainer.max_actor_ckpt_to_keep."
         )
 

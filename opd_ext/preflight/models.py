@@ -17,6 +17,7 @@ from opd_ext.config.schema import OPDConfig
 from opd_ext.context.sequence import render
 from opd_ext.errors import ConfigError
 from opd_ext.preflight.findings import Findings, refuse
+from opd_ext.plan.run import read_run
 from opd_ext.preflight.machine import check_room
 
 STUDENT, TEACHER = "actor_rollout_ref.model.path", "opd.teacher.path"
@@ -44,7 +45,8 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
     if sizes := check_weights(STUDENT, student):
         largest = max(sizes, key=sizes.__getitem__)
         check_bucket(config, opd, largest, sizes[largest])
-        check_room(config, opd, sum(sizes.values()), findings)
+        if (run := read_run(config, opd)) is not None:
+            check_room(run, findings)
     tokenizer = load_tokenizer(STUDENT, model.get("tokenizer_path") or student, trusted)
     if model.custom_chat_template:
         tokenizer.chat_template = model.custom_chat_template

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a preflight lets pass: what is right, what works but is told, and what a plan may not know yet."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 
 from opd_ext.errors import ConfigError
+from opd_ext.plan.run import read_run
 from opd_ext.preflight import machine
 from opd_ext.train import compose_config, validate
 
@@ -168,12 +170,12 @@ def test_a_plan_may_be_for_another_machine(start, presets_composed_once):
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path):
-    config, opd = _checked(tmp_path, "scale=cpu_tiny")
+    run = read_run(*_checked(tmp_path, "scale=node_8xh200", f"{MODEL}=Qwen/Qwen3-8B"))
+    huge = dataclasses.replace(run, trained=10**15)
     findings = machine.Findings()
-    with pytest.raises(ConfigError, match="A checkpoint takes about .* GiB and .* has .* GiB free"):
-        machine.check_room(config, opd, 1e15, findings)
-    config.trainer.save_freq = -1
-    machine.check_room(config, opd, 1e15, findings)
+    with pytest.raises(ConfigError, match="A checkpoint takes .* GiB and .* has .* GiB free"):
+        machine.check_room(huge, findings)
+    machine.check_room(dataclasses.replace(huge, saves=0), findings)
     assert not findings.notes
 
 
