@@ -16,8 +16,8 @@ from opd_ext.config.architecture import check_head, stateful_layer
 from opd_ext.config.schema import OPDConfig
 from opd_ext.context.sequence import render
 from opd_ext.errors import ConfigError
-from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.plan.run import read_run
+from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.preflight.machine import check_room
 
 STUDENT, TEACHER = "actor_rollout_ref.model.path", "opd.teacher.path"
