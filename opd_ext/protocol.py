@@ -46,6 +46,12 @@ class ValidationConfig:
         settings: SetConfig | None = self.sets.get(source)
         return default if settings is None or settings.n is None else settings.n
 
+    def is_due(self, source: str, step: int) -> bool:
+        """Whether the full protocol of this set is due at a validation while training."""
+        settings: SetConfig | None = self.sets.get(source)
+        every = None if settings is None else settings.every
+        return self.monitor is None if every is None else step % every == 0
+
     def check(self, default: int, test_freq: int) -> None:
         """Refuse numbers that make no sense together.
 
@@ -137,12 +143,7 @@ class Protocol:
             step: a multiple of ``trainer.test_freq``, or where a resumed run begins.
             whole: before or after training: all of them.
         """
-        return frozenset(source for source in self.sources if whole or self._is_due(source, step))
-
-    def _is_due(self, source: str, step: int) -> bool:
-        settings: SetConfig | None = self.config.sets.get(source)
-        every = None if settings is None else settings.every
-        return self.config.monitor is None if every is None else step % every == 0
+        return frozenset(source for source in self.sources if whole or self.config.is_due(source, step))
 
     def asked(self, due: Collection[str]) -> dict[int, int]:
         """Problem, by its place among the rows -> samples: the sets that are due, and of the others the monitor's."""
