@@ -47,6 +47,7 @@ def check(config: DictConfig) -> OPDConfig:
         opd.policy.check()
         _check_policy(opd)
         verl_keys.check_policy(opd, config)
+    opd.validation.check(config.actor_rollout_ref.rollout.val_kwargs.n, config.trainer.test_freq)
     check_unread(opd, config)
     verl_keys.check_lengths(opd, config)
     verl_keys.check_engine(opd, config)

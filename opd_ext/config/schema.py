@@ -23,6 +23,7 @@ from opd_ext.errors import ABSENT, ConfigError, one_of
 from opd_ext.objective.objective import DENOMINATORS, Objective
 from opd_ext.objective.reduction import REDUCTIONS
 from opd_ext.policy.config import PolicyConfig
+from opd_ext.protocol import ValidationConfig
 from opd_ext.spans import SPAN_LABELS
 from opd_ext.teacher.config import TeacherConfig
 
@@ -86,6 +87,8 @@ class OPDConfig:
     head: HeadConfig = field(default_factory=HeadConfig)  # the chunked LM head
     rollout: RolloutConfig = field(default_factory=RolloutConfig)  # limits of generation
     plan: PlanConfig = field(default_factory=PlanConfig)  # what `opd plan` reckons with; a run does not read it
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """e.g. {sets: {aime24: {n: 32, every: 50}}, monitor: {problems: 64, n: 1}}"""
 
     @property
     def external_libs(self) -> list[str]:

@@ -26,6 +26,7 @@ def on_disk(run: Run) -> tuple[float, int]:
     The one of the best validation stays besides, if it is none of the last.
     """
     kept = min(run.kept or run.saves, run.saves)
-    best = 1 if run.validations > 1 and kept < run.saves else 0
+    looks = run.validations + sum(count for count, _ in run.meanwhile)
+    best = 1 if looks > 1 and kept < run.saves else 0
     count = min(run.saves, kept + best + 1)
     return count * sum(checkpoint_bytes(run).values()), count

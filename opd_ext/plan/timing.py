@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds of each phase of a step and of a validation, from bytes moved and products computed (a roofline)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from opd_ext.plan import lengths
 from opd_ext.plan.disk import checkpoint_bytes
 from opd_ext.plan.lengths import Server
-from opd_ext.plan.run import Run
+from opd_ext.plan.run import Run, Validation
 from opd_ext.plan.shapes import ModelShape
 
 # Orders of magnitude for what is neither bytes nor products.
@@ -19,11 +20,12 @@ _SYNC_S = 1.0  # sleep and wake of vLLM
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per phase of a step, of a validation, of a checkpoint; tokens of the responses of a step."""
+    """Seconds per phase of a step, of a full validation, of all those in between, of a checkpoint; tokens of a step."""
 
     phases: dict[str, float]
     tokens: float
     validation: float
+    meanwhile: float
     checkpoint: float
     run: Run
 
@@ -33,7 +35,7 @@ class Times:
 
     @property
     def validating(self) -> float:
-        return self.run.validations * self.validation
+        return self.run.validations * self.validation + self.meanwhile
 
     @property
     def total(self) -> float:
@@ -50,7 +52,9 @@ def times(run: Run) -> Times:
         tokens += float(drawn.sum()) / lengths.DRAWS
     phases = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
     written = sum(checkpoint_bytes(run).values()) / (run.assumed.disk_gb_s * 1e9)
-    return Times(phases, tokens, validation_s(run), written, run)
+    meanwhile = sum(count * validation_s(run, sets) for count, sets in run.meanwhile)
+    full = validation_s(run, run.validation) if run.validations else 0.0
+    return Times(phases, tokens, full, meanwhile, written, run)
 
 
 def _step(run: Run, drawn: np.ndarray) -> dict[str, float]:
@@ -97,11 +101,11 @@ def server(run: Run) -> Server:
     )
 
 
-def validation_s(run: Run) -> float:
-    """Seconds of one validation: all sets at once, shuffled over the replicas."""
-    if not run.validation or not run.validations:
+def validation_s(run: Run, sets: Sequence[Validation]) -> float:
+    """Seconds of one validation of these sets, all at once, shuffled over the replicas."""
+    if not sets:
         return 0.0
-    drawn = [lengths.draw(s.samples, s.mean, run.val_limit, run.assumed.length_spread, 0) for s in run.validation]
+    drawn = [lengths.draw(s.samples, s.mean, run.val_limit, run.assumed.length_spread, 0) for s in sets]
     mixed = np.concatenate(drawn)
     np.random.default_rng(1).shuffle(mixed)
     return lengths.generation_s(server(run), mixed, run.replicas, run.assumed.mean_prompt)

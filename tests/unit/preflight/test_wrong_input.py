@@ -109,6 +109,12 @@ DATA = [
     wrong("a file that is not there", "data.train_files=nowhere.parquet", "data.train_files=nowhere.parquet does not"),
     wrong("no validation file", "data.val_files=null", "data.val_files=None", "name a file"),
     wrong("a list of no validation files", "data.val_files=[]", "data.val_files=[]", "name a file"),
+    wrong(
+        "a validation set that is not there",
+        "opd.validation.sets.aime24.n=32",
+        "opd.validation.sets.aime24 is no data source of data.val_files",
+        "set it to null",
+    ),
     wrong("a folder", lambda w: w.folder, "is a folder"),
     wrong("a table of commas", lambda w: w.file("a.csv", "prompt\nx\n"), "suffix '.csv'", ".parquet"),
     wrong("a file of nothing", lambda w: w.file("a.parquet"), "is an empty file"),
