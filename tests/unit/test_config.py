@@ -33,6 +33,14 @@ def test_presets_composed_once_give_what_hydra_gives(overrides, presets_composed
     assert quicker == [train.compose_config(overrides)] * 2
 
 
+@pytest.mark.parametrize(
+    ("scale", "chosen", "rows"), [("cpu_tiny", "null", 1024), ("node_8xh200", "null", 4096), ("node_8xh200", 512, 512)]
+)
+def test_a_chunk_of_the_head_has_rows_by_device(scale, chosen, rows, presets_composed_once):
+    opd = check("method=crisp", f"scale={scale}", f"opd.head.chunk_size={chosen}", *PATHS)
+    assert opd.head.rows(opd.device) == opd.objective(1.0, {}).chunk_size == rows
+
+
 @pytest.mark.parametrize("method", ["grpo", "cispo"])
 @pytest.mark.parametrize(
     "option",
