@@ -222,7 +222,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         trained_tensors=adapter_tensors or student.tensors,
         adapter=adapter,
         adapter_tensors=adapter_tensors,
-        chunk=opd.head.chunk_size,
+        chunk=opd.head.rows(opd.device),
         fp32_head=opd.head.fp32,
         dense=dense,
         temperature_copies=1 if rollout.temperature == 1.0 else 2,

@@ -61,19 +61,23 @@ def _step(run: Run, drawn: np.ndarray) -> dict[str, float]:
     assumed, compute = run.assumed, run.sharding.compute
     peak = run.machine.half if compute == 2 else run.machine.single
     forward, train = (peak * share for share in (assumed.mfu_forward, assumed.mfu_train))
+    # Logits are multiplied as bf16 on CUDA, an fp32 head's too; its gradients are fp32 (objective/products.py).
     head = run.machine.single * _FP32_SHARE if run.fp32_head else train
+    logits = forward if run.device == "cuda" or not run.fp32_head else head
     found = {"generation": lengths.generation_s(server(run), drawn, run.replicas, assumed.mean_prompt)}
     sequences, rows = drawn + assumed.mean_prompt, float(drawn.sum())
     if run.scores_old:
         work = _trunk(run.student, sequences, 1) / forward
-        found["old log-probs"] = (work + _head(run.student, rows, 1) / (head if run.fp32_head else forward)) / run.ranks
+        found["old log-probs"] = (work + _head(run.student, rows, 1) / logits) / run.ranks
     if run.teaches and run.scorer is not None:
         work = _trunk(run.scorer, drawn + run.teacher_prompt, 1) + _head(run.scorer, rows, 1)
         found["teacher"] = work / forward / run.ranks
     # A layer is computed forwards once, twice with checkpointing, and backwards twice, or once where weights are fixed.
     passes = (2 if run.checkpointing else 1) + (1 if run.adapter else 2)
     products = 4 if run.teaches else 3
-    computed = (_trunk(run.student, sequences, passes) / train + _head(run.student, rows, products) / head) / run.ranks
+    projected = _head(run.student, rows, products - 2) / (logits if run.fp32_head else train)
+    projected += _head(run.student, rows, 2) / head
+    computed = (_trunk(run.student, sequences, passes) / train + projected) / run.ranks
     found["update"] = max(computed, _moved_s(run, float(sequences.sum())))
     found["weight sync"] = _SYNC_S + run.student.parameters * 2 / (assumed.sync_gb_s * 1e9)
     found["driver"] = _DRIVER_S + rows / _DRIVER_TOKENS_S

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opd_ext.config import checks
-from opd_ext.config.architecture import check_head, stateful_layer
+from opd_ext.config.architecture import check_head, check_offload, stateful_layer
 from opd_ext.config.schema import OPDConfig
 from opd_ext.context.sequence import render
 from opd_ext.errors import ConfigError
@@ -41,7 +41,9 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
     if student is None:
         findings.fact("model files", "not on this machine: not looked at")
         return None
-    check_config(STUDENT, student, trusted, findings)
+    found = check_config(STUDENT, student, trusted, findings)
+    if opd.distils:  # verl's own loss finds logits both times
+        check_offload(found, model, f"{STUDENT}={student}")
     if sizes := check_weights(STUDENT, student):
         largest = max(sizes, key=sizes.__getitem__)
         check_bucket(config, opd, largest, sizes[largest])
@@ -85,8 +87,12 @@ def find_model(key: str, path: str, starting: bool) -> str | None:
     return path
 
 
-def check_config(key: str, path: str, trusted: bool, findings: Findings) -> None:
-    """The architecture is one whose logits the loss can compute; layers that forbid packing are told."""
+def check_config(key: str, path: str, trusted: bool, findings: Findings) -> Any:
+    """The architecture is one whose logits the loss can compute; layers that forbid packing are told.
+
+    Returns:
+        The config, of transformers.
+    """
     from transformers import AutoConfig
 
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
@@ -101,6 +107,7 @@ def check_config(key: str, path: str, trusted: bool, findings: Findings) -> None
             f"{key}={path} has {kind} layers, which would carry one sequence of a pack into the next: every sequence "
             "takes a pass of its own, which is exact and slower."
         )
+    return found
 
 
 def load_tokenizer(key: str, path: str, trusted: bool) -> Any:

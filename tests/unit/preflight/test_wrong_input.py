@@ -204,6 +204,16 @@ MODELS = [
         model(lambda m: save_file(load_file(m / W) | {"lm_head.bias": torch.zeros(4)}, m / W, {"format": "pt"})),
         "has a bias in its lm_head",
     ),
+    wrong(
+        "activations that leave where the head is computed again",
+        lambda w: (
+            f"{MODEL}={w.model(config_with(tie_word_embeddings=False))}\n"
+            "actor_rollout_ref.model.enable_activation_offload=true\n"
+            "actor_rollout_ref.model.enable_gradient_checkpointing=true"
+        ),
+        "enable_activation_offload=true",
+        "set the former to false",
+    ),
     wrong("an architecture that nobody knows", model(config_with(model_type="nope")), "transformers can read"),
     wrong(
         "no tokenizer",
