@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `recipes/ray/submit.sh` hands to `ray job submit`. A real cluster runs its jobs in `tests/stack/test_ray_job.py`."""
+"""What `recipes/ray/submit.sh` hands to `ray job submit`; `tests/stack/test_ray_job.py` has a real cluster run jobs."""
 
 import json
 import os
