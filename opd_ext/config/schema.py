@@ -33,7 +33,7 @@ class HeadConfig:
     """The chunked LM head (memory and precision, never the result)."""
 
     chunk_size: int | None = None
-    """Rows of the vocabulary projection held at a time, never the result; null: 4096 on CUDA, else 1024."""
+    """Rows of the vocabulary projection held at a time, never the result; null: by device."""
     fp32: bool = False  # vocabulary projection in fp32 instead of the model's compute dtype
 
     def rows(self, device: str) -> int:
