@@ -4,6 +4,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,10 @@ def check_machine(config: DictConfig, opd: OPDConfig, starting: bool) -> None:
     """
     check_loggers(config)
     check_folder(Path(opd.run_dir))
-    if starting and not _cluster():
-        check_devices(config, opd)
+    if starting:
+        check_cluster()
+        if not _cluster():
+            check_devices(config, opd)
 
 
 def check_loggers(config: DictConfig) -> None:
@@ -84,6 +87,24 @@ def check_room(run: Run, findings: Findings) -> None:
         )
 
 
+def check_cluster() -> None:
+    """A cluster that was started here and then killed leaves its address behind, and Ray would try to join it.
+
+    Raises:
+        ConfigError: nobody answers at that address.
+    """
+    if os.environ.get("RAY_ADDRESS") or not (note := _started_here()).exists():
+        return
+    host, _, port = note.read_text().strip().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{note} names a Ray cluster of this machine that does not answer ({host}:{port}): run `ray stop`, which "
+            "takes the note away, or start the cluster again."
+        ) from None
+
+
 def check_devices(config: DictConfig, opd: OPDConfig, count: Callable[[], int] | None = None) -> None:
     """Ranks and nodes against what this machine has; ``count`` says how many GPUs there are."""
     trainer, ranks = config.trainer, config.trainer.n_gpus_per_node
@@ -116,5 +137,9 @@ def _gpus() -> int:
 
 def _cluster() -> bool:
     """Whether Ray will join a cluster, whose machines are not this one: it is named, or was started here."""
-    started_here = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
-    return bool(os.environ.get("RAY_ADDRESS")) or started_here.exists()
+    return bool(os.environ.get("RAY_ADDRESS")) or _started_here().exists()
+
+
+def _started_here() -> Path:
+    """Where `ray start` writes down which cluster is this machine's."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"

@@ -2,9 +2,11 @@
 """`recipes/ray/slurm.sh` on two nodes that are Ray nodes of this machine: SLURM is played, Ray is real."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ def free_port() -> str:
 
 @pytest.fixture
 def slurm(tmp_path):
+    scratch = tempfile.mkdtemp(prefix="ray")  # sockets below it: its path must be short
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
@@ -59,6 +62,7 @@ def slurm(tmp_path):
                 "OPD_RAY_DASHBOARD_PORT": free_port(),
                 "OPD_RAY_WAIT": "120",
                 "OPD_RUNS": str(tmp_path / "runs"),
+                "RAY_TMPDIR": scratch,  # Ray notes there which cluster is the machine's: not where others look
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -66,7 +70,8 @@ def slurm(tmp_path):
             timeout=400,
         )
 
-    return run
+    yield run
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.mark.slow  # starts two Ray nodes

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,23 @@ def test_a_cluster_may_have_what_this_machine_has_not(start, monkeypatch, preset
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     status, said, _, _ = start("trainer.nnodes=2", "opd.device=cuda")
     assert status == 0, said
+
+
+def test_a_cluster_that_was_killed_here_is_named_before_ray_tries_to_join_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    machine.check_cluster()
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        note.write_text(f"127.0.0.1:{listening.getsockname()[1]}")
+        machine.check_cluster()
+    with pytest.raises(ConfigError, match="does not answer .127.0.0.1:.*: run `ray stop`"):
+        machine.check_cluster()
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    machine.check_cluster()
 
 
 def test_a_plan_may_be_for_another_machine(start, presets_composed_once):
