@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -34,7 +35,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 def crisp(environment) -> Path:
     """The run folder of two steps."""
     finish([str(ROOT / "recipes/crisp/smollm2_cpu.sh"), *FEW], environment, ROOT)
-    return Path(environment["OPD_RUNS"]) / "crisp-smollm2_cpu"
+    return Path(environment["OPD_RUNS"]) / "crisp-smollm2-cpu"
 
 
 def test_crisp_trains_it_for_two_steps(crisp):
@@ -51,23 +52,27 @@ def test_crisp_trains_it_for_two_steps(crisp):
     assert json.loads((crisp / "selftest.json").read_text())
 
 
-def test_what_comes_out_is_a_model_that_speaks(crisp, tmp_path):
-    answer = CliRunner().invoke(app, ["export", str(crisp), "--out", str(tmp_path / "model")])
+def test_what_comes_out_is_the_model_two_small_steps_on(environment, crisp, tmp_path):
+    answer = CliRunner().invoke(app, ["export", str(crisp), "--dtype", "float32", "--out", str(tmp_path / "model")])
     assert answer.exit_code == 0, answer.output
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    said = model.generate(**ids, max_new_tokens=32, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert "Paris" in tokenizer.decode(said)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
+    initial = f"{environment['OPD_HOME']}/models/smollm2"
+    before = AutoModelForCausalLM.from_pretrained(initial, dtype=torch.float32).state_dict()
+    assert after.keys() == before.keys()
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in after}
+    # AdamW moves a weight by its rate of 1e-5 in the first step, by little more in the second, and decays it by 1e-7 of
+    # itself; a weight in the wrong place would be off by its own size, 0.1.
+    assert 1e-6 < max(moved.values()) < 3e-5, max(moved.items(), key=lambda item: item[1])
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<|im_end|>"
 
 
 def test_opd_makes_its_teacher_first(environment, crisp):
     """`opd sft` trains the teacher, whose weights the student then sees: on equal input they differ."""
+    finish(["bash", "-c", '. recipes/common.sh && build_smollm2 gym ""'], environment, ROOT)
     short = ["train.steps=2", "train.save_every=2", "evaluate.count=8", "evaluate.n=1"]
     finish(["opd", "sft", "recipe=sft/smollm2_cpu", *short], environment, ROOT)
     teacher = Path(environment["OPD_RUNS"]) / "sft-smollm2_cpu/train/sft/checkpoints/global_step_2/huggingface"
     finish(["opd", "train", "recipe=opd/smollm2_cpu", *FEW, f"opd.teacher.path={teacher}"], environment, ROOT)
-    run = Path(environment["OPD_RUNS"]) / "opd-smollm2_cpu"
+    run = Path(environment["OPD_RUNS"]) / "opd-smollm2-cpu"
     assert [line["step"] for line in metrics(run)] == [1, 2]
     assert all(line["opd/divergence"] > 1e-4 for line in metrics(run))
