@@ -92,6 +92,8 @@ VALUES = [
     ),
 ]
 
+OWN_RECIPE = "# @package _global_\ndata: {train_max_sample: 8}\n"
+
 WORDS = [
     wrong("a method misspelt, alone", "crips", "method=crips", "Did you mean crisp?"),
     wrong("a method misspelt", "method=crips", "method=crips", "Did you mean crisp?"),
@@ -99,6 +101,17 @@ WORDS = [
     wrong("a group misspelt", "methd=crisp", "methd does not exist", "Did you mean method?"),
     wrong("a place misspelt", "opd.techer.interval=3", "opd.techer", "Did you mean opd.teacher?"),
     wrong("a key misspelt", "trainer.total_training_step=3", "Did you mean trainer.total_training_steps?"),
+    wrong("an added key that nobody reads", "+trainer.foo=1", "trainer.foo=1 is no key of verl's", "take it out."),
+    wrong("an added key misspelt", "++trainer.save_freqq=3", "Did you mean trainer.save_freq?"),
+    wrong("an added field misspelt", f"+{ACTOR}.optim.clipgrad=1", f"Did you mean {ACTOR}.optim.clip_grad?"),
+    wrong("an added dtype misspelt", f"+{ACTOR}.fsdp_config.mixed_precision.param=fp32", "mixed_precision.param="),
+    wrong("an added group", "+foo.bar=1", 'foo={"bar": 1} is no key'),
+    wrong(
+        "a key misspelt in a recipe of one's own",
+        lambda w: f"--config-dir\n{w.file('presets/recipe/own.yaml', OWN_RECIPE).parents[1]}\nrecipe=own",
+        "data.train_max_sample=8",
+        "Did you mean data.train_max_samples?",
+    ),
     wrong("an option misspelt", "--dryrun", "--dryrun is no option", "Did you mean --dry-run?"),
     wrong("a word that means nothing", "quickly", "quickly cannot be read", "KEY=VALUE"),
     wrong("a comma in a path", "data.train_files=/a,b.parquet", "write a list as", "'A,B'"),
