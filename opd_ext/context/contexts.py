@@ -73,9 +73,12 @@ class SolutionContext(TeacherContext):
 
     Attributes:
         thinking: the published recipe has it on for the teacher and off for the student.
+        ending: of the teacher's prompt, see :class:`opd_ext.context.base.TeacherContext`. The published recipe leaves
+            it to the template, so that the student answers behind an empty think block and the teacher before one.
     """
 
     thinking: bool | None = None
+    ending: str | None = None
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         messages = copy_messages(sample)
@@ -95,9 +98,11 @@ class LabelContext(TeacherContext):
 
     Attributes:
         thinking: the published recipe has it on.
+        ending: of the teacher's prompt, see :class:`opd_ext.context.base.TeacherContext`.
     """
 
     thinking: bool | None = None
+    ending: str | None = None
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         types = list(sample["types"])

@@ -76,6 +76,7 @@ VALUES = [
     wrong("a device for the trainer alone", "trainer.device=cuda", "trainer.device=cuda must be opd.device=cpu"),
     wrong("a key that nothing reads", f"{ACTOR}.grad_clip=0.1", f"{ACTOR}.grad_clip", "optim.clip_grad"),
     wrong("a context text that is no text", "opd.context.text=5", "opd.context.text=5", "a text"),
+    wrong("an ending that does not exist", "method=opsd opd.context.ending=studnet", "ending='studnet'", "text:"),
     wrong("a module that is no name", "opd.external_lib=7", "opd.external_lib=7", "name of a module"),
     wrong("a presets folder that is not there", "--config-dir /nowhere/at/all", "/nowhere/at/all", "no folder"),
     wrong(
