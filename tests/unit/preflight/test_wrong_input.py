@@ -212,6 +212,24 @@ MODELS = [
         model(lambda m: save_file(load_file(m / W) | {"lm_head.bias": torch.zeros(4)}, m / W, {"format": "pt"})),
         "has a bias in its lm_head",
     ),
+    wrong(
+        "a model that verl builds without a head",
+        model(config_with(model_type="gpt2", architectures=["GPT2LMHeadModel"])),
+        "(gpt2) is GPT2LMHeadModel, which verl builds without an lm_head",
+    ),
+    wrong(
+        "a model whose positions are a grid",
+        model(config_with(model_type="qwen2_vl", architectures=["Qwen2VLForConditionalGeneration"])),
+        "(qwen2_vl) takes positions in a grid",
+        "text-only sibling",
+    ),
+    wrong(
+        "a model without this attention",
+        model(config_with(model_type="gpt_oss", architectures=["GptOssForCausalLM"], num_local_experts=4)),
+        "(gpt_oss) has no sdpa in transformers",
+        "attn_implementation=eager",
+    ),
+    wrong("a config without architectures", model(config_with(architectures=None)), "names no architectures"),
     wrong("an architecture that nobody knows", model(config_with(model_type="nope")), "transformers can read"),
     wrong(
         "no tokenizer",

@@ -319,3 +319,14 @@ def keys_that_verl_lists(config):
     engine = (Path(verl.__file__).parent / "workers/engine/fsdp/transformer_impl.py").read_text()
     for name in known_keys._UNLISTED_SECTIONS["mixed_precision"]:
         assert f'{taken}("{name}"' in engine
+
+
+@seam("bridge/empty_model.py", pins={"verl.utils.model:get_hf_auto_model_class": "hf_config"})
+def class_of_a_model():
+    """verl chooses a class by the first architecture's name; one that ends otherwise gets a model without a head."""
+    from transformers import AutoConfig
+
+    from opd_ext.bridge.empty_model import fault
+
+    assert fault(AutoConfig.for_model("qwen3", architectures=["Qwen3ForCausalLM"]), "sdpa") is None
+    assert "Qwen3Model" in (fault(AutoConfig.for_model("qwen3", architectures=["Qwen3LMHeadModel"]), "sdpa") or "")
