@@ -73,8 +73,9 @@ class SolutionContext(TeacherContext):
 
     Attributes:
         thinking: the published recipe has it on for the teacher and off for the student.
-        ending: of the teacher's prompt, see :class:`opd_ext.context.base.TeacherContext`. The published recipe leaves
-            it to the template, so that the student answers behind an empty think block and the teacher before one.
+        ending: of the teacher's prompt: what its template opens an answer with (null, as published: the student
+            answers behind an empty think block, the teacher before one), the student's (``student``), or the former
+            and more characters (``text:...``, say ``text:<think>``).
     """
 
     thinking: bool | None = None
@@ -98,7 +99,7 @@ class LabelContext(TeacherContext):
 
     Attributes:
         thinking: the published recipe has it on.
-        ending: of the teacher's prompt, see :class:`opd_ext.context.base.TeacherContext`.
+        ending: of the teacher's prompt: null, ``student`` or ``text:...``, as in ``solution``.
     """
 
     thinking: bool | None = None
