@@ -102,7 +102,7 @@ name_run() {
 }
 
 gpu_run() {
-    local original=$1 train eval folder name sets files=""
+    local original=$1 usual=$3 train eval folder name sets files=""
     train=$(input TRAIN "$2") eval=$(input EVAL "$3")
     shift 3
     find_opd "bash setup.sh --gpu"
@@ -115,7 +115,12 @@ gpu_run() {
     for name in "${sets[@]}"; do files+="${files:+,}'$folder/$name.parquet'"; done
     if given DATA_DIR; then inputs+=("opd.world='$folder'"); fi
     if given TRAIN; then inputs+=("data.train_files='$folder/$train.parquet'"); fi
-    if given EVAL; then inputs+=("data.val_files=[$files]"); fi
+    if given EVAL; then
+        inputs+=("data.val_files=[$files]")
+        for name in $usual; do # what the recipe says of a set that is left out
+            [[ " $eval " == *" $name "* ]] || inputs+=("opd.validation.sets.$name=null")
+        done
+    fi
     if given GPUS; then inputs+=("trainer.n_gpus_per_node=$(input GPUS "")"); fi
     if given OUT; then inputs+=("opd.run_dir='$(realpath -m "$(input OUT "")")'"); fi
 

@@ -23,6 +23,9 @@ LOSSES = {
 }
 """What a step may lose, as shares: the metric (``failed``, ``too_long``: of its phase), and its words."""
 
+_ROWS = {"val": "val", "monitor": "mon"}
+"""How the row of a validation begins."""
+
 ALARM = 0.1
 """Share from which a loss is shown as an alarm."""
 
@@ -52,14 +55,17 @@ class RunLog:
         line = json.dumps({"step": step, "phase": phase, "time": time.time(), **numbers})
         with self._metrics.open("a") as file:
             file.write(line + "\n")
-        (self._printer.train if phase == "train" else self._printer.validation)(step, numbers)
+        if phase == "train":
+            self._printer.train(step, numbers)
+        else:
+            self._printer.validation(step, numbers, phase)
 
 
 class StepPrinter:
     """One line of fixed width per step, made for logs: nothing wraps or moves, colours on terminals only.
 
     The titles are repeated every ``header_every`` rows, so that any screenful of a long log can be read. A
-    metric that the step does not have is a dash. Validation rows share the columns and begin with ``val``.
+    metric that the step does not have is a dash. Validation rows share the columns and begin with ``val`` or ``mon``.
 
     Args:
         total_steps: if known, rows show ``step/total`` and the time left, from the last ten steps.
@@ -111,15 +117,28 @@ class StepPrinter:
         self._row(cells, style="bold red" if broken else "")
         self._losses(metrics, "rollout")
 
-    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print the line of one validation: ``val/accuracy``, ``val/tokens_mean``, ``val/truncated``."""
+    def validation(self, step: int, metrics: Mapping[str, float], phase: str = "val") -> None:
+        """Print the line of one validation: accuracy, ``tokens_mean`` and ``truncated`` of its phase.
+
+        ``val`` is the full protocol, ``monitor`` the few problems of a monitor; of ``sets``, the full protocol of some
+        sets, each has a line below.
+        """
+        if phase == "sets":
+            for name in sorted(metrics):
+                if name.startswith("val/") and name.endswith("/accuracy"):
+                    shown = f"{_number(metrics[name], 1, scale=100)} % correct"
+                    source = name.removeprefix("val/").removesuffix("/accuracy")
+                    tokens = _number(metrics.get(f"val/{source}/tokens_mean"), 1)
+                    self._print_line(f"set {source} at step {step}: {shown}, {tokens} tokens", "cyan")
+            self._losses(metrics, "val")
+            return
         cells = [""] * len(self._COLUMNS)
-        cells[0] = f"val {step}"
-        cells[4] = _number(metrics.get("val/accuracy"), 1, scale=100)
-        cells[5] = _number(metrics.get("val/tokens_mean"), 1)
-        cells[6] = _number(metrics.get("val/truncated"), 1, scale=100)
-        self._row(cells, style="bold cyan")
-        self._losses(metrics, "val")
+        cells[0] = f"{_ROWS[phase]} {step}"
+        cells[4] = _number(metrics.get(f"{phase}/accuracy"), 1, scale=100)
+        cells[5] = _number(metrics.get(f"{phase}/tokens_mean"), 1)
+        cells[6] = _number(metrics.get(f"{phase}/truncated"), 1, scale=100)
+        self._row(cells, style="bold cyan" if phase == "val" else "cyan")
+        self._losses(metrics, phase)
 
     def _losses(self, metrics: Mapping[str, float], prefix: str) -> None:
         """One line below the row if anything was lost."""

@@ -31,6 +31,7 @@ from verl.workers.engine.utils import prepare_micro_batches
 from opd_ext.config.architecture import check_architecture, stateful_layer
 from opd_ext.objective.alignment import packed_response_rows
 from opd_ext.objective.objective import MicroBatch, Objective, PolicyTerm, Shape
+from opd_ext.objective.products import fp32_linear
 from opd_ext.teacher.kinds import NoTeacher, Teacher, TeacherOutput
 
 # What `lm_head` does to its input: (hidden [1, R, H], weight [V, H]) -> tensor.
@@ -51,8 +52,7 @@ def _open_head(lm_head: torch.nn.Module) -> None:
             return self.head_fn(hidden, self.weight)
         if not self.fp32:
             return project(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden.float(), self.weight.float())
+        return fp32_linear(hidden, self.weight)
 
     lm_head.head_fn, lm_head.fp32 = None, False
     lm_head.forward = types.MethodType(forward, lm_head)

@@ -2,6 +2,7 @@
 """What happened in a batch of rollouts: one plain row per sample, and the metrics that follow from the rows."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -89,38 +90,61 @@ def first_draws(prompts: Iterable[Any], copies: Copies, n: int) -> np.ndarray:
 
     So eight copies of a row sampled once are what one row sampled eight times is.
     """
-    plain = [[dict(message) for message in getattr(prompt, "data", prompt)] for prompt in prompts]
-    return np.array([earlier * n for earlier in copies.earlier(plain)], dtype=object)
+    return np.array([earlier * n for earlier in copies.earlier(map(plain, prompts))], dtype=object)
+
+
+def plain(prompt: Any) -> list[dict[str, Any]]:
+    """The chat messages of a prompt, whatever a data set or a queue has wrapped them in."""
+    return [dict(message) for message in getattr(prompt, "data", prompt)]
 
 
 def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
-    """Accuracy, response lengths (tokens), truncation and empty responses; pass@k and other accuracies if there are."""
+    """Accuracy, response lengths (tokens), truncation and empty responses; pass@k and other accuracies if there are.
+
+    Every problem weighs the same, however often it was sampled.
+    """
     if not rows:
         return {}
+    weights = _problem_weights(rows)
+
+    def mean(values: Any) -> float:
+        return float(np.average(values, weights=weights))
+
     tokens = np.array([row["response_tokens"] for row in rows])
-    accuracy = float(np.mean([row["acc"] for row in rows]))
+    accuracy = mean([row["acc"] for row in rows])
     metrics = {
         **({f"{prefix}/accuracy": accuracy} if math.isfinite(accuracy) else {}),  # nothing is graded: there is none
-        f"{prefix}/tokens_mean": float(tokens.mean()),
+        f"{prefix}/tokens_mean": mean(tokens),
         f"{prefix}/tokens_min": float(tokens.min()),
         f"{prefix}/tokens_max": float(tokens.max()),
-        f"{prefix}/truncated": float(np.mean([row["truncated"] for row in rows])),
-        f"{prefix}/empty": float((tokens == 0).mean()),
+        f"{prefix}/truncated": mean([row["truncated"] for row in rows]),
+        f"{prefix}/empty": mean(tokens == 0),
         f"{prefix}/samples": float(len(rows)),
     }
     for key in ("acc_strict", "acc_answer_only", "acc_boxed_only", "format_ok"):
         if any(key in row for row in rows):  # not in those that could not be graded, which are wrong
-            metrics[f"{prefix}/{key}"] = float(np.mean([row.get(key, 0.0) for row in rows]))
+            metrics[f"{prefix}/{key}"] = mean([row.get(key, 0.0) for row in rows])
     return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})
 
 
 def summarise_by_source(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     """:func:`summarise` of all rows and, as ``<prefix>/<source>/...``, of each data source if there are several."""
-    metrics = summarise(rows, prefix)
-    sources = sorted({row["data_source"] for row in rows})
-    for source in sources if len(sources) > 1 else ():
+    by_source = summarise_sources(rows, prefix) if len({row["data_source"] for row in rows}) > 1 else {}
+    return summarise(rows, prefix) | by_source
+
+
+def summarise_sources(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """:func:`summarise` of each data source, as ``<prefix>/<source>/...``, and of nothing else."""
+    metrics: dict[str, float] = {}
+    for source in sorted({row["data_source"] for row in rows}):
         metrics |= summarise([row for row in rows if row["data_source"] == source], f"{prefix}/{source}")
     return metrics
+
+
+def _problem_weights(rows: list[dict[str, Any]]) -> list[float] | None:
+    """What each row counts in a mean over problems; None where all of them were sampled alike."""
+    samples = Counter(row.get("uid") for row in rows)
+    return None if len({*samples.values()}) == 1 else [1 / samples[row.get("uid")] for row in rows]
 
 
 def _pass_at_k(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:

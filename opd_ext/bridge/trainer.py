@@ -25,13 +25,12 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import datasets, discovery, failures, rollouts, saving, selftest
+from opd_ext.bridge import datasets, discovery, evaluation, failures, rollouts, saving, selftest
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import RunLog
 from opd_ext.bridge.inputs import tool_schemas
 from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
 from opd_ext.bridge.worker import OPDWorker
-from opd_ext.checkpoints import best
 from opd_ext.checkpoints.layout import TrainerState
 from opd_ext.config import schema
 from opd_ext.context import build_context
@@ -84,7 +83,9 @@ class OPDTrainer(PPOTrainerSync):
         datasets.complete(self.train_dataset, self.val_dataset)
         self.total_training_steps = datasets.settle_steps(self.config, self.train_dataset, self.total_training_steps)
         self.log = RunLog(self.run_dir, self.total_training_steps)
-        self.log.say(f"{datasets.counts(self.train_dataset, self.val_dataset)}; loading the models and starting vLLM")
+        self.protocol = evaluation.protocol(self)
+        counted = datasets.counts(self.train_dataset, self.val_dataset)
+        self.log.say(f"{counted}; loading the models and starting vLLM")
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -119,10 +120,12 @@ class OPDTrainer(PPOTrainerSync):
         batch.update(tu.get_tensordict({"uid": np.array(uids, dtype=object), "first_draw": draws}))
         return batch
 
-    def _sample(self, partition: str, prompts: int) -> tuple[KVBatchMeta, dict]:
+    def take(self, partition: str, prompts: int) -> tuple[KVBatchMeta, dict]:
+        """The finished rollouts of so many prompts, and what verl's buffer says of them."""
         return failures.sample(self.replay_buffer, self.agent_loop_manager, self.global_steps, partition, prompts)
 
-    def _account(self, rows: list[dict], wanted: int, prefix: str) -> dict[str, float]:
+    def account(self, rows: list[dict], wanted: int, prefix: str) -> dict[str, float]:
+        """None is missing, and those that failed are counted and told; see :func:`opd_ext.bridge.failures.account`."""
         ask = self.agent_loop_manager.first_exception
         metrics, line = failures.account(rows, wanted, self.opd.rollout.failed, prefix, ask)
         if line:
@@ -132,7 +135,7 @@ class OPDTrainer(PPOTrainerSync):
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         with marked_timer("gen", timing_raw, color="red"):
             self.on_sample_begin()
-            batch, sampling = self._sample("train", sample_batch_size)
+            batch, sampling = self.take("train", sample_batch_size)
             metrics.update(sampling)
             batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
             self.on_sample_end()
@@ -141,7 +144,7 @@ class OPDTrainer(PPOTrainerSync):
             batch = self._compute_reward_colocate(batch, metrics=metrics)
         rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens, self.stops)
         wanted = sample_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics.update(rollouts.summarise(rows, "rollout") | self._account(rows, wanted, "rollout"))
+        metrics.update(rollouts.summarise(rows, "rollout") | self.account(rows, wanted, "rollout"))
         weight, gate = self.opd.schedule(self.global_steps)
         taught = False
         if weight > 0:
@@ -351,34 +354,10 @@ class OPDTrainer(PPOTrainerSync):
         super().fit(agent_loop_manager)
 
     def _validate(self) -> dict[str, float]:
-        rows: list[dict[str, Any]] = []
-        copies, n, prompts = Copies(), self.config.actor_rollout_ref.rollout.val_kwargs.n, 0
-        for batch_dict in self.val_dataloader:
-            uids = [f"v{self.global_steps:06d}p{prompts * n + i:05d}" for i in range(len(batch_dict["raw_prompt"]))]
-            prompts += len(uids)
-            batch_dict["uid"] = np.array(uids, dtype=object)
-            batch_dict["first_draw"] = rollouts.first_draws(batch_dict["raw_prompt"], copies, n)
-            batch = tu.get_tensordict(batch_dict)
-            tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
-            tu.assign_non_tensor_data(batch, "validate", True)
-            tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps} for _ in uids]
-            tq.kv_batch_put(keys=uids, partition_id="val", tags=tags)
-            self.agent_loop_manager.generate_sequences(batch)
-            done, _ = self._sample("val", len(uids))
-            rows += rollouts.read_rows(done, self.tokenizer, self.opd.rollout.val_tokens, self.stops)
-            tq.kv_clear(keys=done.keys, partition_id=done.partition_id)
-        rows.sort(key=lambda row: (row["uid"], row["sample"]))
-        files.write_jsonl(self.run_dir / "generations" / f"val_{self.global_steps}.jsonl", rows)
-        metrics = rollouts.summarise_by_source(rows, "val") | self._account(rows, prompts * n, "val")
-        self.log.record("val", self.global_steps, metrics)
-        problems = len({row["uid"] for row in rows})
-        if collapsed := best.collapse(best.validations(self.run_dir), problems, self.opd.stop_on_collapse):
-            self.log.note(collapsed)
-            self.total_training_steps = self.global_steps
-        return metrics
+        return evaluation.validate(self)
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int):
         metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
         metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
-        trained = {name: value for name, value in metrics.items() if not name.startswith("val/")}
+        trained = {name: value for name, value in metrics.items() if not name.startswith(evaluation.PREFIXES)}
         self.log.record("train", self.global_steps, trained)

@@ -13,10 +13,14 @@ STANDARD_ERRORS = 3.0  # how far apart two validations must be to count as diffe
 
 
 def validations(run_dir: Path) -> dict[int, float]:
-    """Step -> accuracy of every validation, as a share, in the order of the steps."""
+    """Step -> accuracy of every validation, as a share, in the order of the steps.
+
+    Of the monitor where the run has one: it looks at each of these steps, and the full protocol at some of them.
+    """
     path = run_dir / "metrics.jsonl"
-    lines = read_jsonl(path, cut_off_end=True) if path.exists() else ()
-    found = {line["step"]: line.get("val/accuracy", math.nan) for line in lines if line["phase"] == "val"}
+    lines = list(read_jsonl(path, cut_off_end=True)) if path.exists() else []
+    phase = "monitor" if any(line["phase"] == "monitor" for line in lines) else "val"
+    found = {line["step"]: line.get(f"{phase}/accuracy", math.nan) for line in lines if line["phase"] == phase}
     return {step: share for step, share in sorted(found.items()) if math.isfinite(share)}  # not of ungraded data
 
 

@@ -35,7 +35,8 @@ def check(config: DictConfig) -> OPDConfig:
     one_of("opd.console", opd.console, ("table", "full"))
     one_of("opd.reduction", opd.reduction, REDUCTIONS)
     one_of("opd.denominator", opd.denominator, DENOMINATORS)
-    positive("opd.head.chunk_size", opd.head.chunk_size)
+    if opd.head.chunk_size is not None:
+        positive("opd.head.chunk_size", opd.head.chunk_size)
     check_values(config)
     if opd.stop_on_collapse is not None and not 0 < opd.stop_on_collapse <= 1:
         raise ConfigError(f"opd.stop_on_collapse={opd.stop_on_collapse} must be in (0, 1], or null.")
@@ -47,6 +48,7 @@ def check(config: DictConfig) -> OPDConfig:
         opd.policy.check()
         _check_policy(opd)
         verl_keys.check_policy(opd, config)
+    opd.validation.check(config.actor_rollout_ref.rollout.val_kwargs.n, config.trainer.test_freq)
     check_unread(opd, config)
     verl_keys.check_lengths(opd, config)
     verl_keys.check_engine(opd, config)

@@ -23,6 +23,7 @@ from opd_ext.errors import ABSENT, ConfigError, one_of
 from opd_ext.objective.objective import DENOMINATORS, Objective
 from opd_ext.objective.reduction import REDUCTIONS
 from opd_ext.policy.config import PolicyConfig
+from opd_ext.protocol import ValidationConfig
 from opd_ext.spans import SPAN_LABELS
 from opd_ext.teacher.config import TeacherConfig
 
@@ -31,8 +32,21 @@ from opd_ext.teacher.config import TeacherConfig
 class HeadConfig:
     """The chunked LM head (memory and precision, never the result)."""
 
-    chunk_size: int = 1024  # rows of the vocabulary projection held at a time; does not change results
+    chunk_size: int | None = None
+    """Rows of the vocabulary projection held at a time, never the result; null: by device."""
     fp32: bool = False  # vocabulary projection in fp32 instead of the model's compute dtype
+
+    def rows(self, device: str) -> int:
+        """Rows per chunk on a ``device``, ``cuda`` or ``cpu``.
+
+        Every chunk adds its part of the weight's gradient: a bf16 product is written and read, the fp32 sum read and
+        written, 12 bytes per weight. For a vocabulary of 152k and 4096 hidden units that is 7.5 GB or 1.6 ms of an
+        H200's 4.8 TB/s, whereas the four products of 1024 rows take about 6.4 ms at 800 TFLOP/s: a quarter on top. Of
+        4096 rows it is 6 %, for 2 GB more of bf16 logits (student and teacher).
+        """
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return 4096 if device == "cuda" else 1024
 
 
 @dataclass
@@ -86,6 +100,8 @@ class OPDConfig:
     head: HeadConfig = field(default_factory=HeadConfig)  # the chunked LM head
     rollout: RolloutConfig = field(default_factory=RolloutConfig)  # limits of generation
     plan: PlanConfig = field(default_factory=PlanConfig)  # what `opd plan` reckons with; a run does not read it
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """e.g. {sets: {aime24: {n: 32, every: 50}}, monitor: {problems: 64, n: 1}}"""
 
     @property
     def external_libs(self) -> list[str]:
@@ -145,7 +161,7 @@ class OPDConfig:
             reduction=one_of("opd.reduction", self.reduction, REDUCTIONS),
             denominator=one_of("opd.denominator", self.denominator, DENOMINATORS),
             temperature=temperature,
-            chunk_size=self.head.chunk_size,
+            chunk_size=self.head.rows(self.device),
             fp32=self.head.fp32,
             token_classes=token_classes,
         )

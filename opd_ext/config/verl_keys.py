@@ -195,18 +195,10 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
     actor, ref, rollout = (config.actor_rollout_ref[part] for part in ("actor", "ref", "rollout"))
     if actor.strategy != "fsdp2" or ref.strategy != "fsdp2":
         raise ConfigError("actor_rollout_ref.actor.strategy and .ref.strategy must both be fsdp2.")
-    for part, section in (("actor", actor), ("ref", ref)):
-        size = max(section.ulysses_sequence_parallel_size, section.fsdp_config.ulysses_sequence_parallel_size)
-        if size > 1:
-            raise ConfigError(
-                f"actor_rollout_ref.{part}.ulysses_sequence_parallel_size={size} is not supported: teacher and student "
-                "prompts differ in length, so their slices of a packed sequence do not align; set it to 1."
-            )
+    _check_memory_savers(opd, config)
     model = config.actor_rollout_ref.model
     if not model.use_remove_padding:
         raise ConfigError("actor_rollout_ref.model.use_remove_padding must be true: there is one packed path only.")
-    if model.use_fused_kernels:
-        raise ConfigError("actor_rollout_ref.model.use_fused_kernels must be false: the chunked head replaces them.")
     _check_lora(opd, model)
     if actor.ppo_epochs != 1:
         raise ConfigError(f"actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs} must be 1: rollouts train once.")
@@ -225,6 +217,41 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
         )
     if rollout.name != "vllm":
         raise ConfigError(f"actor_rollout_ref.rollout.name={rollout.name} is not supported: set it to vllm.")
+
+
+def _check_memory_savers(opd: OPDConfig, config: DictConfig) -> None:
+    """What verl splits or fuses: where the loss is verl's own it works, and the chunked head has no place for it."""
+    model = config.actor_rollout_ref.model
+    if model.use_liger:
+        raise ConfigError(
+            "actor_rollout_ref.model.use_liger=true is not supported: liger-kernel replaces the model's forward pass "
+            "and is not among the pinned packages; set it to false."
+        )
+    used = []
+    for part in ("actor", "ref"):
+        section = config.actor_rollout_ref[part]
+        size = max(section.ulysses_sequence_parallel_size, section.fsdp_config.ulysses_sequence_parallel_size)
+        if size > 1 and opd.distils:
+            raise ConfigError(
+                f"actor_rollout_ref.{part}.ulysses_sequence_parallel_size={size} is not supported: teacher and student "
+                "prompts differ in length, so their slices of a packed sequence do not align; set it to 1."
+            )
+        used += [f"actor_rollout_ref.{part}.ulysses_sequence_parallel_size={size}"] if size > 1 else []
+    if model.use_fused_kernels:
+        used.append("actor_rollout_ref.model.use_fused_kernels=true")
+        if opd.distils:
+            raise ConfigError(
+                "actor_rollout_ref.model.use_fused_kernels must be false: the chunked head replaces them."
+            )
+        if opd.head.fp32:
+            raise ConfigError(
+                "actor_rollout_ref.model.use_fused_kernels=true would pass by opd.head.fp32=true: set one of them to "
+                "false."
+            )
+    if used and opd.selftest:
+        raise ConfigError(
+            f"{used[0]} leaves no whole logits for the test in front of the first update: set opd.selftest=false."
+        )
 
 
 def _check_shards(opd: OPDConfig, config: DictConfig, ranks: int) -> None:

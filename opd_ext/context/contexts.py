@@ -46,8 +46,8 @@ class InstructionContext(TeacherContext):
 
     def __post_init__(self) -> None:
         prompts.instruction(self.text)  # an unknown id is an error of the config, not of the first step
-        for name in () if self.template is None else ("{instruction}", "{question}"):
-            if name not in self.template:
+        for name in ("{instruction}", "{question}"):
+            if self.template is not None and name not in self.template:
                 raise ValueError(f"template={self.template!r} has no {name}: write it where that belongs")
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opd_ext.divergence.divergences import clipped_fraction, entropy, log_probs
 from opd_ext.errors import present
+from opd_ext.objective.products import is_widening, project
 
 Output = Literal["divergence", "student_log_prob", "student_entropy", "teacher_log_prob", "teacher_entropy", "clipped"]
 
@@ -161,15 +162,21 @@ class _Projection:
     """Logits of one side, chunk by chunk, in one buffer: on CPU fresh pages cost more than the softmax."""
 
     def __init__(self, side: Side, dtype: torch.dtype, rows: int) -> None:
-        self.hidden = side.hidden
-        self.weight = side.weight.to(dtype)
-        self.buffer = self.weight.new_empty(min(rows, len(self.hidden)), len(self.weight))
+        self.hidden, self.dtype = side.hidden, dtype
+        # A float32 copy of the weights is made once, and where the device needs none only when a gradient asks.
+        widening = is_widening(side.hidden.device.type, side.hidden.dtype, side.weight.dtype, dtype)
+        self.operand = side.weight if widening else side.weight.to(dtype)
+        self.buffer = self.operand.new_empty(min(rows, len(self.hidden)), len(self.operand), dtype=dtype)
+
+    @functools.cached_property
+    def weight(self) -> Float[Tensor, "V H"]:
+        return self.operand.to(self.dtype)
 
     def rows(self, chunk: slice) -> Float[Tensor, "C H"]:
-        return self.hidden[chunk].to(self.weight.dtype)
+        return self.hidden[chunk].to(self.dtype)
 
     def logits(self, chunk: slice) -> Float[Tensor, "C V"]:
-        return torch.mm(self.rows(chunk), self.weight.T, out=self.buffer[: chunk.stop - chunk.start])
+        return project(self.hidden[chunk], self.operand, self.dtype, out=self.buffer[: chunk.stop - chunk.start])
 
 
 def run_chunks(plan: Plan, terms: Computation, inputs: Inputs, upstream: dict[Output, Float[Tensor, " N"]]) -> Result:

@@ -140,7 +140,8 @@ def divergence_head(
         mode: ``forward`` or ``recompute``.
         with_entropy: whether to compute the entropies.
         matmul_dtype: dtype of the products, ``hidden.dtype`` by default; float32 gives an fp32 head at the
-            price of one float32 copy of the weights. What follows the product is float32 in any case.
+            price of one float32 copy of the weights (on CUDA and from bfloat16 the student's alone, for its gradient;
+            see :mod:`opd_ext.objective.products`). What follows the product is float32 in any case.
 
     Raises:
         ValueError: for shapes that do not fit together, an unknown ``kind`` or ``mode``, or a mode that

@@ -279,11 +279,21 @@ def check_inputs(config: PipelineConfig) -> None:
         if not value or not Path(value).is_file():
             hint = " (opd data tinymath makes the miniature world)" if config.world else ""
             raise ConfigError(f"{key}={value} is not a file{hint}.")
+    _check_trainable(config)
     for key, value in config.models.items():
         hub_id = _HUB_ID.fullmatch(value) and not Path(value).exists()
         if not hub_id and not (Path(value) / "config.json").is_file():
             hint = "; opd data tinymath makes the miniature world" if config.world else ""
             raise ConfigError(f"{key}={value} is neither a hub id nor a folder with a config.json{hint}.")
+
+
+def _check_trainable(config: PipelineConfig) -> None:
+    """gpt-oss samples in vLLM and would fail after that: its attention on a GPU is a kernel that is not installed."""
+    if config.device == "cuda" and "gpt-oss" in str(config.model).lower():
+        raise ConfigError(
+            f"model={config.model} cannot be fine-tuned with the pinned packages: transformers takes the attention "
+            "of gpt-oss from the package kernels, which is not among them: choose another model and preset."
+        )
 
 
 def _make_paths_absolute(config: PipelineConfig) -> None:

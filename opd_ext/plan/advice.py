@@ -85,10 +85,12 @@ def _validation(run: Run, taken: Times) -> Iterator[str]:
     if not taken.total or taken.validating < _MUCH * taken.total or not run.validation:
         return
     largest = max(run.validation, key=lambda each: each.samples)
+    in_full = [sets for _, sets in run.meanwhile if sets == run.validation]
+    fewer = ", or look at a few problems while training ('opd.validation.monitor={problems: 64, n: 1}')"
     yield (
         f"validation is {taken.validating / taken.total:.0%} of the run; {largest.samples:,} of its "
         f"{sum(each.samples for each in run.validation):,} samples are {largest.name}: sample fewer per problem there "
-        f"({_ROLLOUT}.val_kwargs.n), or validate less often (trainer.test_freq)."
+        f"(opd.validation.sets.{largest.name}.n){fewer if in_full else ''}."
     )
 
 

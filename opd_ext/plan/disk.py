@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a checkpoint, and of all that are on disk at a time."""
+"""Bytes of a checkpoint, and of all that are on disk at a time. Of replicas (HSDP) the first alone writes."""
 
 from opd_ext.plan.run import Run
 
@@ -7,17 +7,16 @@ STEP_COUNTER = 4  # bytes that AdamW keeps per tensor: how many steps it has mad
 
 
 def checkpoint_bytes(run: Run) -> dict[str, float]:
-    """Tensors in the files of one checkpoint, over all ranks; every replica of HSDP writes its own.
+    """Tensors in the files of one checkpoint, over all ranks that write.
 
     Beside them a file has its pickled names: some kilobytes per rank.
     """
-    copies, master = run.ranks // run.sharding.shards, run.sharding.master
+    master = run.sharding.master
     weights = (run.student.parameters + run.adapter) * master
     moments = 2 * run.trained * master + STEP_COUNTER * run.trained_tensors * run.sharding.shards
-    files = {"model": copies * weights, "optimizer": copies * moments}
+    files = {"model": weights, "optimizer": moments}
     if run.teacher is not None and run.moves:
-        own = run.teacher_sharding
-        files["teacher"] = run.ranks // own.shards * run.teacher.parameters * own.master
+        files["teacher"] = run.teacher.parameters * run.teacher_sharding.master
     return files
 
 
@@ -27,6 +26,7 @@ def on_disk(run: Run) -> tuple[float, int]:
     The one of the best validation stays besides, if it is none of the last.
     """
     kept = min(run.kept or run.saves, run.saves)
-    best = 1 if run.validations > 1 and kept < run.saves else 0
+    looks = run.validations + sum(count for count, _ in run.meanwhile)
+    best = 1 if looks > 1 and kept < run.saves else 0
     count = min(run.saves, kept + best + 1)
     return count * sum(checkpoint_bytes(run).values()), count

@@ -186,7 +186,9 @@ def _chunked_head(run: Run) -> float:
     chunk, block = chunks._rows(run.chunk, shape.vocabulary, run.device)
     width = 4 if run.fp32_head else compute
     gradient = 0 if run.adapter else 4 + (compute if width == compute else 0)
-    wide = (shape.head + scorer.head) * 4 if width != compute else 0
+    # On CUDA the gradient alone needs fp32 weights, see objective/products.py.
+    copied = shape.head + (0 if run.device == "cuda" and compute == 2 else scorer.head)
+    wide = copied * 4 if width != compute else 0
     logits = chunk * (shape.vocabulary + scorer.vocabulary) * width
     return shape.head * (compute + gradient) + wide + logits + _BLOCK_COPIES * block * shape.vocabulary * 4
 

@@ -144,10 +144,11 @@ def _whole(run: Run, taken: Times) -> Table:
     table = Table(title="Whole run", show_header=False, title_justify="left")
     table.add_row("GPUs", f"{run.gpus}" + (f" of {run.gpus_there}" if run.gpus_there else ""))
     table.add_row("one step", f"{taken.step:.0f} s, {taken.tokens:,.0f} tokens generated")
-    table.add_row(
-        "validation",
-        f"{run.validations} x {taken.validation / 60:.1f} min ({samples:,} samples): {share:.0%} of the run",
-    )
+    said = f"{run.validations} x {taken.validation / 60:.1f} min ({samples:,} samples)"
+    if between := sum(count for count, _ in run.meanwhile):
+        asked = sum(count * each.samples for count, sets in run.meanwhile for each in sets) / between
+        said += f", in between {between} x {taken.meanwhile / 60 / between:.1f} min ({asked:,.0f} samples)"
+    table.add_row("validation", f"{said}: {share:.0%} of the run")
     parts = " + ".join(f"{name} {part / GB:.1f}" for name, part in checkpoint.items())
     table.add_row("checkpoint", f"{sum(checkpoint.values()) / GB:.1f} GB ({parts}), {taken.checkpoint:.0f} s each")
     table.add_row("disk", f"{size / GB:.0f} GB: at most {count} checkpoints at a time, in {run.run_dir}")

@@ -2,8 +2,9 @@
 """What a configuration says of a run's size: models, shards, batches, lengths, what is computed and what is kept."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError
 from opd_ext.plan.machines import Machine, machine
 from opd_ext.plan.shapes import DTYPE_BYTES, ModelShape, model_shape
+from opd_ext.protocol import ValidationConfig
 
 # Mean tokens of a response where nobody says: of a model that thinks, most of a short limit; of another a quarter.
 _THINKING, _THINKING_SHARE, _PLAIN_SHARE, _SHORT = 10_000, 0.8, 0.25, 950
@@ -74,6 +76,8 @@ class Run:
         dense_entropy: the update computes entropies from them.
         scores_old: the old policy's log-probs are computed anew.
         teaches: a teacher's pass precedes an update.
+        validations, validation: how often all sets are validated in full, and what that samples.
+        meanwhile: how often fewer samples, or all of them, are validated between the first step and the last.
         moves: the teacher's weights do not stay what they were, so a checkpoint holds them.
     """
 
@@ -121,6 +125,7 @@ class Run:
     steps: int
     validations: int
     validation: tuple[Validation, ...]
+    meanwhile: tuple[tuple[int, tuple[Validation, ...]], ...]
     val_limit: int
     saves: int
     kept: int | None
@@ -175,6 +180,14 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
     dense = not opd.distils or not all(opd.schedule(step)[0] > 0 for step in (1, steps))
     entropy = actor.calculate_entropy or actor.entropy_coeff != 0
     kept, every = trainer.max_actor_ckpt_to_keep, trainer.save_freq
+    between = _between(config, steps)
+    sets = validation_sets(
+        config.data.val_files,
+        lambda name: opd.validation.samples(name, rollout.val_kwargs.n),
+        opd.rollout.val_tokens,
+        thinks,
+        opd.plan.mean_val_response,
+    )
     return Run(
         device=opd.device,
         machine=machine(opd.plan.gpu, opd.device),
@@ -209,7 +222,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         trained_tensors=adapter_tensors or student.tensors,
         adapter=adapter,
         adapter_tensors=adapter_tensors,
-        chunk=opd.head.chunk_size,
+        chunk=opd.head.rows(opd.device),
         fp32_head=opd.head.fp32,
         dense=dense,
         temperature_copies=1 if rollout.temperature == 1.0 else 2,
@@ -218,10 +231,9 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         teaches=opd.distils and opd.teacher.backend == "engine",
         moves=opd.needs_teacher_engine and any(opd.teacher.kind.share(step, 1) > 0 for step in range(1, steps + 1)),
         steps=steps,
-        validations=_validations(config, steps),
-        validation=validation_sets(
-            config.data.val_files, rollout.val_kwargs.n, opd.rollout.val_tokens, thinks, opd.plan.mean_val_response
-        ),
+        validations=_validations(config, steps) - len(between),
+        validation=sets,
+        meanwhile=_meanwhile(opd.validation, sets, between),
         val_limit=opd.rollout.val_tokens,
         saves=-(-steps // every) if every > 0 else 0,
         kept=kept,
@@ -295,8 +307,37 @@ def _mean(limit: int, thinks: bool) -> float:
     return max(_PLAIN_SHARE * limit, min(limit, _SHORT))
 
 
-def validation_sets(files: Any, n: int, limit: int, thinks: bool, mean: float | None) -> tuple[Validation, ...]:
-    """The sets that a validation reads; rows are counted where a file is on this machine."""
+def _between(config: DictConfig, steps: int) -> list[int]:
+    """The steps of validations that are neither before nor after training."""
+    every = config.trainer.test_freq
+    return list(range(every, steps, every)) if every > 0 and not config.trainer.val_only else []
+
+
+def _meanwhile(
+    protocol: ValidationConfig, sets: tuple[Validation, ...], steps: list[int]
+) -> tuple[tuple[int, tuple[Validation, ...]], ...]:
+    """What is sampled at those steps, and how often: sets whose turn it is, and of the others the monitor's part."""
+    counted = Counter(frozenset(each.name for each in sets if protocol.is_due(each.name, step)) for step in steps)
+    few, found = protocol.monitor, []
+    for due, count in counted.items():
+        part = [each if each.name in due else replace(each, samples=0) for each in sets]
+        if few is not None:
+            part = [
+                each if each.samples else replace(each, samples=min(each.problems, few.problems) * few.n)
+                for each in part
+            ]
+        found.append((count, tuple(each for each in part if each.samples)))
+    return tuple(found)
+
+
+def validation_sets(
+    files: Any, samples: Callable[[str], int], limit: int, thinks: bool, mean: float | None
+) -> tuple[Validation, ...]:
+    """The sets of a full validation; rows are counted where a file is on this machine.
+
+    Args:
+        samples: of a problem, by the set's name; a file's is taken for its ``data_source``.
+    """
     paths: Sequence[str] = [files] if isinstance(files, str) else list(files or ())
     found = []
     for path in paths:
@@ -305,7 +346,7 @@ def validation_sets(files: Any, n: int, limit: int, thinks: bool, mean: float | 
         counted = _rows(Path(path).expanduser())
         problems = counted or rows or _UNKNOWN_ROWS
         length = mean or (long if thinks else short) or _mean(limit, thinks)
-        found.append(Validation(name, problems, problems * n, min(length, limit), bool(counted or rows)))
+        found.append(Validation(name, problems, problems * samples(name), min(length, limit), bool(counted or rows)))
     return tuple(found)
 
 

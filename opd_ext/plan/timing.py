@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds of each phase of a step and of a validation, from bytes moved and products computed (a roofline)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from opd_ext.plan import lengths
 from opd_ext.plan.disk import checkpoint_bytes
 from opd_ext.plan.lengths import Server
-from opd_ext.plan.run import Run
+from opd_ext.plan.run import Run, Validation
 from opd_ext.plan.shapes import ModelShape
 
 # Orders of magnitude for what is neither bytes nor products.
@@ -19,11 +20,12 @@ _SYNC_S = 1.0  # sleep and wake of vLLM
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per phase of a step, of a validation, of a checkpoint; tokens of the responses of a step."""
+    """Seconds per phase of a step, of a full validation, of all those in between, of a checkpoint; tokens of a step."""
 
     phases: dict[str, float]
     tokens: float
     validation: float
+    meanwhile: float
     checkpoint: float
     run: Run
 
@@ -33,7 +35,7 @@ class Times:
 
     @property
     def validating(self) -> float:
-        return self.run.validations * self.validation
+        return self.run.validations * self.validation + self.meanwhile
 
     @property
     def total(self) -> float:
@@ -50,26 +52,32 @@ def times(run: Run) -> Times:
         tokens += float(drawn.sum()) / lengths.DRAWS
     phases = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
     written = sum(checkpoint_bytes(run).values()) / (run.assumed.disk_gb_s * 1e9)
-    return Times(phases, tokens, validation_s(run), written, run)
+    meanwhile = sum(count * validation_s(run, sets) for count, sets in run.meanwhile)
+    full = validation_s(run, run.validation) if run.validations else 0.0
+    return Times(phases, tokens, full, meanwhile, written, run)
 
 
 def _step(run: Run, drawn: np.ndarray) -> dict[str, float]:
     assumed, compute = run.assumed, run.sharding.compute
     peak = run.machine.half if compute == 2 else run.machine.single
     forward, train = (peak * share for share in (assumed.mfu_forward, assumed.mfu_train))
+    # Logits are multiplied as bf16 on CUDA, an fp32 head's too; its gradients are fp32 (objective/products.py).
     head = run.machine.single * _FP32_SHARE if run.fp32_head else train
+    logits = forward if run.device == "cuda" or not run.fp32_head else head
     found = {"generation": lengths.generation_s(server(run), drawn, run.replicas, assumed.mean_prompt)}
     sequences, rows = drawn + assumed.mean_prompt, float(drawn.sum())
     if run.scores_old:
         work = _trunk(run.student, sequences, 1) / forward
-        found["old log-probs"] = (work + _head(run.student, rows, 1) / (head if run.fp32_head else forward)) / run.ranks
+        found["old log-probs"] = (work + _head(run.student, rows, 1) / logits) / run.ranks
     if run.teaches and run.scorer is not None:
         work = _trunk(run.scorer, drawn + run.teacher_prompt, 1) + _head(run.scorer, rows, 1)
         found["teacher"] = work / forward / run.ranks
     # A layer is computed forwards once, twice with checkpointing, and backwards twice, or once where weights are fixed.
     passes = (2 if run.checkpointing else 1) + (1 if run.adapter else 2)
     products = 4 if run.teaches else 3
-    computed = (_trunk(run.student, sequences, passes) / train + _head(run.student, rows, products) / head) / run.ranks
+    projected = _head(run.student, rows, products - 2) / (logits if run.fp32_head else train)
+    projected += _head(run.student, rows, 2) / head
+    computed = (_trunk(run.student, sequences, passes) / train + projected) / run.ranks
     found["update"] = max(computed, _moved_s(run, float(sequences.sum())))
     found["weight sync"] = _SYNC_S + run.student.parameters * 2 / (assumed.sync_gb_s * 1e9)
     found["driver"] = _DRIVER_S + rows / _DRIVER_TOKENS_S
@@ -97,11 +105,11 @@ def server(run: Run) -> Server:
     )
 
 
-def validation_s(run: Run) -> float:
-    """Seconds of one validation: all sets at once, shuffled over the replicas."""
-    if not run.validation or not run.validations:
+def validation_s(run: Run, sets: Sequence[Validation]) -> float:
+    """Seconds of one validation of these sets, all at once, shuffled over the replicas."""
+    if not sets:
         return 0.0
-    drawn = [lengths.draw(s.samples, s.mean, run.val_limit, run.assumed.length_spread, 0) for s in run.validation]
+    drawn = [lengths.draw(s.samples, s.mean, run.val_limit, run.assumed.length_spread, 0) for s in sets]
     mixed = np.concatenate(drawn)
     np.random.default_rng(1).shuffle(mixed)
     return lengths.generation_s(server(run), mixed, run.replicas, run.assumed.mean_prompt)

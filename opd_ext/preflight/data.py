@@ -15,6 +15,7 @@ from opd_ext.context.sequence import render, render_teacher
 from opd_ext.errors import ConfigError
 from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.preflight.tables import Samples, open_samples
+from opd_ext.protocol import NO_SOURCE, Protocol
 
 RENDERED = 128  # of a file: the first prompts, and as many of the longest by characters
 
@@ -62,6 +63,8 @@ def check_data(config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Fin
             check_teacher(found[key], config, opd, tokenizer, findings)
         if len(found[key]) == len(paths) and key == "train_files":
             check_steps(sum(samples.rows for samples in found[key]), lost, config, findings)
+        if len(found[key]) == len(paths) and key == "val_files":
+            check_protocol(found[key], config, opd, findings)
     return found
 
 
@@ -267,6 +270,22 @@ def check_teacher(
             f"opd.max_pair_length={limit}, and longer responses are dropped: the longest prompt has {max(lengths):,}."
         )
     findings.fact("teacher's prompts", f"{len(lengths)} rendered, the longest has {max(lengths):,} of {limit:,} tokens")
+
+
+# ---------------------------------------------------------------------- validation
+
+
+def check_protocol(files: Sequence[Samples], config: DictConfig, opd: OPDConfig, findings: Findings) -> None:
+    """The sets that ``opd.validation`` names are there; how many samples a validation takes.
+
+    Nothing is said of files of which not every row was read, and of a part of them that verl will choose.
+    """
+    if any(samples.rows > len(samples.sample) for samples in files) or config.data.val_max_samples > 0:
+        return
+    key = config.data.prompt_key
+    rows = [(row.get("data_source", NO_SOURCE), row[key]) for samples in files for row in samples.sample]
+    protocol = Protocol(opd.validation, config.actor_rollout_ref.rollout.val_kwargs.n, rows)
+    findings.fact("validation", protocol.told())
 
 
 # ---------------------------------------------------------------------- steps

@@ -4,6 +4,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from omegaconf import DictConfig
 
 from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError, did_you_mean
+from opd_ext.plan.disk import checkpoint_bytes, on_disk
+from opd_ext.plan.run import Run
 from opd_ext.preflight.findings import Findings, refuse
 
 GiB = 2**30
@@ -26,8 +29,10 @@ def check_machine(config: DictConfig, opd: OPDConfig, starting: bool) -> None:
     """
     check_loggers(config)
     check_folder(Path(opd.run_dir))
-    if starting and not _cluster():
-        check_devices(config, opd)
+    if starting:
+        check_cluster()
+        if not _cluster():
+            check_devices(config, opd)
 
 
 def check_loggers(config: DictConfig) -> None:
@@ -55,29 +60,49 @@ def check_folder(folder: Path) -> None:
         raise refuse(f"opd.run_dir={folder} cannot be written: choose a folder of yours", error) from None
 
 
-def check_room(config: DictConfig, opd: OPDConfig, parameters: float, findings: Findings) -> None:
-    """Disk for the checkpoints of a model: fp32 weights, two moments, a Hugging Face folder, a teacher that moved."""
-    trainer = config.trainer
-    if trainer.save_freq < 1:
+def check_room(run: Run, findings: Findings) -> None:
+    """Disk for the checkpoints of a run.
+
+    Raises:
+        ConfigError: not even one of them fits.
+    """
+    if not run.saves:
         return
-    moving = opd.needs_teacher_engine and opd.teacher.weights not in ("external", "frozen")
-    one = parameters * (4 * 3 + 4 + (4 if moving else 0))
-    kept = trainer.max_actor_ckpt_to_keep or max(1, (trainer.total_training_steps or 1) // trainer.save_freq)
-    there = next(parent for parent in (Path(opd.run_dir), *Path(opd.run_dir).parents) if parent.exists())
+    one = sum(checkpoint_bytes(run).values())
+    all_of_them, count = on_disk(run)
+    there = next(parent for parent in (Path(run.run_dir), *Path(run.run_dir).parents) if parent.exists())
     free = shutil.disk_usage(there).free
     findings.fact(
-        "disk", f"{free / GiB:,.0f} GiB free, a checkpoint takes about {one / GiB:.2g} GiB and {kept} are kept"
+        "disk", f"{free / GiB:,.0f} GiB free, a checkpoint takes {one / GiB:.2g} GiB, there are {count} at most"
     )
     if one > free:
         raise ConfigError(
-            f"A checkpoint takes about {one / GiB:.1f} GiB and {there} has {free / GiB:.1f} GiB free: choose another "
+            f"A checkpoint takes {one / GiB:.1f} GiB and {there} has {free / GiB:.1f} GiB free: choose another "
             "opd.run_dir, or trainer.save_freq=-1."
         )
-    if one * (kept + 1) > free:  # the new one is written before the oldest goes
+    if all_of_them > free:
         findings.note(
-            f"{kept} checkpoints and one that is being written take about {one * (kept + 1) / GiB:.0f} GiB, "
+            f"{count} checkpoints, one that is being written among them, take {all_of_them / GiB:.0f} GiB and "
             f"{free / GiB:.0f} GiB are free: lower trainer.max_actor_ckpt_to_keep."
         )
+
+
+def check_cluster() -> None:
+    """A cluster that was started here and then killed leaves its address behind, and Ray would try to join it.
+
+    Raises:
+        ConfigError: nobody answers at that address.
+    """
+    if os.environ.get("RAY_ADDRESS") or not (note := _started_here()).exists():
+        return
+    host, _, port = note.read_text().strip().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{note} names a Ray cluster of this machine that does not answer ({host}:{port}): run `ray stop`, which "
+            "takes the note away, or start the cluster again."
+        ) from None
 
 
 def check_devices(config: DictConfig, opd: OPDConfig, count: Callable[[], int] | None = None) -> None:
@@ -112,5 +137,9 @@ def _gpus() -> int:
 
 def _cluster() -> bool:
     """Whether Ray will join a cluster, whose machines are not this one: it is named, or was started here."""
-    started_here = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
-    return bool(os.environ.get("RAY_ADDRESS")) or started_here.exists()
+    return bool(os.environ.get("RAY_ADDRESS")) or _started_here().exists()
+
+
+def _started_here() -> Path:
+    """Where `ray start` writes down which cluster is this machine's."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"

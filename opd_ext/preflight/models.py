@@ -12,10 +12,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opd_ext.config import checks
-from opd_ext.config.architecture import check_architecture, stateful_layer
+from opd_ext.config.architecture import check_architecture, check_offload, stateful_layer
 from opd_ext.config.schema import OPDConfig
 from opd_ext.context.sequence import render
 from opd_ext.errors import ConfigError
+from opd_ext.plan.run import read_run
 from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.preflight.machine import check_room
 
@@ -40,11 +41,14 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
     if student is None:
         findings.fact("model files", "not on this machine: not looked at")
         return None
-    check_config(STUDENT, student, config, findings)
+    found = check_config(STUDENT, student, config, findings)
+    if opd.distils:  # verl's own loss finds logits both times
+        check_offload(found, model, f"{STUDENT}={student}")
     if sizes := check_weights(STUDENT, student):
         largest = max(sizes, key=sizes.__getitem__)
         check_bucket(config, opd, largest, sizes[largest])
-        check_room(config, opd, sum(sizes.values()), findings)
+        if (run := read_run(config, opd)) is not None:
+            check_room(run, findings)
     tokenizer = load_tokenizer(STUDENT, model.get("tokenizer_path") or student, trusted)
     if model.custom_chat_template:
         tokenizer.chat_template = model.custom_chat_template
@@ -83,10 +87,13 @@ def find_model(key: str, path: str, starting: bool) -> str | None:
     return path
 
 
-def check_config(key: str, path: str, config: DictConfig, findings: Findings, served: bool = False) -> None:
+def check_config(key: str, path: str, config: DictConfig, findings: Findings, served: bool = False) -> Any:
     """The architecture is one whose logits the loss can compute; layers that forbid packing are told.
 
     What is ``served`` is vLLM's, and only has to have a config.
+
+    Returns:
+        The config, of transformers.
     """
     from transformers import AutoConfig
 
@@ -100,7 +107,7 @@ def check_config(key: str, path: str, config: DictConfig, findings: Findings, se
     except Exception as error:
         raise refuse(f"{key}={path} has no config.json that transformers can read", error) from None
     if served:
-        return
+        return found
     check_architecture(found, f"{key}={path}")
     if why := fault(found, (model.override_config or {}).get("attn_implementation", "flash_attention_2")):
         raise ConfigError(f"{key}={path} ({found.model_type}) {why}, or choose another model.")
@@ -109,6 +116,7 @@ def check_config(key: str, path: str, config: DictConfig, findings: Findings, se
             f"{key}={path} has {kind} layers, which would carry one sequence of a pack into the next: every sequence "
             "takes a pass of its own, which is exact and slower."
         )
+    return found
 
 
 def load_tokenizer(key: str, path: str, trusted: bool) -> Any:

@@ -13,13 +13,13 @@ _PANELS = (
         "Accuracy",
         "correct responses (%)",
         100,
-        {"rollout/accuracy": "training rollouts", "val/accuracy": "validation"},
+        {"rollout/accuracy": "training rollouts", "monitor/accuracy": "monitor", "val/accuracy": "validation"},
     ),
     (
         "Response length",
         "tokens per response",
         1,
-        {"rollout/tokens_mean": "training rollouts", "val/tokens_mean": "validation"},
+        {"rollout/tokens_mean": "training rollouts", "monitor/tokens_mean": "monitor", "val/tokens_mean": "validation"},
     ),
     (
         "Loss and divergence",
@@ -81,7 +81,7 @@ def _draw(axes, metrics: pd.DataFrame, metric: str, name: str, factor: float) ->
     logged = metrics[["step", metric]].dropna()
     if logged.empty:
         return
-    validation = metric.startswith("val/")
+    validation = metric.startswith(("val/", "monitor/"))
     axes.plot(
         logged["step"],
         factor * logged[metric].astype(float),

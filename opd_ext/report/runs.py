@@ -27,6 +27,7 @@ class Listed:
     Attributes:
         accuracy: share, of the last validation; without one of the last step's rollouts.
         tokens: mean length of a response there.
+        monitored: that validation was of the monitor alone.
         disk: bytes of all files.
         changed: seconds since the epoch.
     """
@@ -40,6 +41,7 @@ class Listed:
     disk: int
     state: str
     changed: float
+    monitored: bool = False
 
 
 def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
@@ -63,9 +65,10 @@ def look(folder: Path) -> Listed:
     said = _settings(folder / _CONFIG, {"opd": "method", "trainer": "total_training_steps"})
     total = int(said["trainer"]) if said.get("trainer", "").isdecimal() else None
     last = _last_lines(folder / _METRICS)
-    train, val = last.get("train", {}), last.get("val", {})
-    step = max((line["step"] for line in (train, val) if line), default=None)
-    source, prefix = (val, "val") if val else (train, "rollout")
+    train, val, monitor = (last.get(phase, {}) for phase in ("train", "val", "monitor"))
+    step = max((line["step"] for line in (train, val, monitor) if line), default=None)
+    monitored = bool(monitor) and monitor["step"] > val.get("step", -1)
+    source, prefix = (monitor, "monitor") if monitored else (val, "val") if val else (train, "rollout")
     state = state_of(folder) or (FINISHED if total and step is not None and step >= total else STOPPED)
     return Listed(
         folder=folder,
@@ -77,6 +80,7 @@ def look(folder: Path) -> Listed:
         disk=disk,
         state=state,
         changed=changed,
+        monitored=monitored,
     )
 
 
@@ -109,12 +113,13 @@ def print_runs(folder: Path) -> None:
             name,
             run.method or "-",
             f"{step}/{run.total}" if run.total else step,
-            _number(run.accuracy, 100),
-            _number(run.tokens, 1),
+            _number(run.accuracy, 100) + "*" * run.monitored,
+            _number(run.tokens, 1) + "*" * run.monitored,
             _bytes(run.disk),
             run.state,
             f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
         )
+    table.caption = "* of the monitor's few problems" if any(run.monitored for run in runs) else None
     terminal(LOG_WIDTH).print(table)
 
 
@@ -134,14 +139,14 @@ def _settings(path: Path, wanted: dict[str, str]) -> dict[str, str]:
 
 
 def _last_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """phase -> its last line, read from the end."""
+    """phase -> its last line, read from the end: of training, and of the latest validation, whichever it was."""
     found: dict[str, dict[str, Any]] = {}
     if not path.is_file():
         return found
     with path.open("rb") as file:
         size = read = file.seek(0, os.SEEK_END)
         block = 1 << 16
-        while len(found) < 2 and read > 0:
+        while not ("train" in found and found.keys() & {"val", "monitor"}) and read > 0:
             first = max(0, size - block)
             file.seek(first)
             lines = file.read(size - first).split(b"\n")

@@ -7,7 +7,7 @@
 #
 # 1. The first time: the model and 360 problems of arithmetic whose prompts ask for steps, in ${OPD_HOME:-~/.cache/opd_ext}.
 # 2. Trains the model against its own copy that is asked to answer briefly, and validates before, during and after.
-# 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/crisp-smollm2_cpu.
+# 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/crisp-smollm2-cpu.
 #    Run again, it goes on from the last checkpoint there.
 set -euo pipefail
 

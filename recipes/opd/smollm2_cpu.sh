@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# OPD on a real model without a GPU: SmolLM2-135M-Instruct learns from itself, fine-tuned on the task. README.md has the
-# result. Two CPU cores, less than an hour.
+# OPD on a real model without a GPU: SmolLM2-135M-Instruct learns from itself, fine-tuned on the task. Two CPU cores.
 #
 #   recipes/opd/smollm2_cpu.sh                             all of it
 #   recipes/opd/smollm2_cpu.sh --dry-run                   the plan
@@ -9,7 +8,7 @@
 # 1. The first time: the model and 360 problems of arithmetic, in ${OPD_HOME:-~/.cache/opd_ext}; then the teacher, by
 #    `opd sft recipe=sft/smollm2_cpu`, in ${OPD_RUNS:-runs}/sft-smollm2_cpu.
 # 2. Trains the model on its own rollouts towards the teacher, and validates before, during and after.
-# 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/opd-smollm2_cpu.
+# 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/opd-smollm2-cpu.
 #    Run again, it goes on from the last checkpoint there.
 set -euo pipefail
 

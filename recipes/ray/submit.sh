@@ -4,10 +4,11 @@ set -euo pipefail
 
 usage() {
     cat <<'EOF'
-usage: recipes/ray/submit.sh RECIPE [--address URL] [--no-follow] [-- OVERRIDES...]
+usage: recipes/ray/submit.sh RECIPE [--address URL] [--env NAME[=VALUE]]... [--no-follow] [-- OVERRIDES...]
 
   RECIPE       an executable script of this repository, e.g. recipes/crisp/qwen3_8b.sh
   --address    the cluster's job server (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265)
+  --env        give the job a variable besides those that README.md lists; without a value, the one it has here
   --no-follow  return once the job is accepted
   OVERRIDES    handed to the recipe, e.g. trainer.total_training_steps=2
 EOF
@@ -15,10 +16,17 @@ EOF
 
 die() { printf 'submit.sh: %s\n' "$*" >&2; exit 2; }
 
-recipe="" follow=1 address=${RAY_API_SERVER_ADDRESS:-${RAY_ADDRESS:-http://127.0.0.1:8265}}
+recipe="" follow=1 named=() address=${RAY_API_SERVER_ADDRESS:-${RAY_ADDRESS:-http://127.0.0.1:8265}}
 while (($#)); do
     case $1 in
         --address) (($# > 1)) || die "--address needs a URL, e.g. http://head:8265."; address=$2; shift ;;
+        --env)
+            (($# > 1)) || die "--env needs NAME or NAME=VALUE, e.g. NCCL_DEBUG=INFO."
+            [[ ${2%%=*} =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || die "--env $2: '${2%%=*}' is not a name of a variable."
+            if [[ $2 == *=* ]]; then named+=("$2")
+            elif [[ -v $2 ]]; then named+=("$2=${!2}")
+            else die "--env $2: $2 is not set here; give it a value with --env $2=VALUE."; fi
+            shift ;;
         --no-follow) follow=0 ;;
         -h | --help) usage; exit 0 ;;
         --) shift; break ;;
@@ -53,12 +61,19 @@ if ! ray job list --address "$address" >"$scratch/probe" 2>&1; then
 fi
 
 # The file, not the command line, carries the environment: command lines are visible to every user of a machine.
-python3 - "$scratch/runtime_env.yaml" <<'EOF'
+: >"$scratch/named"
+if ((${#named[@]})); then printf '%s\0' "${named[@]}" >"$scratch/named"; fi
+python3 - "$scratch/runtime_env.yaml" "$scratch/named" <<'EOF'
 import json, os, re, sys
 
-passed_on = re.compile(r"(OPD|HF|WANDB)_(?!VENV$|TORCH_INDEX_URL$|WARM_PYTHON$)")
+# Left out: what is true of this machine alone.
+passed_on = re.compile(
+    r"(OPD|HF|WANDB|NCCL|GLOO|TORCH|VLLM)_(?!VENV$|TORCH_INDEX_URL$|WARM_PYTHON$|HOST_IP$)|\w+_(proxy|PROXY)$"
+)
+named = os.fsdecode(open(sys.argv[2], "rb").read()).split("\0")[:-1]
 runtime_env = {
-    "env_vars": {name: value for name, value in os.environ.items() if passed_on.match(name) and value},
+    "env_vars": {name: value for name, value in os.environ.items() if passed_on.match(name) and value}
+    | dict(pair.split("=", 1) for pair in named),
     "excludes": ["/.git/", "/.venv/", "/runs/", "/outputs/", "/data/", "/checkpoints/", "/wandb/",
                  "__pycache__/", "*.safetensors", "*.pt", "*.parquet", "!/opd_ext/tinymath/shipped/**"],
 }

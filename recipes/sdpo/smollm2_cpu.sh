@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SDPO on a real model without a GPU: SmolLM2-135M-Instruct, two CPU cores, less than an hour. README.md has the result.
+# SDPO on a real model without a GPU: SmolLM2-135M-Instruct, two CPU cores.
 #
 #   recipes/sdpo/smollm2_cpu.sh                            all of it
 #   recipes/sdpo/smollm2_cpu.sh --dry-run                  the plan
@@ -7,7 +7,7 @@
 #
 # 1. The first time: the model and 360 problems of arithmetic, in ${OPD_HOME:-~/.cache/opd_ext}.
 # 2. Trains it against a slow copy of itself that has read another rollout's right answer to the same problem.
-# 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/sdpo-smollm2_cpu.
+# 3. Prints the before/after table and writes it, with curves, into the run folder: ${OPD_RUNS:-runs}/sdpo-smollm2-cpu.
 #    Run again, it goes on from the last checkpoint there.
 set -euo pipefail
 

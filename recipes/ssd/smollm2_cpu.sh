@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SSD on a real model without a GPU: SmolLM2-135M-Instruct, two CPU cores, less than an hour. README.md has the result.
+# SSD on a real model without a GPU: SmolLM2-135M-Instruct, two CPU cores.
 #
 #   recipes/ssd/smollm2_cpu.sh                             all of it
 #   recipes/ssd/smollm2_cpu.sh --dry-run                   the stages, and which of them are done

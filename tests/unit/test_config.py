@@ -33,6 +33,23 @@ def test_presets_composed_once_give_what_hydra_gives(overrides, presets_composed
     assert quicker == [train.compose_config(overrides)] * 2
 
 
+@pytest.mark.parametrize(
+    ("scale", "chosen", "rows"), [("cpu_tiny", "null", 1024), ("node_8xh200", "null", 4096), ("node_8xh200", 512, 512)]
+)
+def test_a_chunk_of_the_head_has_rows_by_device(scale, chosen, rows, presets_composed_once):
+    opd = check("method=crisp", f"scale={scale}", f"opd.head.chunk_size={chosen}", *PATHS)
+    assert opd.head.rows(opd.device) == opd.objective(1.0, {}).chunk_size == rows
+
+
+@pytest.mark.parametrize("method", ["grpo", "cispo"])
+@pytest.mark.parametrize(
+    "option",
+    ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "actor_rollout_ref.model.use_fused_kernels=true"],
+)
+def test_what_verl_does_for_its_own_losses_is_allowed_there(method, option, presets_composed_once):
+    check(f"method={method}", "scale=node_8xh200", "opd.head.fp32=false", "opd.selftest=false", option, *PATHS)
+
+
 @pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
 def test_every_scale_composes_with_crisp(scale):
     opd = check("method=crisp", f"scale={scale}", *PATHS)
@@ -150,6 +167,16 @@ def test_the_node_carries_the_published_settings_of_crisp():
         (["trainer.nnodes=2"], ["opd.warm_python=true", "one machine"]),
         (["actor_rollout_ref.model.use_remove_padding=false"], ["use_remove_padding", "true"]),
         (["actor_rollout_ref.model.use_fused_kernels=true"], ["use_fused_kernels", "false"]),
+        (["actor_rollout_ref.model.use_liger=true"], ["use_liger=true", "set it to false"]),
+        (
+            ["method=grpo", "actor_rollout_ref.model.use_fused_kernels=true", "opd.head.fp32=true"],
+            ["use_fused_kernels=true", "opd.head.fp32=true"],
+        ),
+        (["method=grpo", "actor_rollout_ref.model.use_fused_kernels=true"], ["use_fused_kernels=true", "selftest"]),
+        (
+            ["method=grpo", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
+            ["actor.ulysses_sequence_parallel_size=2", "opd.selftest=false"],
+        ),
         (["actor_rollout_ref.model.lora_rank=8"], ["LoRA", "lora.merge=true"]),
         (["actor_rollout_ref.model.lora.rank=8"], ["LoRA", "lora_rank"]),
         (

@@ -102,6 +102,7 @@ def test_a_choice_on_the_command_line_wins_over_a_recipes(recipe, compose):
 MACHINE = (
     "opd.scale",
     "opd.device",
+    "opd.plan",  # what the machine is made of
     "opd.warm_python",
     "data.dataloader_num_workers",
     "actor_rollout_ref.model.enable_gradient_checkpointing",

@@ -49,7 +49,7 @@ def test_a_run_that_ends_early_says_why(tmp_path, error, state):
     assert why == ("no room" if state == "failed" else "KeyboardInterrupt")
 
 
-def make_run(folder, steps, total, method="crisp", val=None, state=None):
+def make_run(folder, steps, total, method="crisp", val=None, state=None, monitor=None):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
         f"data:\n  method: x\nopd:\n  run_dir: {folder}\n  method: {method}\n  teacher:\n    method: y\n"
@@ -61,6 +61,9 @@ def make_run(folder, steps, total, method="crisp", val=None, state=None):
     ]
     if val:
         lines.insert(val[0], {"phase": "val", "step": val[0], "val/accuracy": val[1], "val/tokens_mean": val[2]})
+    if monitor:
+        step, share = monitor
+        lines.insert(step, {"phase": "monitor", "step": step, "monitor/accuracy": share, "monitor/tokens_mean": 1.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"phase": "tr')
     if state:
         (folder / "run.json").write_text(json.dumps({"state": state}))
@@ -87,6 +90,15 @@ def test_the_table_shows_step_accuracy_tokens_disk_and_state(tmp_path, monkeypat
     assert CliRunner().invoke(app, ["ls", str(tmp_path / "a")]).exit_code == 0
     done = CliRunner().invoke(app, ["ls", str(tmp_path / "nowhere")])
     assert done.exit_code == 2 and "there is no folder" in done.output
+
+
+def test_an_accuracy_of_the_monitor_alone_is_marked(tmp_path):
+    make_run(tmp_path / "a", 9, 10, val=(0, 0.5, 33.3), monitor=(8, 0.75))
+    make_run(tmp_path / "b", 9, 10, val=(8, 0.5, 33.3), monitor=(4, 0.75))
+    found = {run.folder.name: (run.accuracy, run.monitored) for run in map(runs.look, runs.find(tmp_path))}
+    assert found == {"a": (0.75, True), "b": (0.5, False)}
+    output = CliRunner().invoke(app, ["ls", str(tmp_path)]).output
+    assert "75.0*" in output and "50.0" in output and "50.0*" not in output and "* of the monitor" in output
 
 
 def test_two_hundred_runs_are_listed_in_a_moment(tmp_path):

@@ -61,7 +61,9 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
 
 def test_the_recipes_are_in_the_wheel_without_their_figures(wheel):
     there = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("opd_ext/recipes/")}
-    recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*") if path.suffix in (".sh", ".md")}
+    recipes = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*") if path.suffix in (".sh", ".md", ".yaml")
+    }
     assert there == {f"opd_ext/{path}" for path in recipes}
 
 

@@ -113,7 +113,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Rollouts that failed", "bridge/failures.py",
         (
-            Metric("rollout/failed val/failed", "share",
+            Metric("rollout/failed val/failed monitor/failed", "share",
                 "rollouts that a grader, tool or agent loop did not finish; opd.rollout.failed=zero scores them 0", "",
                 "0"),
         ),
@@ -144,6 +144,15 @@ SECTIONS: tuple[Section, ...] = (
             Metric("rollout/pass_at_<k> val/pass_at_<k> val/<source>/pass_at_<k>", "share",
                 "problems that at least one of k responses solves, unbiased",
                 "if every problem was sampled the same n > 1 times", "does not fall while accuracy rises"),
+        ),
+    ),
+    Section(
+        "The monitor of a validation", "bridge/evaluation.py",
+        (
+            Metric("monitor/<metric> monitor/<source>/<metric>", "as val", "as `val/<metric>`, of the few problems "
+                "that opd.validation.monitor looks at", "with a monitor", "as val; compare it with itself alone"),
+            Metric("val/asked", "", "0: nothing was due where a resumed run began, between two validations",
+                "at such a step"),
         ),
     ),
     Section(

@@ -23,6 +23,19 @@ def test_validations_are_read_from_what_the_run_recorded(tmp_path):
     assert best.best_step({20: 0.5, 40: 0.5}) == 40 and best.best_step({}) is None
 
 
+def test_the_monitor_is_compared_with_itself_and_never_with_the_full_protocol(tmp_path):
+    """Its problems are other ones in sum, so the better of a monitor and a full validation would be chance."""
+    lines = [
+        *({"step": step, "phase": "monitor", "monitor/accuracy": share} for step, share in ((0, 0.5), (20, 0.6))),
+        *({"step": step, "phase": "val", "val/accuracy": share} for step, share in ((0, 0.9), (40, 0.8))),
+        {"step": 20, "phase": "sets", "val/aime24/accuracy": 0.1},
+        {"step": 40, "phase": "monitor", "monitor/accuracy": 0.4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert best.validations(tmp_path) == {0: 0.5, 20: 0.6, 40: 0.4}
+    assert best.best_step(best.validations(tmp_path)) == 20
+
+
 def test_the_best_checkpoint_is_kept_beside_the_last_ones(tmp_path):
     for step in (10, 20, 30, 40, 50):
         folder = checkpoint.begin(tmp_path, step)

@@ -126,6 +126,17 @@ def test_metrics_beyond_the_resumed_step_and_half_written_lines_are_dropped(tmp_
     assert not (tmp_path / "absent.jsonl").exists()
 
 
+def test_a_problem_that_is_sampled_more_often_weighs_no_more():
+    """One problem right in one of four samples, one right in its only sample: (1/4 + 1) / 2, not 2 / 5."""
+    row = {"response_tokens": 8, "truncated": False, "data_source": "a", "index": 0}
+    rows = [{**row, "uid": "p0", "acc": acc} for acc in (1.0, 0.0, 0.0, 0.0)]
+    rows.append({**row, "uid": "p1", "acc": 1.0, "response_tokens": 24, "data_source": "b"})
+    found = rollouts.summarise_by_source(rows, "val")
+    assert (found["val/accuracy"], found["val/tokens_mean"], found["val/samples"]) == (0.625, 16.0, 5.0)
+    assert (found["val/a/accuracy"], found["val/b/accuracy"]) == (0.25, 1.0)
+    assert rollouts.summarise_sources(rows, "val") == {k: v for k, v in found.items() if k.count("/") == 2}
+
+
 def test_rollout_metrics_are_means_over_samples():
     rows = [
         {"acc": 1.0, "response_tokens": 10, "truncated": False, "format_ok": 1.0},

@@ -165,3 +165,11 @@ def test_missing_files_are_named(tmp_path):
     config = compose_pipeline("ssd", SSDConfig, [f"world={tmp_path}"])
     with pytest.raises(ConfigError, match="prompts.file=.*train.parquet is not a file.*opd data tinymath"):
         check_inputs(config)
+
+
+def test_a_model_that_cannot_be_fine_tuned_is_refused_before_it_samples(tmp_path):
+    (tmp_path / "p.parquet").touch()
+    files = [f"prompts.file={tmp_path}/p.parquet", f"evaluate.file={tmp_path}/p.parquet"]
+    files.append(f"evaluate.select_file={tmp_path}/p.parquet")
+    with pytest.raises(ConfigError, match="gpt-oss-20b cannot be fine-tuned"):
+        check_inputs(compose_pipeline("ssd", SSDConfig, ["recipe=ssd/gpt_oss_20b", *files]))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a preflight lets pass: what is right, what works but is told, and what a plan may not know yet."""
 
+import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from unittest import mock
 import pytest
 
 from opd_ext.errors import ConfigError
+from opd_ext.plan.run import read_run
 from opd_ext.preflight import machine
 from opd_ext.train import compose_config, validate
 
@@ -170,6 +173,23 @@ def test_a_cluster_may_have_what_this_machine_has_not(start, monkeypatch, preset
     assert status == 0, said
 
 
+def test_a_cluster_that_was_killed_here_is_named_before_ray_tries_to_join_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    machine.check_cluster()
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        note.write_text(f"127.0.0.1:{listening.getsockname()[1]}")
+        machine.check_cluster()
+    with pytest.raises(ConfigError, match="does not answer .127.0.0.1:.*: run `ray stop`"):
+        machine.check_cluster()
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    machine.check_cluster()
+
+
 def test_a_plan_may_be_for_another_machine(start, presets_composed_once):
     status, said, _, printed = start(
         "scale=node_8xh200", f"{MODEL}=/elsewhere/model", "data.train_files=/elsewhere/train.parquet", "--dry-run"
@@ -179,12 +199,12 @@ def test_a_plan_may_be_for_another_machine(start, presets_composed_once):
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path):
-    config, opd = _checked(tmp_path, "scale=cpu_tiny")
+    run = read_run(*_checked(tmp_path, "scale=node_8xh200", f"{MODEL}=Qwen/Qwen3-8B"))
+    huge = dataclasses.replace(run, trained=10**15)
     findings = machine.Findings()
-    with pytest.raises(ConfigError, match="A checkpoint takes about .* GiB and .* has .* GiB free"):
-        machine.check_room(config, opd, 1e15, findings)
-    config.trainer.save_freq = -1
-    machine.check_room(config, opd, 1e15, findings)
+    with pytest.raises(ConfigError, match="A checkpoint takes .* GiB and .* has .* GiB free"):
+        machine.check_room(huge, findings)
+    machine.check_room(dataclasses.replace(huge, saves=0), findings)
     assert not findings.notes
 
 

@@ -123,6 +123,12 @@ DATA = [
     wrong("a file that is not there", "data.train_files=nowhere.parquet", "data.train_files=nowhere.parquet does not"),
     wrong("no validation file", "data.val_files=null", "data.val_files=None", "name a file"),
     wrong("a list of no validation files", "data.val_files=[]", "data.val_files=[]", "name a file"),
+    wrong(
+        "a validation set that is not there",
+        "opd.validation.sets.aime24.n=32",
+        "opd.validation.sets.aime24 is no data source of data.val_files",
+        "set it to null",
+    ),
     wrong("a folder", lambda w: w.folder, "is a folder"),
     wrong("a table of commas", lambda w: w.file("a.csv", "prompt\nx\n"), "suffix '.csv'", ".parquet"),
     wrong("a file of nothing", lambda w: w.file("a.parquet"), "is an empty file"),
@@ -230,6 +236,16 @@ MODELS = [
         "attn_implementation=eager",
     ),
     wrong("a config without architectures", model(config_with(architectures=None)), "names no architectures"),
+    wrong(
+        "activations that leave where the head is computed again",
+        lambda w: (
+            f"{MODEL}={w.model(config_with(tie_word_embeddings=False))}\n"
+            "actor_rollout_ref.model.enable_activation_offload=true\n"
+            "actor_rollout_ref.model.enable_gradient_checkpointing=true"
+        ),
+        "enable_activation_offload=true",
+        "set the former to false",
+    ),
     wrong("an architecture that nobody knows", model(config_with(model_type="nope")), "transformers can read"),
     wrong(
         "no tokenizer",

@@ -40,6 +40,16 @@ def test_a_row_holds_every_number_once_in_plain_text():
     assert "\x1b" not in "".join((header, row, validation))  # no colour codes in a log
 
 
+def test_the_rows_of_a_monitor_and_of_some_sets_are_not_taken_for_the_full_protocol():
+    out = io.StringIO()
+    printer = StepPrinter(console=Console(file=out, width=40))
+    printer.validation(20, {"monitor/accuracy": 0.5, "monitor/tokens_mean": 8.0, "monitor/truncated": 0.25}, "monitor")
+    printer.validation(20, {"val/a b/accuracy": 0.25, "val/a b/tokens_mean": 9.5, "val/failed": 0.5}, "sets")
+    _, monitor, one_set, lost = out.getvalue().splitlines()
+    assert monitor.split() == ["mon", "20", "50.0", "8.0", "25.0"]
+    assert one_set == "set a b at step 20: 25.0 % correct, 9.5 tokens" and lost == "ALARM, lost: failed 50.0%"
+
+
 def test_numbers_end_where_their_titles_end():
     header, row, validation = lines()
     for title, number in (("loss", "0.0123"), ("acc %", "84.4"), ("tokens", "61.2"), ("grad", "0.457")):

@@ -76,8 +76,10 @@ def rollout_metrics() -> set[str]:
     row = {"data_source": "d", "acc": 1.0, "response_tokens": 3, "truncated": False}
     row |= {"acc_strict": 1.0, "acc_answer_only": 1.0, "acc_boxed_only": 1.0, "format_ok": 1.0}
     rows = [{**row, "uid": i // 3, "sample": i % 3, "index": i // 3, "failed": None} for i in range(6)]
-    counted = {name for prefix in ("rollout", "val") for name in failures.account(rows, 6, "stop", prefix, list)[0]}
-    return counted | {name for prefix in ("rollout", "val", "val/a/b c") for name in rollouts.summarise(rows, prefix)}
+    phases = ("rollout", "val", "monitor")
+    counted = {name for prefix in phases for name in failures.account(rows, 6, "stop", prefix, list)[0]}
+    places = (*phases, "val/a/b c", "monitor/a/b c")
+    return counted | {name for prefix in places for name in rollouts.summarise(rows, prefix)}
 
 
 def annotation_names() -> set[str]:
@@ -132,7 +134,7 @@ def stored_keys(tree: ast.AST) -> list[ast.expr]:
 def emitted(tmp_path_factory) -> dict[str, set[str]]:
     """File -> the names that are written to it."""
     log = objective_metrics() | rollout_metrics() | annotation_names() | context_metrics()
-    for module in ("trainer", "teacher_inputs"):
+    for module in ("trainer", "evaluation", "teacher_inputs"):
         log |= written_names(f"bridge/{module}.py")
     return {LOG: log, **report_columns(tmp_path_factory.mktemp("runs"))}
 

@@ -308,6 +308,13 @@ def sampling_parameters():
     )
 
 
+@seam("bridge/evaluation.py")
+def samples_of_a_prompt():
+    """A prompt's own ``__rollout_n__`` comes before ``val_kwargs.n``, and is taken out of what goes on."""
+    path = f"{TQ}AgentLoopWorkerTQ.__ray_metadata__.modified_class._run_prompt"
+    says(path, 'n = prompt.pop("__rollout_n__",', "for i in range(n):", "session_id=i, **prompt")
+
+
 @seam(
     "bridge/agent_loop.py",
     covers="OPDAgentLoopManager.__init__ OPDAgentLoopManager.agent_loop_workers_class",

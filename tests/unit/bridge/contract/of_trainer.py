@@ -17,6 +17,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import replay_buffer, trainer_base
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.rl_dataset import collate_fn
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from opd_ext.bridge import checkpoint
@@ -154,9 +155,13 @@ def tokenizer(config):
 
 @seam(
     "bridge/trainer.py",
-    covers="OPDTrainer._init_dataloader OPDTrainer.train_dataset OPDTrainer.val_dataset OPDTrainer.val_dataloader "
+    covers="OPDTrainer._init_dataloader OPDTrainer.train_dataset OPDTrainer.val_dataset "
     "OPDTrainer.total_training_steps OPDTrainer._fetch_one_gen_batch",
-    pins={f"{TRAINER}_init_dataloader": "self", f"{TRAINER}_fetch_one_gen_batch": "self"},
+    pins={
+        f"{TRAINER}_init_dataloader": "self",
+        f"{TRAINER}_fetch_one_gen_batch": "self",
+        "verl.utils.dataset.rl_dataset:collate_fn": "data_list",
+    },
 )
 def data(config, tmp_path):
     """Data sets, a loader whose position can be saved, the step count; a batch has random names that may be changed."""
@@ -172,7 +177,9 @@ def data(config, tmp_path):
     trainer._init_dataloader()
     assert (len(trainer.train_dataset), len(trainer.val_dataset), trainer.total_training_steps) == (4, 4, 7)
     assert isinstance(trainer.train_dataloader.state_dict(), dict)
-    assert len(next(iter(trainer.val_dataloader))["raw_prompt"]) == 4
+    rows = [trainer.val_dataset[i] for i in (0, 2)]  # of which a validation takes those that it wants
+    assert rows[0]["raw_prompt"] == prompt and rows[0]["data_source"] == "d"
+    assert len(collate_fn(rows)["raw_prompt"]) == 2
     batch = trainer._fetch_one_gen_batch()
     assert len(batch) == 2
     batch.update(tu.get_tensordict({"uid": np.array(["a", "b"], dtype=object)}))
@@ -209,7 +216,7 @@ for _hook in ("prepare_step", "_save_checkpoint", "on_step_end", "on_train_begin
 @seam(
     "bridge/trainer.py",
     covers="OPDTrainer.fit OPDTrainer._validate OPDTrainer._compute_metrics OPDTrainer._step_once "
-    "OPDTrainer.global_steps OPDTrainer.agent_loop_manager",
+    "OPDTrainer.global_steps OPDTrainer.agent_loop_manager trainer.total_training_steps",
     pins={
         f"{TRAINER}fit": "self agent_loop_manager",
         f"{TRAINER}step": "self metrics timing_raw",
