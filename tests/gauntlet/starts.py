@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 from transformers import AutoTokenizer
@@ -43,6 +42,7 @@ def distillation_and_rewards(start, world) -> None:
 
 def collapse(config, queue, monkeypatch, model, tmp_path) -> None:
     """verl's loop with our validation, right until step 2 and then at 0: the run ends at 3 of 9, and 2 is kept."""
+    from opd_ext.bridge import evaluation
     from opd_ext.bridge.trainer import OPDTrainer
 
     class Trainer(OPDTrainer):
@@ -50,7 +50,7 @@ def collapse(config, queue, monkeypatch, model, tmp_path) -> None:
             queue.kv_batch_put(keys=[f"t{self.global_steps}"], partition_id="train", tags=[{}])
             return KVBatchMeta(partition_id="train", keys=[f"t{self.global_steps}"], tags=[{}])
 
-        def _sample(self, partition, prompts):
+        def take(self, partition, prompts):
             async def graded(loop, outputs, kwargs):
                 right = float(self.global_steps <= 2)
                 outputs[-1].reward_score, outputs[-1].extra_fields["reward_extra_info"] = right, {"acc": right}
@@ -72,12 +72,12 @@ def collapse(config, queue, monkeypatch, model, tmp_path) -> None:
     tokenizer, root = AutoTokenizer.from_pretrained(model), tmp_path / "checkpoints"
     settings = {"logger": [], "save_freq": 1, "test_freq": 1, "max_actor_ckpt_to_keep": 1, "val_before_train": True}
     config.trainer = OmegaConf.merge(config.trainer, settings | {"default_local_dir": str(root)})
-    config.opd.run_dir = str(tmp_path)
-    prompts = [{"raw_prompt": np.fromiter(CHATS, dtype=object, count=len(CHATS))}]
+    config.opd.run_dir, config.data.val_batch_size = str(tmp_path), len(CHATS)
+    rows = [{"raw_prompt": chat, "data_source": "s"} for chat in CHATS] * 2
     parts = {"config": config, "opd": schema.load(config.opd), "run_dir": tmp_path, "tokenizer": tokenizer}
     parts |= {
         "stops": [tokenizer.eos_token_id],
-        "val_dataloader": prompts * 2,
+        "val_dataset": rows,
         "global_steps": 0,
         "steps_per_epoch": 10,
     }
@@ -86,6 +86,7 @@ def collapse(config, queue, monkeypatch, model, tmp_path) -> None:
     trainer.actor_rollout_wg = SimpleNamespace(world_size=1, save_checkpoint=save)
     trainer.train_dataloader = SimpleNamespace(state_dict=dict)
     trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)
+    trainer.protocol = evaluation.protocol(trainer)
     trainer._init_dump_executor()
     trainer.fit(SimpleNamespace(generate_sequences=lambda batch: None, first_exception=lambda: None))
     assert best.validations(tmp_path) == {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0}
