@@ -28,7 +28,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 
-from opd_ext.config.architecture import check_head, stateful_layer
+from opd_ext.config.architecture import check_architecture, stateful_layer
 from opd_ext.objective.alignment import packed_response_rows
 from opd_ext.objective.objective import MicroBatch, Objective, PolicyTerm, Shape
 from opd_ext.objective.products import fp32_linear
@@ -90,7 +90,7 @@ class OPDEngine(FSDPEngineWithLMHead):
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
-        check_head(module.config, module.config.name_or_path)
+        check_architecture(module.config, module.config.name_or_path)
         self.alone = stateful_layer(module.config) is not None
         _open_head(module.get_output_embeddings())
         return module

@@ -12,8 +12,9 @@ from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 
 from opd_ext.bridge.rollouts import is_correct
+from opd_ext.context.base import STUDENT
 from opd_ext.context.contexts import TeacherContext
-from opd_ext.context.sequence import build_teacher_sequence, render
+from opd_ext.context.sequence import build_teacher_sequence, render, render_teacher
 from opd_ext.control_tokens import as_text
 from opd_ext.credit.annotate import annotation_metrics
 
@@ -89,12 +90,13 @@ def plan_teacher_inputs(
             messages = None
         if messages is not None and (masks[i].any() or not response):  # else a rollout that was never finished
             sent = prompts[i].tolist()
-            if messages == sample["raw_prompt"] and overrides.items() <= template_kwargs.items():
+            alike = messages == sample["raw_prompt"] and overrides.items() <= template_kwargs.items()
+            if alike and context.ending in (None, STUDENT):
                 prompt = sent  # the teacher is to see what the student saw
             else:
                 if row["uid"] not in sent_with:
                     sent_with[row["uid"]] = rendered_with(tokenizer, sent, sample, template_kwargs, tools)
-                prompt = render(tokenizer, messages, {**sent_with[row["uid"]], **overrides})
+                prompt = render_teacher(tokenizer, messages, sent_with[row["uid"]], overrides, context.ending)
             longest = max(longest, len(prompt))
             row["teacher_prompt"] = tokenizer.decode(prompt)
             shown.ids = build_teacher_sequence(prompt, response, max_pair_length, student_prompt_ids=sent)

@@ -6,6 +6,7 @@ from verl.plugin.platform.platform_manager import get_platform
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+from opd_ext.bridge.known_keys import check_added_keys
 from opd_ext.errors import ConfigError
 
 # Sections that the run will turn into verl's dataclasses; a key that a dataclass does not know fails here.
@@ -24,10 +25,11 @@ def validate_verl(config: DictConfig) -> None:
     The model section is left out: building it loads a tokenizer, which a dry run may not have.
 
     Raises:
-        ConfigError: with verl's reason.
+        ConfigError: with verl's reason, or a key that verl does not have.
     """
     from omegaconf import OmegaConf
 
+    check_added_keys(config)
     config = OmegaConf.create(OmegaConf.to_container(config))  # verl writes into what it validates
     try:
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))

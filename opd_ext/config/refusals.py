@@ -13,6 +13,8 @@ from opd_ext.config.overrides import unreadable
 from opd_ext.errors import ConfigError, did_you_mean
 
 RECIPES = Path(__file__).parent / "recipe"
+# Sections that take any key, since somebody else reads them: vLLM, transformers, a chat template, Ray.
+_OPEN = re.compile(r"(_kwargs|\.override_\w+|ray_init)\..")
 
 
 def refusal(
@@ -52,8 +54,11 @@ def _sentence(error: Exception, lines: list[str], overrides: Sequence[str], wher
         wanted := re.match(r"Could not override '([^']+)'", lines[0])
     ):
         key = wanted[1]
-        added = next((f" (+{given} adds it)" for given in overrides if given.startswith(f"{key}=")), "")
+        given = next((each for each in overrides if _OPEN.search(key) and each.startswith(f"{key}=")), None)
+        added = f" (+{given} adds it)" if given else ""
         return f"{key} does not exist; {where} for the keys that do{added}."
+    if there := re.search(r"An item is already at '([^']+)'", lines[0]):
+        return f"+{there[1]} adds a key that is there already: leave the + out."
     if isinstance(error, InterpolationKeyError):
         named = re.search(r"'([^']+)'", lines[0])
         target = f"${{{named[1]}}}" if named else lines[0]

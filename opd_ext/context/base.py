@@ -7,11 +7,14 @@ Apart from the contexts themselves, so that a longer one can live in a file of i
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from opd_ext.registry import Registry
+
+STUDENT, TEXT = "student", "text:"  # what an `ending` may be, or begin with
 
 
 class TeacherContext:
@@ -22,13 +25,19 @@ class TeacherContext:
 
     Attributes:
         thinking: what the chat template's ``enable_thinking`` is for the teacher; None: as for the student.
+        ending: what the teacher's prompt ends with, in front of the response. None: what its template opens an answer
+            with; ``student``: what the student's does, so that the first token is taught no difference of templates;
+            ``text:...``: these characters behind the template's own, say ``text:<think>``.
     """
 
     thinking: bool | None = None
+    ending: str | None = None
 
     def __post_init__(self) -> None:
         if self.thinking is not None and not isinstance(self.thinking, bool):
             raise ValueError(f"thinking={self.thinking!r} must be true, false or null (as the student)")
+        if self.ending not in (None, STUDENT) and not re.match(rf"{TEXT}.", self.ending, re.DOTALL):
+            raise ValueError(f"ending={self.ending!r} must be null, student or text:... (characters to add)")
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         """The teacher's chat for one sample.

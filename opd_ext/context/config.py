@@ -33,7 +33,7 @@ class ContextConfig:
         try:
             build_context(self)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"opd.context: {error}") from None
+            raise ConfigError(f"opd.context: {str(error).removesuffix('.')}.") from None
 
     def __str__(self) -> str:
         shown = self.args.get("text")

@@ -73,9 +73,13 @@ class SolutionContext(TeacherContext):
 
     Attributes:
         thinking: the published recipe has it on for the teacher and off for the student.
+        ending: of the teacher's prompt: what its template opens an answer with (null, as published: the student
+            answers behind an empty think block, the teacher before one), the student's (``student``), or the former
+            and more characters (``text:...``, say ``text:<think>``).
     """
 
     thinking: bool | None = None
+    ending: str | None = None
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         messages = copy_messages(sample)
@@ -95,9 +99,11 @@ class LabelContext(TeacherContext):
 
     Attributes:
         thinking: the published recipe has it on.
+        ending: of the teacher's prompt: null, ``student`` or ``text:...``, as in ``solution``.
     """
 
     thinking: bool | None = None
+    ending: str | None = None
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         types = list(sample["types"])

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opd_ext.context.base import STUDENT, TEXT
+
 
 def render(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any] | None = None
@@ -33,12 +35,59 @@ def render_text(tokenizer: Any, messages: Sequence[Mapping], template_kwargs: Ma
     return _apply(tokenizer, messages, False, template_kwargs)
 
 
+def render_teacher(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    student: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    ending: str | None,
+) -> list[int]:
+    """Token ids of a teacher's chat, see :func:`render`.
+
+    Args:
+        student: the student's ``template_kwargs``.
+        overrides: what the teacher's are besides.
+        ending: see :class:`opd_ext.context.base.TeacherContext`.
+
+    Raises:
+        ValueError: the template opens no answer behind the last message, so that there is no ending to exchange.
+    """
+    kwargs = {**student, **overrides}
+    if ending is None:
+        return render(tokenizer, messages, kwargs)
+    if ending == STUDENT:
+        chat = _apply(tokenizer, messages, False, kwargs, opened=False)
+        text = chat + opening(tokenizer, messages, student)
+    else:
+        text = render_text(tokenizer, messages, kwargs) + ending.removeprefix(TEXT)
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def opening(tokenizer: Any, messages: Sequence[Mapping], template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """What a template puts behind the last message for the answer to begin, e.g. ``<|im_start|>assistant``.
+
+    Raises:
+        ValueError: the template changes what comes before, too.
+    """
+    chat = _apply(tokenizer, messages, False, template_kwargs, opened=False)
+    whole = render_text(tokenizer, messages, template_kwargs)
+    if not whole.startswith(chat):
+        raise ValueError("the chat template does more than to open the answer: leave opd.context.ending at null")
+    return whole.removeprefix(chat)
+
+
 def _apply(
-    tokenizer: Any, messages: Sequence[Mapping], tokenize: bool, template_kwargs: Mapping[str, Any] | None
+    tokenizer: Any,
+    messages: Sequence[Mapping],
+    tokenize: bool,
+    template_kwargs: Mapping[str, Any] | None,
+    opened: bool = True,
 ) -> Any:
     """The one call of a chat template in this package: student, teacher and evaluation render alike."""
     chat = [dict(message) for message in messages]
-    return tokenizer.apply_chat_template(chat, tokenize=tokenize, add_generation_prompt=True, **(template_kwargs or {}))
+    return tokenizer.apply_chat_template(
+        chat, tokenize=tokenize, add_generation_prompt=opened, **(template_kwargs or {})
+    )
 
 
 def build_teacher_sequence(

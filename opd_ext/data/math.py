@@ -242,6 +242,8 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
             reason = f"{question_column} is not one user message of text"
         elif not (question := bare_question(question)):
             reason = "empty question"
+        elif not _whole(question + answer):
+            reason = "half of a character (a lone surrogate)"
         elif not answer:
             boxes = [name for name in answer_columns if name in source.boxed]
             what = "box" if boxes == answer_columns else "answer"
@@ -249,6 +251,15 @@ def problems(name: str, frame: pd.DataFrame, path: Path) -> Iterator[Problem]:
         else:
             check_reference(answer, f"{path}: row {index} cannot be graded: ")
         yield Problem(int(index), question or "", answer, level(grade), reason)
+
+
+def _whole(text: str) -> bool:
+    """Whether UTF-8 can write it: JSON may hold one half of a pair, ``\\ud800``."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------- data sets

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from opd_ext.config.schema import OPDConfig
 from opd_ext.context import build_context
-from opd_ext.context.sequence import render
+from opd_ext.context.sequence import render, render_teacher
 from opd_ext.errors import ConfigError
 from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.preflight.tables import Samples, open_samples
@@ -237,7 +237,7 @@ def check_teacher(
 ) -> None:
     """The context has what it shows in every row, and the teacher's prompt leaves room for a response."""
     context, limit, wanted = build_context(opd.context, tokenizer), opd.max_pair_length or 0, opd.rollout.train_tokens
-    kwargs = dict(config.data.apply_chat_template_kwargs or {}) | context.template_kwargs()
+    student = dict(config.data.apply_chat_template_kwargs or {})
     lengths = []
     for samples in files:
         for i, row in enumerate(samples.sample[:RENDERED]):
@@ -248,8 +248,15 @@ def check_teacher(
                 raise refuse(
                     f"{samples.name}: opd.context.kind={opd.context.kind} cannot show row {i}", error
                 ) from None
-            if tokenizer is not None and messages is not None:
-                lengths += _lengths([{"messages": messages}], "messages", tokenizer, kwargs)[0]
+            if tokenizer is None or messages is None:
+                continue
+            try:
+                shown = render_teacher(tokenizer, messages, student, context.template_kwargs(), context.ending)
+            except Exception as error:  # a template may raise whatever it likes
+                if context.ending is None:
+                    continue  # such prompts are dropped, which is told of the student's
+                raise refuse(f"opd.context.ending={context.ending} cannot end the prompt of row {i}", error) from None
+            lengths.append(len(shown))
     if not lengths:
         return
     if min(lengths) >= limit:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opd_ext.config import checks
-from opd_ext.config.architecture import check_head, check_offload, stateful_layer
+from opd_ext.config.architecture import check_architecture, check_offload, stateful_layer
 from opd_ext.config.schema import OPDConfig
 from opd_ext.context.sequence import render
 from opd_ext.errors import ConfigError
@@ -41,7 +41,7 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
     if student is None:
         findings.fact("model files", "not on this machine: not looked at")
         return None
-    found = check_config(STUDENT, student, trusted, findings)
+    found = check_config(STUDENT, student, config, findings)
     if opd.distils:  # verl's own loss finds logits both times
         check_offload(found, model, f"{STUDENT}={student}")
     if sizes := check_weights(STUDENT, student):
@@ -54,7 +54,7 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
         tokenizer.chat_template = model.custom_chat_template
     check_template(tokenizer, config, opd, findings)
     if opd.teacher.path and (teacher := find_model(TEACHER, opd.teacher.path, starting)) is not None:
-        check_config(TEACHER, teacher, trusted, findings)
+        check_config(TEACHER, teacher, config, findings, served=opd.teacher.backend == "server")
         check_weights(TEACHER, teacher)
         teachers = load_tokenizer(TEACHER, teacher, trusted)
         checks.check_vocabularies(config)
@@ -87,21 +87,30 @@ def find_model(key: str, path: str, starting: bool) -> str | None:
     return path
 
 
-def check_config(key: str, path: str, trusted: bool, findings: Findings) -> Any:
+def check_config(key: str, path: str, config: DictConfig, findings: Findings, served: bool = False) -> Any:
     """The architecture is one whose logits the loss can compute; layers that forbid packing are told.
+
+    What is ``served`` is vLLM's, and only has to have a config.
 
     Returns:
         The config, of transformers.
     """
     from transformers import AutoConfig
 
+    from opd_ext.bridge.empty_model import fault
+
+    model = config.actor_rollout_ref.model
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ConfigError(f"{key}={path} holds no config.json: name a folder of transformers' format.")
     try:
-        found = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+        found = AutoConfig.from_pretrained(path, trust_remote_code=bool(model.get("trust_remote_code")))
     except Exception as error:
         raise refuse(f"{key}={path} has no config.json that transformers can read", error) from None
-    check_head(found, f"{key}={path}")
+    if served:
+        return found
+    check_architecture(found, f"{key}={path}")
+    if why := fault(found, (model.override_config or {}).get("attn_implementation", "flash_attention_2")):
+        raise ConfigError(f"{key}={path} ({found.model_type}) {why}, or choose another model.")
     if kind := stateful_layer(found):
         findings.note(
             f"{key}={path} has {kind} layers, which would carry one sequence of a pack into the next: every sequence "

@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from opd_ext.bridge import selftest
 from opd_ext.bridge.rollouts import read_rows
+from opd_ext.context.sequence import render, render_teacher
 from opd_ext.tokens.ends import stop_ids
 from tests.gauntlet.engines import agrees
 from tests.gauntlet.rollouts import put_rollouts
 from tests.stack.dense_reference import dense_update
 from tests.stack.engine_harness import VOCABULARY, EngineSpec, Rank, Update
 from tests.stack.test_engine import FP32, REORDERED, SAMPLES, distance
+from tests.unit.teacher.conftest import CHATML
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -56,11 +58,17 @@ def unequal_heads(rank: Rank) -> None:
 
 
 def first_token(rank: Rank) -> None:
-    """What the first token of a response adds to the loss has a number of its own: here all of it."""
+    """What the first token of a response adds to the loss has a number of its own; an ending takes its cause away."""
     found = rank.gradients(Update(SAMPLES))["metrics"]
     firsts = [replace(s, mask=[m * (i == 0) for i, m in enumerate(s.mask)]) for s in SAMPLES]
     alone = dense_update(rank.folder, Update(firsts))["metrics"]["divergence"]
     assert abs(found["divergence_token0"] / alone - 1) < FP32 and found["divergence_token0"] != found["divergence"]
+    tokenizer = AutoTokenizer.from_pretrained(rank.folder / "base")
+    tokenizer.chat_template = CHATML
+    chat, student = [{"role": "user", "content": "1+1?"}], {"enable_thinking": False}
+    for ending, alike in ((None, False), ("student", True)):
+        shown = render_teacher(tokenizer, chat, student, {"enable_thinking": True}, ending)
+        assert (shown == render(tokenizer, chat, student)) == alike
 
 
 def layers_with_a_state(rank: Rank) -> None:

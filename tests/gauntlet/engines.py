@@ -12,9 +12,20 @@ from transformers import AutoModelForCausalLM
 
 from opd_ext.objective.objective import Objective
 from opd_ext.teacher.kinds import get_teacher
+from tests.gauntlet.frozen import FROZEN
 from tests.stack.dense_reference import dense_update
 from tests.stack.engine_harness import EngineSpec, Rank, Update, make_samples, run_ranks, to_batch
-from tests.stack.test_engine import FP32, NOTHING, REORDERED, SAMPLES, SOME, distance, identical
+from tests.stack.test_engine import (
+    DIVERGENCES,
+    FP32,
+    METHODS,
+    NOTHING,
+    REORDERED,
+    SAMPLES,
+    SOME,
+    distance,
+    identical,
+)
 
 LORA_RANK = 4
 
@@ -158,19 +169,28 @@ def adapter(rank: Rank) -> None:
 def resumed_adapter(rank: Rank, tmp_path) -> None:
     """What a server gets after a resume is the adapter merged into its base, in the dtype of the wire."""
     engine, merged = _adapted(rank)
+    sent = {name: weight.clone() for name, weight in engine.get_per_tensor_param()[0]}
     engine.save_checkpoint(str(tmp_path / "checkpoint"), global_step=1)
     resumed = rank._build_worker(EngineSpec("untied", lora_rank=LORA_RANK)).engine
     resumed.load_checkpoint(str(tmp_path / "checkpoint"))
     expected = AutoModelForCausalLM.from_pretrained(rank.folder / merged, dtype=torch.float32).state_dict()
     initial = AutoModelForCausalLM.from_pretrained(rank.folder / "untied", dtype=torch.float32).state_dict()
     given = dict(resumed.get_per_tensor_param()[0])
-    assert given.keys() == expected.keys()
+    assert given.keys() == expected.keys() == sent.keys()
+    assert all(torch.equal(weight, sent[name]) for name, weight in given.items()), "the bits that were sent before"
     moved = 0
     for name, weight in given.items():
         # The wire has bf16: 8 bits.
         assert torch.allclose(weight.float(), expected[name], rtol=2**-7, atol=1e-4), name
         moved += not torch.allclose(weight.float(), initial[name], rtol=2**-7, atol=1e-4)
     assert moved == 2 * 7
+    rollouts = []
+    for weights in (sent, given, initial):
+        server = AutoModelForCausalLM.from_pretrained(rank.folder / "untied", dtype=torch.float32)
+        server.load_state_dict({name: weight.float() for name, weight in weights.items()})
+        prompt = torch.tensor([SAMPLES[0].prompt])
+        rollouts.append(server.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None).tolist())
+    assert rollouts[0] == rollouts[1] != rollouts[2], "the first rollout after a resume is that of the adapted model"
 
 
 def _adapted(rank: Rank):
@@ -198,14 +218,29 @@ def _plain(name: str) -> str:
 
 
 def frozen_batch(rank: Rank) -> None:
-    """Losses of one batch, which the dense reference gave in float64 without verl: no version of verl may move them."""
-    for name, (update, loss) in FROZEN.items():
-        found = rank.gradients(update)
+    """Losses and gradients of one batch, and one whole step: what float64 gave without verl, no version may move."""
+    updates = {"reverse_kl": Update(SAMPLES)} | {name: Update(SAMPLES, objective=o) for name, o in DIVERGENCES.items()}
+    updates |= METHODS
+    assert updates.keys() == FROZEN.keys()
+    for name, (loss, norm) in FROZEN.items():
+        found = rank.gradients(updates[name])
+        ours = math.sqrt(sum(grad.double().square().sum().item() for grad in found["grads"].values()))
         assert math.isclose(found["loss"], loss, rel_tol=FP32), f"{name}: {found['loss']}"
+        assert math.isclose(ours, norm, rel_tol=FP32), f"{name}: {ours}"
+    whole_step(rank)
 
 
-FROZEN = {
-    "divergence": (Update(SAMPLES), 0.7889874119034925),
-    "with a policy term": (Update(SOME, policy=True, distillation_weight=0.1), 1.0404061863543947),
-    "trust region": (Update(SAMPLES, trust=0.25), 0.6169920867666434),
-}
+def whole_step(rank: Rank) -> None:
+    """AdamW's first step with the gradient clipped to a norm of 1, as its paper writes it, in float64."""
+    update = Update(SAMPLES)
+    grads = dense_update(rank.folder, update)["grads"]
+    initial = AutoModelForCausalLM.from_pretrained(rank.folder / update.model, dtype=torch.float64).state_dict()
+    clip = min(1.0, 1.0 / math.sqrt(sum(grad.square().sum().item() for grad in grads.values())))
+    optimiser = rank.worker(update.student).engine.optimizer_config
+    assert (optimiser.clip_grad, tuple(optimiser.betas)) == (1.0, (0.9, 0.999))
+    for name, after in rank.train(update)["weights"].items():
+        grad = clip * grads[name]
+        moved = optimiser.lr * (optimiser.weight_decay * initial[name] + grad / (grad.abs() + 1e-8))
+        # Of a gradient that is nearly 0 the step is its sign, which rounding may turn.
+        sure = grad.abs() > 1e-5
+        assert sure.any() and (after.double() - initial[name] + moved).abs()[sure].max() < 1e-5, name

@@ -30,8 +30,13 @@ async def graded_right(self, outputs, kwargs):
     outputs[-1].reward_score = 1.0
 
 
-def put_rollouts(config, queue, monkeypatch, tokenizer, score=graded_right, tools=None, end=None) -> KVBatchMeta:
-    """What the agent loop puts into the queue for the chats and responses above, sent with ``tools``."""
+def put_rollouts(
+    config, queue, monkeypatch, tokenizer, score=graded_right, tools=None, end=None, validation_of=None
+) -> KVBatchMeta:
+    """What the agent loop puts into the queue for the chats and responses above, sent with ``tools``.
+
+    ``validation_of``: the names of four prompts that are validated instead.
+    """
     from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
     from verl.trainer.ppo.v1 import agent_loop_tq
 
@@ -55,11 +60,13 @@ def put_rollouts(config, queue, monkeypatch, tokenizer, score=graded_right, tool
         output = AgentLoopOutput(
             prompt_ids=prompt, response_ids=response, response_mask=[1] * len(response), metrics={}
         )
-        sample = {"uid": f"t1p{i}", "session_id": 0, "raw_prompt": chat, "global_steps": 1, "data_source": "sums"}
+        uid = f"t1p{i}" if validation_of is None else validation_of[i]
+        sample = {"uid": uid, "session_id": 0, "raw_prompt": chat, "global_steps": 1, "data_source": "sums"}
         sample |= {"extra_info": {"index": i, "solution": "Count."}, "reward_model": {"ground_truth": "4"}, "index": i}
-        asyncio.run(worker._agent_loop_postprocess(output, False, **sample))
-    keys = sorted(queue.kv_list("train")["train"])
-    return KVBatchMeta(partition_id="train", keys=keys, tags=[{} for _ in keys])
+        asyncio.run(worker._agent_loop_postprocess(output, validation_of is not None, **sample))
+    partition = "train" if validation_of is None else "val"
+    keys = sorted(queue.kv_list(partition)[partition])
+    return KVBatchMeta(partition_id=partition, keys=keys, tags=[{} for _ in keys])
 
 
 def plan(batch, tokenizer, text: str, limit: int):

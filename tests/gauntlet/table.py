@@ -66,7 +66,7 @@ ROWS = [
         "siyan-zhao/OPSD#10",
         "the teacher's prompt ends otherwise, so that the first token is template and not knowledge",
         "right",
-        "`divergence_token0` is the divergence of first tokens alone",
+        "`divergence_token0` is the divergence of first tokens alone; `ending: student` has the prompts end alike",
         architectures.first_token,
     ),
     row(
@@ -164,21 +164,21 @@ ROWS = [
         "huggingface/trl#3252",
         "after a resume the server has the weights without the adapter",
         "right",
-        "what is sent after a resume is the base with its adapter merged",
+        "what is sent after a resume is, to the bit, what was sent before it: the base with its adapter merged",
         engines.resumed_adapter,
     ),
     row(
         "lasgroup/SDPO#25",
         "fine until step 400, then 0 %",
         "right",
-        "the run ends where validation collapses, and the checkpoint of the best one is kept",
+        "verl's loop ends where validation collapses, and the checkpoint of the best one is kept",
         starts.collapse,
     ),
     row(
         "verl-project/verl#7540",
         "another version of verl, another loss",
         "right",
-        "three losses of a frozen batch, with a policy term too, are those that float64 gave without verl",
+        "24 losses and gradients of a frozen batch and one whole step are those that float64 gave without verl",
         engines.frozen_batch,
     ),
     row(

@@ -6,6 +6,7 @@ Public reports of neighbours that leak: ms-swift 9565 and 9618, transformers 468
 """
 
 import os
+import re
 import shutil
 from functools import partial
 
@@ -16,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
 
 from opd_ext.bridge import selftest
-from opd_ext.config.architecture import check_head, stateful_layer
+from opd_ext.bridge.empty_model import fault
+from opd_ext.config.architecture import check_architecture, stateful_layer
 from opd_ext.errors import ConfigError
 from opd_ext.teacher.kinds import Live
 from opd_ext.tinymath.shipped import FOLDER
@@ -44,7 +46,13 @@ ALONE = {
     "qwen3_next": LINEAR | EXPERTS,
     "qwen3_5_text": LINEAR,
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "doge": {},
+    "afmoe": EXPERTS,
+    "gpt_oss": EXPERTS | {"num_local_experts": 4},
+    "bloom": {"n_layer": 2, "n_head": 4},
 }
+EAGER = ("gpt_oss", "bloom")  # transformers has no other attention of them on a CPU
 PROBES = [
     selftest.Probe(list(range(3, 12)), list(range(40, 47)), [1] * 7, [-1.0] * 7, list(range(20, 25))),
     selftest.Probe(list(range(60, 71)), list(range(80, 90)), [1] * 10, [-1.0] * 10, list(range(30, 42))),
@@ -63,7 +71,7 @@ def examined(tmp_path_factory):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
-    def examine(config, kind=AutoModelForCausalLM, leaks=False):
+    def examine(config, kind=AutoModelForCausalLM, leaks=False, attention="sdpa"):
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("model")
         kind.from_config(config).save_pretrained(folder)
@@ -71,7 +79,9 @@ def examined(tmp_path_factory):
             shutil.copy(file, folder)
         precision = {name: "fp32" for name in ("param_dtype", "reduce_dtype", "buffer_dtype")}
         engine = OPDEngine(
-            HFModelConfig(path=str(folder), override_config={"attn_implementation": "sdpa"}, use_remove_padding=True),
+            HFModelConfig(
+                path=str(folder), override_config={"attn_implementation": attention}, use_remove_padding=True
+            ),
             FSDPEngineConfig(strategy="fsdp2", model_dtype="fp32", mixed_precision=precision, use_torch_compile=False),
             FSDPOptimizerConfig(lr=1e-2, total_training_steps=1),
             CheckpointConfig(),
@@ -91,14 +101,18 @@ def examined(tmp_path_factory):
 
 @pytest.mark.parametrize("family", [*PACKED, *ALONE])
 def test_a_sequence_beside_others_is_what_it_is_alone(family, examined):
-    found = examined(AutoConfig.for_model(family, **SIZES | (PACKED | ALONE)[family]))
+    attention = "eager" if family in EAGER else "sdpa"
+    found = examined(AutoConfig.for_model(family, **SIZES | (PACKED | ALONE)[family]), attention=attention)
     assert found["packing"] < 1e-4 and found["head"] < 1e-4
     assert found["alone"] == (family in ALONE)
     assert abs(found["equal_input"]) < 1e-5 < found["teacher_input"], "a live teacher has the student's weights"
 
 
-def test_a_model_that_leaks_unannounced_is_found_and_given_passes_of_its_own(examined):
-    found = examined(AutoConfig.for_model("lfm2", **SIZES | ALONE["lfm2"]), leaks=True)
+@pytest.mark.parametrize("family", [family for family in ALONE if not family.startswith("qwen3")])
+def test_a_model_that_leaks_unannounced_is_found_and_given_passes_of_its_own(family, examined):
+    """What the config is known for is what happens: without that knowledge every one of these reads its neighbour."""
+    attention = "eager" if family in EAGER else "sdpa"
+    found = examined(AutoConfig.for_model(family, **SIZES | ALONE[family]), leaks=True, attention=attention)
     assert found["packing"] > found["tolerance"] and found["alone"]
 
 
@@ -122,7 +136,7 @@ def test_logits_that_change_behind_the_head_are_refused_by_name(family):
     if family == "falcon_h1":
         text.lm_head_multiplier = 0.5
     with pytest.raises(ConfigError, match=f"my model .{text.model_type}. changes logits after its lm_head"):
-        check_head(config, "my model")
+        check_architecture(config, "my model")
 
 
 @pytest.mark.parametrize("family", "qwen3_next qwen3_5 nemotron_h bamba jamba olmo_hybrid minimax mamba2".split())
@@ -130,10 +144,40 @@ def test_layers_whose_state_runs_along_the_sequence_are_known_from_the_config(fa
     assert stateful_layer(AutoConfig.for_model(family))
 
 
-@pytest.mark.parametrize("family", [*PACKED, "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", [*PACKED, "qwen3_moe", "mixtral", "deepseek_v3", "llama4_text"])
 def test_attention_alone_is_packed(family):
     assert stateful_layer(AutoConfig.for_model(family)) is None
-    check_head(AutoConfig.for_model(family), "it")
+    check_architecture(AutoConfig.for_model(family), "it")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "glm4v"])
+def test_a_forward_that_takes_positions_in_a_grid_is_refused_by_name(family):
+    """verl's: "position_ids should be a 3D tensor", at the first update."""
+    with pytest.raises(ConfigError, match=f"my model .{family}. takes positions in a grid"):
+        check_architecture(AutoConfig.for_model(family), "my model")
+
+
+@pytest.mark.parametrize(
+    "family, architecture, attention, why",
+    [
+        ("gpt2", "GPT2LMHeadModel", "sdpa", "verl builds without an lm_head, as GPT2Model"),
+        ("phi", "PhiForCausalLM", "sdpa", "a bias in its lm_head"),
+        ("biogpt", "BioGptForCausalLM", "sdpa", "no layers that FSDP could wrap"),
+        ("gpt_oss", "GptOssForCausalLM", "sdpa", "no sdpa in transformers: set .*attn_implementation=eager"),
+        ("mamba2", "Mamba2ForCausalLM", "flash_attention_2", "no flash_attention_2 in transformers"),
+        ("qwen3", None, "sdpa", "names no architectures"),
+    ],
+)
+def test_what_a_worker_would_find_out_late_is_known_from_the_config(family, architecture, attention, why):
+    config = AutoConfig.for_model(family, architectures=architecture and [architecture])
+    assert re.search(why, fault(config, attention))
+
+
+@pytest.mark.parametrize("family, kind", [("qwen3", "Qwen3ForCausalLM"), ("gpt_oss", "GptOssForCausalLM")])
+def test_what_the_engine_trains_has_no_fault(family, kind):
+    """Flash attention may be on the node alone: then the rest is looked at."""
+    config = AutoConfig.for_model(family, architectures=[kind])
+    assert fault(config, "eager") is None and fault(config, "flash_attention_2") is None
 
 
 # ---------------------------------------------------------------------- what is said

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a teacher is given of a batch: text of rollouts and data sets as text, whatever it spells."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from opd_ext.bridge import teacher_inputs
-from opd_ext.context.contexts import SolutionContext
+from opd_ext.context.contexts import SameContext, SolutionContext
 from opd_ext.context.feedback import FeedbackContext
 from opd_ext.context.sequence import render
 from opd_ext.tinymath.tokenizer import make_tokenizer
@@ -54,3 +55,14 @@ def test_only_the_template_writes_control_tokens(teacher_prompts, injected):
         controls = [[i for i in prompt if i in TOKENIZER.all_special_ids] for prompt in (ids, others)]
         assert controls[0] == controls[1]
     assert sum(map(len, found)) > sum(map(len, expected))  # what was spelled is there, as text
+
+
+@pytest.mark.parametrize("ending, added", [(None, ""), ("student", ""), ("text:So", "So")])
+def test_an_ending_holds_where_teacher_and_student_read_the_same_messages(teacher_prompts, ending, added):
+    @dataclasses.dataclass(frozen=True)
+    class Same(SameContext):
+        ending: str | None = None
+
+    sent = render(TOKENIZER, [{"role": "user", "content": "What is 1+0?"}], {})
+    for prompt in teacher_prompts(Same(ending=ending), "Answer: 1"):
+        assert prompt == sent + TOKENIZER.encode(added, add_special_tokens=False)

@@ -263,6 +263,7 @@ def _dapo(prompt, **row):
         ([_dapo([{"role": "user", "content": [{"type": "text", "text": "q"}]}])], "not one user message of text"),
         ([_dapo([{"from": "human", "value": "q"}])], "not one user message"),
         ([_dapo("")], "empty question (3)"),
+        ([_dapo("one \ud800 half")], "half of a character (a lone surrogate) (3)"),
         ([_dapo("q", reward_model=None)], "no answer in reward_model (3)"),
         ([{"prompt": "q", "answer": text} for text in ("nan", "None", "N/A")], "no answer in answer (3)"),
         ([{"prompt": "q", "solution": "We compute the sum of both and find five"}], "no answer in solution (3)"),

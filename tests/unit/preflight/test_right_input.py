@@ -28,6 +28,17 @@ RIGHT = {
     "a rate of nothing": ("actor_rollout_ref.actor.optim.lr=0",),
     "two loggers": ("trainer.logger=[tensorboard,console]",),
     "a method alone": ("grpo",),
+    "added keys that vLLM, an optimiser, a template, Ray and a grader read": (
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.max_num_seqs=8",
+        "+actor_rollout_ref.actor.optim.override_optimizer_config.eps=1e-5",
+        "+data.apply_chat_template_kwargs.thinking=true",
+        "+ray_kwargs.ray_init.log_to_driver=false",
+        "+reward.reward_kwargs.max_resp_len=64",
+    ),
+    "added keys that verl lists nowhere": (
+        "+data.cache_dir=/tmp/cache",
+        "+actor_rollout_ref.rollout.limit_images=2",
+    ),
     "a method as an option": ("--method", "opsd"),
     "a method with blanks": ("method", "=", "sdpo"),
 }

@@ -76,6 +76,7 @@ VALUES = [
     wrong("a device for the trainer alone", "trainer.device=cuda", "trainer.device=cuda must be opd.device=cpu"),
     wrong("a key that nothing reads", f"{ACTOR}.grad_clip=0.1", f"{ACTOR}.grad_clip", "optim.clip_grad"),
     wrong("a context text that is no text", "opd.context.text=5", "opd.context.text=5", "a text"),
+    wrong("an ending that does not exist", "method=opsd opd.context.ending=studnet", "ending='studnet'", "text:"),
     wrong("a module that is no name", "opd.external_lib=7", "opd.external_lib=7", "name of a module"),
     wrong("a presets folder that is not there", "--config-dir /nowhere/at/all", "/nowhere/at/all", "no folder"),
     wrong(
@@ -92,6 +93,8 @@ VALUES = [
     ),
 ]
 
+OWN_RECIPE = "# @package _global_\ndata: {train_max_sample: 8}\n"
+
 WORDS = [
     wrong("a method misspelt, alone", "crips", "method=crips", "Did you mean crisp?"),
     wrong("a method misspelt", "method=crips", "method=crips", "Did you mean crisp?"),
@@ -99,6 +102,17 @@ WORDS = [
     wrong("a group misspelt", "methd=crisp", "methd does not exist", "Did you mean method?"),
     wrong("a place misspelt", "opd.techer.interval=3", "opd.techer", "Did you mean opd.teacher?"),
     wrong("a key misspelt", "trainer.total_training_step=3", "Did you mean trainer.total_training_steps?"),
+    wrong("an added key that nobody reads", "+trainer.foo=1", "trainer.foo=1 is no key of verl's", "take it out."),
+    wrong("an added key misspelt", "++trainer.save_freqq=3", "Did you mean trainer.save_freq?"),
+    wrong("an added field misspelt", f"+{ACTOR}.optim.clipgrad=1", f"Did you mean {ACTOR}.optim.clip_grad?"),
+    wrong("an added dtype misspelt", f"+{ACTOR}.fsdp_config.mixed_precision.param=fp32", "mixed_precision.param="),
+    wrong("an added group", "+foo.bar=1", 'foo={"bar": 1} is no key'),
+    wrong(
+        "a key misspelt in a recipe of one's own",
+        lambda w: f"--config-dir\n{w.file('presets/recipe/own.yaml', OWN_RECIPE).parents[1]}\nrecipe=own",
+        "data.train_max_sample=8",
+        "Did you mean data.train_max_samples?",
+    ),
     wrong("an option misspelt", "--dryrun", "--dryrun is no option", "Did you mean --dry-run?"),
     wrong("a word that means nothing", "quickly", "quickly cannot be read", "KEY=VALUE"),
     wrong("a comma in a path", "data.train_files=/a,b.parquet", "write a list as", "'A,B'"),
@@ -204,6 +218,24 @@ MODELS = [
         model(lambda m: save_file(load_file(m / W) | {"lm_head.bias": torch.zeros(4)}, m / W, {"format": "pt"})),
         "has a bias in its lm_head",
     ),
+    wrong(
+        "a model that verl builds without a head",
+        model(config_with(model_type="gpt2", architectures=["GPT2LMHeadModel"])),
+        "(gpt2) is GPT2LMHeadModel, which verl builds without an lm_head",
+    ),
+    wrong(
+        "a model whose positions are a grid",
+        model(config_with(model_type="qwen2_vl", architectures=["Qwen2VLForConditionalGeneration"])),
+        "(qwen2_vl) takes positions in a grid",
+        "text-only sibling",
+    ),
+    wrong(
+        "a model without this attention",
+        model(config_with(model_type="gpt_oss", architectures=["GptOssForCausalLM"], num_local_experts=4)),
+        "(gpt_oss) has no sdpa in transformers",
+        "attn_implementation=eager",
+    ),
+    wrong("a config without architectures", model(config_with(architectures=None)), "names no architectures"),
     wrong(
         "activations that leave where the head is computed again",
         lambda w: (

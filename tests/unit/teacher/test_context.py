@@ -17,6 +17,7 @@ from opd_ext.context import (
     render,
 )
 from opd_ext.context.contexts import InstructionContext
+from opd_ext.context.sequence import render_teacher
 
 QUESTION = "What is $2 + 3$?"
 HEADER = (
@@ -269,6 +270,50 @@ def test_by_default_the_teachers_chat_is_rendered_like_the_students(kind):
 def test_thinking_is_on_off_or_the_students(kind):
     with pytest.raises(ValueError, match="thinking='on' must be true, false or null"):
         get_context(kind)(thinking="on")
+
+
+THINKS_ALONE = {"enable_thinking": True}  # as OPSD's teacher does beside a student that does not think
+
+
+@pytest.mark.parametrize(
+    "ending, expected",
+    [
+        (None, "<|im_start|>assistant\n"),
+        ("student", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        ("text:<think>\n", "<|im_start|>assistant\n<think>\n"),
+    ],
+)
+def test_the_teachers_prompt_ends_as_asked_and_is_the_same_before(ending, expected, tokenizer):
+    """Right: the words of the template, which for a student without thinking close the block that they open."""
+    messages = [{"role": "system", "content": "You are careful."}, *sample()["raw_prompt"]]
+    found = tokenizer.decode(
+        render_teacher(
+            tokenizer, messages, {"enable_thinking": False}, THINKS_ALONE, get_context("solution")(ending=ending).ending
+        )
+    )
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    assert found == chat + expected
+
+
+def test_with_the_students_ending_a_difference_of_templates_alone_teaches_nothing(tokenizer):
+    """Same question, other thinking: without the option the two prompts differ, and the first token pays for it."""
+    messages, student = sample()["raw_prompt"], {"enable_thinking": False}
+    same, other = (render_teacher(tokenizer, messages, student, THINKS_ALONE, ending) for ending in ("student", None))
+    assert same == render(tokenizer, messages, student) != other
+
+
+@pytest.mark.parametrize("kind", ["solution", "label"])
+@pytest.mark.parametrize("ending", ["studnet", "text:", "<think>"])
+def test_an_ending_is_the_templates_the_students_or_a_text(kind, ending):
+    with pytest.raises(ValueError, match="must be null, student or text:"):
+        get_context(kind)(ending=ending)
+
+
+def test_a_template_that_opens_no_answer_has_no_ending_to_exchange(tokenizer):
+    whole = copy.copy(tokenizer)
+    whole.chat_template = "{% if add_generation_prompt %}ask: {% endif %}{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="leave opd.context.ending at null"):
+        render_teacher(whole, sample()["raw_prompt"], {}, {}, "student")
 
 
 def test_options_come_from_the_config_and_unknown_ones_are_refused():

@@ -2,10 +2,12 @@
 """Contracts of verl's workers: what they build, how they are called, and which numbers they give back."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import torch
+import verl
 from omegaconf import OmegaConf
 from verl.single_controller.base.decorator import (
     DISPATCH_MODE_FN_REGISTRY,
@@ -301,3 +303,30 @@ def validation(config):
     else:
         raise AssertionError("a key that verl does not know is accepted")
     assert engine_workers.omega_conf_to_dataclass
+
+
+@seam("bridge/known_keys.py")
+def keys_that_verl_lists(config):
+    """verl's generated configuration has what its groups compose, and what it leaves out has a line that reads it."""
+    from opd_ext.bridge import known_keys
+
+    assert known_keys.listed()["trainer"].keys() >= {"total_epochs", "logger", "v1"}
+    known_keys.check_added_keys(config)
+    for key, (file, words) in known_keys.UNLISTED.items():
+        assert words in (Path(verl.__file__).parent / file).read_text(), key
+        assert OmegaConf.select(OmegaConf.create(known_keys.listed()), key) is None, f"{key} is listed now"
+    taken = "mixed_precision_config.get"
+    engine = (Path(verl.__file__).parent / "workers/engine/fsdp/transformer_impl.py").read_text()
+    for name in known_keys._UNLISTED_SECTIONS["mixed_precision"]:
+        assert f'{taken}("{name}"' in engine
+
+
+@seam("bridge/empty_model.py", pins={"verl.utils.model:get_hf_auto_model_class": "hf_config"})
+def class_of_a_model():
+    """verl chooses a class by the first architecture's name; one that ends otherwise gets a model without a head."""
+    from transformers import AutoConfig
+
+    from opd_ext.bridge.empty_model import fault
+
+    assert fault(AutoConfig.for_model("qwen3", architectures=["Qwen3ForCausalLM"]), "sdpa") is None
+    assert "Qwen3Model" in (fault(AutoConfig.for_model("qwen3", architectures=["Qwen3LMHeadModel"]), "sdpa") or "")
