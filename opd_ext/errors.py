@@ -28,8 +28,18 @@ def present(value: T | None, sentence: str) -> T:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean X?`` for the name in ``known`` that is closest to ``word``, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
+    """`` Did you mean X?`` for the name in ``known`` that is closest to ``word``, or nothing.
+
+    A key ``section.name`` is looked for by its name among those of its section, then as the same name in another one:
+    as whole words, long sections make any two keys alike.
+    """
+    known = list(known)
+    section, _, last = word.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    near = [beside[name] for name in difflib.get_close_matches(last, beside, n=1, cutoff=0.75)]
+    if not near:
+        elsewhere = [name for name in known if not beside or name.endswith(f".{last}")]
+        near = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.75)
     return f" Did you mean {near[0]}?" if near else ""
 
 

@@ -156,6 +156,7 @@ def planned(kind: str, prompt: list[int], mask: list[int]):
         messages=lambda sample: chat if kind == "same" else [{"role": "user", "content": "1 + 1, briefly"}],
         template_kwargs=dict,
         metrics=lambda samples: {},
+        ending=None,
     )
     with patch.object(tq, "kv_batch_get", lambda **_: data):
         batch = SimpleNamespace(keys=["u0_0_0"], partition_id="train")
