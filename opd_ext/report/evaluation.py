@@ -108,7 +108,7 @@ def _accuracy_section(records: list[dict[str, Any]]) -> Section:
     head = ["model", "set", "problems", "n", "mean@n %", "pass@n %", "maj@n %", "tokens", "truncated %"]
     rows = []
     for record in records:
-        shown = [_cell(record, column) for column in _COLUMNS]
+        shown = [*(_cell(record, column) for column in _COLUMNS[:-1]), f"{record['truncated']:.1f}"]
         n = "-" if record["n"] is None else str(record["n"])
         if record["n"] == 1:
             shown[1] = shown[2] = "-"  # one sample passes, votes and is the mean
