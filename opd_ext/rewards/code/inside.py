@@ -160,8 +160,11 @@ def _enclose(jail):
     The process that was started waits outside for it; when it is killed, the kernel kills process 1 and with it every
     process of the namespace.
     """
+    import _signal
+
     call = _library()
     call("prctl", _PDEATHSIG, 9, 0, 0, 0)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)  # a parent that ignores it would hide how the child ended
     uid, gid = os.geteuid(), os.getegid()
     call("unshare", _NEWNS | _NEWCGROUP | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET | (0 if jail["root"] else _NEWUSER))
     if not jail["root"]:
