@@ -126,8 +126,20 @@ def test_feedback_is_about_the_form_alone(response, says):
     assert not any(word in result["feedback"] for word in ("getAxolotlFacts", "category", "habitat"))
 
 
-@pytest.mark.parametrize("wrong", ["", None, "{}", "[]", "[1]", '[{"Action": "f"}]', '[{"Action": "f", "Action_Input": "["}]',
-                                   '[{"Action": 3, "Action_Input": "{}"}]', reference(OPTIONAL[1])])  # fmt: skip
+NO_REFERENCES = [
+    "",
+    None,
+    "{}",
+    "[]",
+    "[1]",
+    '[{"Action": "f"}]',
+    '[{"Action": "f", "Action_Input": "["}]',
+    '[{"Action": 3, "Action_Input": "{}"}]',
+    reference(OPTIONAL[1]),
+]
+
+
+@pytest.mark.parametrize("wrong", NO_REFERENCES)
 def test_a_reference_that_asks_for_nothing_is_a_fault_of_the_data(wrong):
     with pytest.raises(ValueError, match="'tooluse': ") as refused:
         compute_score("tooluse", written(*ONE), wrong)
