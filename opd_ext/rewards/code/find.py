@@ -66,7 +66,7 @@ def find_sandbox(allow_unsafe: bool = False) -> Sandbox:
     if found is not None:
         return found
     if allow_unsafe:
-        return Sandbox("none", walls=False, paths=_packages()[0])
+        return Sandbox("no sandbox, as allow_unsafe=true allows", walls=False, paths=_packages()[0])
     raise SandboxError(
         f"This machine has no sandbox for programs that a model wrote ({'; '.join(reasons)}): install bubblewrap, "
         "allow namespaces (of a container: --security-opt seccomp=unconfined, or --cap-add SYS_ADMIN), or set "

@@ -179,7 +179,7 @@ def test_a_run_that_grades_programs_is_refused_before_it_starts_where_nothing_ca
     assert len(findings.notes) == 1 and findings.notes[0].endswith("unless the run has another machine.")
     allowed = "reward.custom_reward_function.reward_kwargs.allow_unsafe=true"
     check_reward(compose_config(["recipe=sdpo/discover", allowed]), [], findings)
-    assert findings.facts == {"programs run in": "none"}
+    assert findings.facts == {"programs run in": "no sandbox, as allow_unsafe=true allows"}
     with pytest.raises(ConfigError, match="no sandbox"):
         load_grader(RewardConfig("pkg://opd_ext.rewards.code"))
     load_grader(RewardConfig("pkg://opd_ext.rewards.code", kwargs={"allow_unsafe": True}))
