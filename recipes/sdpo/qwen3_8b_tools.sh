@@ -6,7 +6,7 @@
 #   recipes/sdpo/qwen3_8b_tools.sh --dry-run
 #   recipes/sdpo/qwen3_8b_tools.sh
 #
-# DATA_DIR  where the data is                              ${OPD_HOME:-~/.cache/opd_ext}/tooluse
+# DATA_DIR  where the data is                              ${OPD_HOME:-~/.cache/opd_ext}/sdpo
 # TRAIN     training set in DATA_DIR                       tooluse_train
 # EVAL      validation sets in DATA_DIR                    tooluse_test
 # OUT       run folder                                     ${OPD_RUNS:-runs}/sdpo-qwen3-8b-tools
@@ -20,6 +20,6 @@ common=$here/common.sh
     { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
 . "$common"
 
-data_folder=tooluse
+data_folder=sdpo
 gpu_run sdpo/qwen3_8b_tools tooluse_train tooluse_test "$@"
 exec opd train recipe=sdpo/qwen3_8b_tools "${inputs[@]}" "$@"
