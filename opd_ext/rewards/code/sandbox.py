@@ -143,7 +143,7 @@ class Sandbox:
                 )  # fmt: skip
                 os.close(told)
                 told = -1
-                end, seconds = self._watch(process, ready, job.limits, files["stdout"])
+                end, seconds = self._watch(process, ready, job.limits)
             finally:
                 os.close(ready)
                 if told >= 0:
@@ -153,7 +153,7 @@ class Sandbox:
                 raise SandboxError(f"{self.name}: {said or f'exit status {process.returncode}'}")
             return _outcome(end, process.returncode, seconds, files, job.limits)
 
-    def _watch(self, process: subprocess.Popen, ready: int, limits: Limits, stdout: int) -> tuple[str, float]:
+    def _watch(self, process: subprocess.Popen, ready: int, limits: Limits) -> tuple[str, float]:
         """Wait for the end, or bring it about; ``start`` if the program never began."""
         poll, end = select.poll(), ""
         handle = os.pidfd_open(process.pid)
