@@ -14,6 +14,7 @@
 #                             a copy of recipes/ORIGINAL.sh gets a run folder and an experiment name of its own
 #   gpu_run ORIGINAL TRAIN EVAL ARGUMENTS...
 #                             find opd, check the inputs of a GPU recipe, whose data sets by default are TRAIN and EVAL
+#                             in the folder math of OPD_HOME, or in the one that `data_folder` names
 #
 # The last two add to `inputs` what `opd train` is to be told; the script's own folder is `here`, and TEACHER is an
 # input if `teacher_is_input` is set. What nobody asked for is not among them: it stands in opd_ext/config/recipe.
@@ -110,7 +111,7 @@ gpu_run() {
     take_model MODEL actor_rollout_ref.model.path "$@"
     if [[ -n ${teacher_is_input:-} ]]; then take_model TEACHER opd.teacher.path "$@"; fi
 
-    folder=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/math")")
+    folder=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/${data_folder:-math}")")
     read -ra sets <<<"$eval"
     for name in "${sets[@]}"; do files+="${files:+,}'$folder/$name.parquet'"; done
     if given DATA_DIR; then inputs+=("opd.world='$folder'"); fi

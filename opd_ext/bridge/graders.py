@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's own graders: the one that looks at the data source, and the one that runs programs."""
+"""What graders have of verl: its own grader, which looks at the data source, and its client of SandboxFusion."""
 
 from typing import Any
 
 from verl.utils.reward_score import default_compute_score
-from verl.utils.reward_score.prime_code.utils import check_correctness
+from verl.utils.reward_score.sandbox_fusion.utils import call_sandbox_api
 
-__all__ = ["default_compute_score", "passes"]
+__all__ = ["default_compute_score", "run_code"]
 
 
-def passes(program: str, test: dict[str, Any], seconds: float) -> bool:
-    """Whether ``program`` passes one test within ``seconds``, in a process of verl's. It is no sandbox.
+def run_code(url: str, code: str, stdin: str, seconds: int, memory_mib: int) -> dict[str, Any]:
+    """What a SandboxFusion server answers to one Python program with one input.
 
-    Args:
-        test: ``inputs`` and ``outputs`` with one text each, and ``fn_name`` where a function is asked for.
+    Raises:
+        ConnectionError: it does not answer, or with an error.
     """
-    results, _ = check_correctness(test, program, timeout=seconds, debug=False)
-    return all(result is True for result in results)
+    answer, error = call_sandbox_api(url, code, stdin, seconds, seconds, memory_mib, "python")
+    if error or answer is None:
+        raise ConnectionError(f"{url} does not run programs: {error}")
+    return answer

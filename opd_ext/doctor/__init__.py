@@ -27,7 +27,7 @@ from opd_ext.doctor.devices import (
     installed_gpus,
     usable,
 )
-from opd_ext.doctor.machine import check_disk, check_memory, check_open_files, check_shared_memory
+from opd_ext.doctor.machine import check_disk, check_memory, check_open_files, check_sandbox, check_shared_memory
 from opd_ext.doctor.network import check_communication, check_infiniband
 from opd_ext.doctor.software import check_libraries, check_plugin, check_python, check_versions
 from opd_ext.terminal import terminal
@@ -74,6 +74,7 @@ def check_machine(stack: Stack, gpus: int) -> list[Check]:
         check_disk("disk, Ray", ray_folder, ray_disk, "free some space or set RAY_TMPDIR"),
         check_shared_memory(needed.shm),
         check_open_files(needed.files),
+        check_sandbox(),
     ]
 
 

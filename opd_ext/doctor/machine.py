@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from opd_ext.doctor.check import GIB, Check
+from opd_ext.rewards.code import SandboxError, check_machine
 
 MAX_DISK_USE = 0.95  # Ray refuses tasks on a fuller disk
 
@@ -45,6 +46,15 @@ def check_shared_memory(needed: float, path: Path = Path("/dev/shm")) -> Check:
         f"remount {path}."
     )
     return Check("shared memory", found, wanted, problem if size < needed else None)
+
+
+def check_sandbox() -> Check:
+    """What programs of a model would be graded in; no problem of a machine that grades none."""
+    try:
+        found = check_machine()
+    except SandboxError as error:
+        found = f"none {str(error)[str(error).index('(') : str(error).index(')') + 1]}"
+    return Check("sandbox of graded programs", found, "only where programs are graded")
 
 
 def check_open_files(needed: int) -> Check:

@@ -4,11 +4,13 @@
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import json
 import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -131,7 +133,7 @@ def load_grader(settings: RewardConfig) -> Callable[..., Any]:
     """A function with verl's signature; verl's own, which looks at ``data_source``, without a path.
 
     Raises:
-        ConfigError: there is no such module or function.
+        ConfigError: there is no such module or function, it takes other arguments, or this machine lacks what it needs.
     """
     if settings.path is None:
         from opd_ext.bridge.graders import default_compute_score
@@ -144,7 +146,15 @@ def load_grader(settings: RewardConfig) -> Callable[..., Any]:
             spec = importlib.util.spec_from_file_location(Path(settings.path).stem, settings.path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        return getattr(module, settings.name)
+        function = getattr(module, settings.name)
+        inspect.signature(function).bind("", "", "", None, **settings.kwargs)
+        if check := getattr(module, "check_machine", None):
+            check(**settings.kwargs)
+        return partial(function, **settings.kwargs)
+    except TypeError as error:
+        raise ConfigError(f"reward.kwargs={settings.kwargs} does not fit {settings.path}: {error}.") from None
+    except RuntimeError as error:  # of check_machine
+        raise ConfigError(str(error)) from None
     except (ImportError, AttributeError, OSError) as error:
         raise ConfigError(
             f"reward.path={settings.path} with reward.name={settings.name} does not load: {error}."
@@ -200,7 +210,8 @@ class _Grading:
 
     def __call__(self, work: tuple[str, str, str, Any]) -> dict[str, float]:
         source, text, truth, extra = work
-        result = _loaded_grader(self._settings.path, self._settings.name)(source, text, truth, extra)
+        settings = self._settings
+        result = _loaded_grader(settings.path, settings.name, json.dumps(settings.kwargs))(source, text, truth, extra)
         if not isinstance(result, dict):
             return {"acc": float(result)}
         others = {name: float(value) for name, value in result.items() if name.startswith("acc_")}
@@ -208,8 +219,8 @@ class _Grading:
 
 
 @cache
-def _loaded_grader(path: str | None, name: str) -> Callable[..., Any]:
-    return load_grader(RewardConfig(path, name))
+def _loaded_grader(path: str | None, name: str, kwargs: str) -> Callable[..., Any]:
+    return load_grader(RewardConfig(path, name, json.loads(kwargs)))
 
 
 def statement_key(text: str) -> str:

@@ -70,6 +70,11 @@ class RewardConfig:
 
     path: str | None = None  # Python file, or pkg://module; null: verl's own grader
     name: str = "compute_score"  # name of the function in it
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the function
+
+    def described(self) -> dict[str, Any]:
+        """What a finished stage remembers of its grader; without arguments as before there were any."""
+        return {name: value for name, value in plain(self).items() if name != "kwargs" or value}
 
 
 @dataclass

@@ -189,7 +189,7 @@ class Steps(SamplingSteps):
             settings = {
                 **self.sampling_settings(self.config.model, Decoding(0.0, e.top_k, e.top_p), e.n, e.max_tokens),
                 "temperatures": e.temperatures,
-                "reward": plain(self.config.reward),
+                "reward": self.config.reward.described(),
             }
             outputs = [f"evaluate/{name}.parquet"]
             owns = [f"evaluate/samples/{name}-{split}-*" for split in self.splits]

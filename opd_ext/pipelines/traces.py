@@ -9,7 +9,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from opd_ext.pipelines import problems
-from opd_ext.pipelines.settings import TracedConfig, plain
+from opd_ext.pipelines.settings import TracedConfig
 from opd_ext.pipelines.stages import Stage
 from opd_ext.pipelines.steps import Steps
 from opd_ext.tokens.ends import stop_ids
@@ -31,7 +31,7 @@ class TracedSteps(Steps):
             settings = {**choice, "column": config.traces_column}
             return [Stage("traces", self._given_traces, settings, [TRACES], ["prompts-train"])]
         asked = self.sampling_settings(config.teacher, config.traces, config.traces.n, config.traces.max_tokens)
-        chosen = {**choice, "reward": plain(config.reward)}
+        chosen = {**choice, "reward": config.reward.described()}
         return [
             Stage("sample-teacher", self._sample_teacher, asked, [SAMPLED], ["prompts-train"]),
             Stage("traces", self._chosen_traces, chosen, [TRACES], ["prompts-train", "sample-teacher"]),

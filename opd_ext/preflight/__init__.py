@@ -10,7 +10,7 @@ from opd_ext.config.checks import check_inputs
 from opd_ext.config.schema import OPDConfig
 from opd_ext.preflight.data import check_data
 from opd_ext.preflight.findings import Findings
-from opd_ext.preflight.machine import check_machine
+from opd_ext.preflight.machine import check_machine, on_cluster
 from opd_ext.preflight.models import check_models
 from opd_ext.preflight.resume import check_resume
 from opd_ext.preflight.reward import check_reward
@@ -36,5 +36,5 @@ def preflight(config: DictConfig, opd: OPDConfig, starting: bool) -> Findings:
     tokenizer = check_models(config, opd, starting, findings)
     found = check_data(config, opd, tokenizer, findings)
     graded = [samples for key in found for samples in found[key] if samples.answered]
-    check_reward(config, graded, findings)
+    check_reward(config, graded, findings, here=starting and not on_cluster())
     return findings

@@ -31,7 +31,7 @@ def check_machine(config: DictConfig, opd: OPDConfig, starting: bool) -> None:
     check_folder(Path(opd.run_dir))
     if starting:
         check_cluster()
-        if not _cluster():
+        if not on_cluster():
             check_devices(config, opd)
 
 
@@ -135,7 +135,7 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _cluster() -> bool:
+def on_cluster() -> bool:
     """Whether Ray will join a cluster, whose machines are not this one: it is named, or was started here."""
     return bool(os.environ.get("RAY_ADDRESS")) or _started_here().exists()
 

@@ -20,13 +20,17 @@ SECONDS = 10.0  # a judge behind a network may take longer: then nothing is said
 _ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
-def check_reward(config: DictConfig, graded: Sequence[Samples], findings: Findings) -> None:
+def check_reward(config: DictConfig, graded: Sequence[Samples], findings: Findings, here: bool = True) -> None:
     """Load the function, and let it grade an empty response to the first row of ``graded``, files with references.
 
-    If the function's module has a ``check_reference``, that is asked about every reference that was read.
+    If the function's module has a ``check_machine``, that says what the grader needs of this machine, and if it has a
+    ``check_reference``, that is asked about every reference that was read.
+
+    Args:
+        here: the run starts on this machine; if not, what this one lacks is a note.
 
     Raises:
-        ConfigError: it cannot be imported, takes other arguments, raises, or returns no score.
+        ConfigError: it cannot be imported, takes other arguments, raises, returns no score, or lacks what it needs.
     """
     from opd_ext.bridge.inputs import reward_function
 
@@ -40,6 +44,7 @@ def check_reward(config: DictConfig, graded: Sequence[Samples], findings: Findin
         inspect.signature(function).bind(**dict.fromkeys(_ARGUMENTS), **always)
     except TypeError as error:
         raise refuse(f"{shown} must take {', '.join((*_ARGUMENTS, *always))}", error) from None
+    _check_machine(function, always, findings, here)
     manager = config.reward.reward_manager.source
     if not graded or config.reward.reward_model.enable or manager != "register":
         return  # a model that grades is not up yet; a manager of the user's calls the function as it likes
@@ -57,6 +62,18 @@ def check_reward(config: DictConfig, graded: Sequence[Samples], findings: Findin
         raise refuse(f"{shown} fails on the first row, data_source={source} and ground_truth={answer!r:.60}", result)
     else:
         _check_score(shown, result)
+
+
+def _check_machine(function: Callable[..., Any], always: Mapping[str, Any], findings: Findings, here: bool) -> None:
+    check = getattr(inspect.getmodule(function), "check_machine", None)
+    if check is None:
+        return
+    try:
+        findings.fact("programs run in", check(**always))
+    except RuntimeError as error:
+        if here:
+            raise ConfigError(str(error)) from None
+        findings.note(f"{str(error).rstrip('.')} - unless the run has another machine.")
 
 
 def _check_references(function: Callable[..., Any], graded: Sequence[Samples]) -> None:

@@ -18,6 +18,8 @@ Graders are called from the worker threads of an event loop, so they must not de
 thread, and no response, however odd, may raise or block. A bad *reference* raises ``ValueError``: that is a
 fault of the data, and grading it as a wrong answer would hide it. A module may also offer
 ``check_reference(ground_truth)``, which raises it: before a run starts, every reference that was read is asked about.
+And it may offer ``check_machine(**arguments)``, asked with the arguments that a run gives the function: it says what
+the grader works with on this machine, or raises ``RuntimeError`` if that is missing.
 
 Nothing is imported here; name the module, e.g. ``pkg://opd_ext.rewards.math_dual`` in verl's reward config.
 """

@@ -73,6 +73,15 @@ def test_an_update_of_crisp_is_measured_against_one_of_grpo(benchmark, tmp_path)
     assert result["predicted_ratio"] == pytest.approx(expected)
 
 
+def test_a_graded_test_is_measured_against_the_bare_interpreter_and_verl(benchmark, tmp_path):
+    out = tmp_path / "programs.json"
+    benchmark("programs").main(repeats=1, tests=2, out=out)
+    result = json.loads(out.read_text())
+    arms = result["milliseconds_fastest"]
+    assert {"bare interpreter", "verl prime_code"} <= set(arms) and min(arms.values()) > 0
+    assert set(result["overhead_milliseconds_median"]) == set(arms) - {"bare interpreter", "verl prime_code"}
+
+
 def test_the_time_before_the_first_step_is_measured_process_by_process(benchmark, tmp_path, capsys):
     startup, program = benchmark("startup"), tmp_path / "stand_in.py"
     program.write_text(STAND_IN)

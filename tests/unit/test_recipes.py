@@ -22,7 +22,7 @@ SCRIPTS = sorted(RECIPES.glob("*/*.sh"))
 METHODS = {method: f"{name}.sh" for method, (name, _, _) in RUNS.items()}
 GPU_RECIPES = [f"{method}/{script}" for method, script in METHODS.items()]
 # The same settings with another model.
-VARIANTS = ["crisp/qwen3_14b.sh", "opsd/qwen3_8b.sh"]
+VARIANTS = ["crisp/qwen3_14b.sh", "opsd/qwen3_8b.sh", "sdpo/qwen3_8b_tools.sh"]
 # Their names are what a user finds in runs/ and in reports.
 RUN_FOLDERS = {
     "crisp/qwen3_8b.sh": "crisp-qwen3-8b",
@@ -34,6 +34,7 @@ RUN_FOLDERS = {
     "opsd/qwen3_1_7b.sh": "opsd-qwen3-1.7b",
     "opsd/qwen3_8b.sh": "opsd-qwen3-8b",
     "sdpo/qwen3_8b.sh": "sdpo-qwen3-8b",
+    "sdpo/qwen3_8b_tools.sh": "sdpo-qwen3-8b-tools",
     "trace/qwen3_8b.sh": "trace-qwen3-8b",
 }
 # What every guide of a paper answers, in this order; what one has besides stands a level deeper.

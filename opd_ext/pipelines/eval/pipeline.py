@@ -17,7 +17,7 @@ from opd_ext.pipelines import problems
 from opd_ext.pipelines.eval.config import EvalConfig
 from opd_ext.pipelines.eval.models import Evaluated, evaluated
 from opd_ext.pipelines.eval.votes import voted
-from opd_ext.pipelines.settings import PromptsConfig, plain
+from opd_ext.pipelines.settings import PromptsConfig
 from opd_ext.pipelines.stages import Pipeline, Stage
 from opd_ext.pipelines.steps import REFUSALS, SamplingSteps, write_frame
 from opd_ext.sampling.jobs import Job
@@ -73,7 +73,7 @@ class Evaluation(SamplingSteps):
 
     def _stage(self, name: str, file: Path) -> Stage:
         asked, n = self.config.sampling, self.config.samples_of(name)
-        graders = {source: plain(self.config.grader_of(source)) for source in sources(file, self.config.count)}
+        graders = {source: self.config.grader_of(source).described() for source in sources(file, self.config.count)}
         settings = self.sampling_settings(self.model.path, asked, n, asked.max_tokens)
         settings |= {"model": self.model.identity, "graders": graders}
         return Stage(

@@ -48,7 +48,7 @@ def stages(steps: T3S, config: T3SConfig, traces: str) -> list[Stage]:
         found.append(steps.train(f"diffusion-{arm}", task, ["traces", *(["select-diffusion"] if MASKS[arm] else [])]))
     models = {BASE: (config.diffusion.model, None)}
     models |= {arm: (str(task.final), f"train-diffusion-{arm}") for arm, task in tasks.items()}
-    settings = {"threshold": config.diffusion.threshold, "reading": plain(reading), "reward": plain(config.reward)}
+    settings = {"threshold": config.diffusion.threshold, "reading": plain(reading), "reward": config.reward.described()}
     settings |= {"max_tokens": _max_tokens(config), "shard": config.vllm.shard}
     settings |= {"model": problems.fingerprint(config.diffusion.model)}
     for name, (_, made_by) in models.items():

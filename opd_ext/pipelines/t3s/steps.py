@@ -82,7 +82,7 @@ class T3S(TracedSteps):
 
         b = self.config.bottleneck
         settings = self.sampling_settings(self.config.model, b, b.n, self.config.evaluate.max_tokens) | {
-            "reward": plain(self.config.reward)
+            "reward": self.config.reward.described()
         }
         samples = [f"samples/step-{step:06d}.parquet" for step in self.checkpoints]
         return Stage("score", run, settings, [CURVE, *samples], ["traces", "train-pilot"])

@@ -5,19 +5,21 @@ from opd_ext.bridge import graders, validation
 
 from .seams import seam
 
-SUM = "n = int(input())\nprint(n + n)\n"
-TEST = {"inputs": ["21\n"], "outputs": ["42\n"]}
-
 
 @seam(
     "bridge/graders.py",
-    pins={"verl.utils.reward_score.prime_code.utils:check_correctness": "in_outs generation timeout= debug="},
+    pins={
+        "verl.utils.reward_score.sandbox_fusion.utils:call_sandbox_api": "sandbox_fusion_url code stdin "
+        "compile_timeout run_timeout memory_limit_mb language="
+    },
 )
 def programs():
-    """``check_correctness`` answers ``([True], ...)`` for a test that passes, and no True for one that fails."""
-    assert graders.passes(SUM, TEST, 6)
-    assert not graders.passes(SUM, {**TEST, "outputs": ["43\n"]}, 6)
-    assert not graders.passes("raise ValueError", TEST, 6)
+    """``call_sandbox_api`` answers ``(the server's JSON, None)``, and ``(None, a sentence)`` where no server is."""
+    try:
+        graders.run_code("http://127.0.0.1:9/run_code", "print(3)", "", 1, 64)
+    except ConnectionError:
+        return
+    raise AssertionError("nobody has run a program, and nothing is said")
 
 
 @seam("bridge/graders.py", pins={"verl.utils.reward_score:default_compute_score": None})

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sandbox this machine has: bubblewrap, else the kernel's namespaces by hand, else none.
+
+A sandbox counts when a program that tries its walls, started as any other, finds that they hold.
+"""
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from opd_ext.rewards.code.sandbox import PROCESSES, TEMPORARY, Job, Limits, Sandbox, SandboxError, interpreter
+
+PACKAGES = ("numpy", "sortedcontainers")
+"""What programs may import besides the standard library, where the grader's environment has it."""
+
+_SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_LINKS = {"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1"}
+
+_PROBE = """
+import json, os, signal, socket, sys
+port, marker, processes = json.loads(input())
+held = {}
+try:
+    socket.create_connection(("127.0.0.1", port), 1)
+    held["the network can be reached"] = True
+except OSError:
+    pass
+held["files of this machine can be read"] = os.path.exists(marker)
+held["the environment can be read"] = bool(set(os.environ) - {"LC_CTYPE", "PWD", "OPENBLAS_NUM_THREADS"})
+held["processes of this machine can be seen"] = os.getpid() > 8
+try:
+    os.close(os.open("/written", os.O_CREAT | os.O_WRONLY))
+    held["the root can be written"] = True
+except OSError:
+    pass
+made = 0
+try:
+    while made <= processes:
+        if not os.fork():
+            signal.pause()
+        made += 1
+except OSError:
+    pass
+held["the number of processes has no limit"] = made > processes
+print(json.dumps([name for name, value in held.items() if value]))
+"""
+
+
+def find_sandbox(allow_unsafe: bool = False) -> Sandbox:
+    """The sandbox that programs are graded in.
+
+    Args:
+        allow_unsafe: where there is none, run programs with limits only, with this account's files and network.
+
+    Raises:
+        SandboxError: one sentence that says what was tried and what can be changed.
+    """
+    found, reasons = _found()
+    if found is not None:
+        return found
+    if allow_unsafe:
+        return Sandbox("no sandbox, as allow_unsafe=true allows", walls=False, paths=_packages()[0])
+    raise SandboxError(
+        f"This machine has no sandbox for programs that a model wrote ({'; '.join(reasons)}): install bubblewrap, "
+        "allow namespaces (of a container: --security-opt seccomp=unconfined, or --cap-add SYS_ADMIN), or set "
+        "sandbox_fusion_url or, where nothing can be harmed, allow_unsafe=true in "
+        "reward.custom_reward_function.reward_kwargs (of a pipeline: reward.kwargs)."
+    )
+
+
+@cache
+def _found() -> tuple[Sandbox | None, tuple[str, ...]]:
+    reasons = [] if shutil.which("bwrap") else ["there is no bwrap"]
+    for sandbox in candidates():
+        if not (broken := faults(sandbox)):
+            return sandbox, ()
+        reasons.append(broken)
+    return None, tuple(dict.fromkeys(reasons))
+
+
+def candidates() -> Iterator[Sandbox]:
+    """In order of preference. A container may forbid a /proc of one's own; then programs have none."""
+    root = os.geteuid() == 0
+    for proc in (True, False):
+        if command := shutil.which("bwrap"):
+            yield bubblewrap(command, root, proc)
+    for as_root in (True, False) if root else (False,):
+        for proc in (True, False):
+            yield namespaces(as_root, proc)
+
+
+def bubblewrap(command: str, root: bool, proc: bool) -> Sandbox:
+    """``bwrap``. By root without a user namespace: so the program can become a user whose processes are counted."""
+    paths, mounted = _packages()
+    folders, links = _library(mounted)
+    words = [command, "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    words += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
+    words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--disable-userns"]
+    for link, target in links.items():
+        words += ["--symlink", target, link]
+    shown = [*folders, interpreter()]
+    above = {str(parent) for folder in shown for parent in Path(folder).parents} - {"/", *folders}
+    for folder in sorted(above):  # which bwrap by root would make for root alone
+        words += ["--perms", "0755", "--dir", folder]
+    for folder in shown:
+        words += ["--ro-bind", folder, folder]
+    for device in filter(os.path.exists, _DEVICES):
+        words += ["--dev-bind", device, device]
+    for folder in TEMPORARY:
+        words += ["--perms", "1777", "--size", str(16 << 20), "--tmpfs", folder]
+    if proc:
+        words += ["--proc", "/proc", *(w for link, target in _LINKS.items() for w in ("--symlink", target, link))]
+    words += ["--remount-ro", "/", "--chdir", "/tmp"]
+    return Sandbox(f"bubblewrap{'' if proc else ', no /proc'}", tuple(words), root=root, paths=paths)
+
+
+def namespaces(root: bool, proc: bool) -> Sandbox:
+    """unshare(2) and mounts, by the interpreter that then becomes the program."""
+    paths, mounted = _packages()
+    folders, links = _library(mounted)
+    jail = {
+        "root": root, "proc": proc, "folders": folders, "links": links | (_LINKS if proc else {}), "cwd": "/tmp",
+        "devices": [device for device in _DEVICES if os.path.exists(device)], "empty": TEMPORARY,
+    }  # fmt: skip
+    return Sandbox(f"unshare{'' if proc else ', no /proc'}", jail=jail, root=root, paths=paths)
+
+
+def faults(sandbox: Sandbox) -> str:
+    """Which wall of a sandbox does not hold, or why it does not start; nothing if all is well."""
+    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile() as marker:
+        asked = json.dumps([server.getsockname()[1], marker.name, PROCESSES])
+        try:
+            outcome = sandbox.run(Job(_PROBE, asked, limits=Limits(seconds=20), filtered=False))
+            broken = json.loads(outcome.output)
+        except SandboxError as error:
+            return str(error)
+        except ValueError:
+            return f"{sandbox.name}: {outcome.error or outcome.end}"
+    return f"{sandbox.name}: {', '.join(broken)}" if broken else ""
+
+
+def _library(packages: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Folders of the interpreter, of the C library and of ``packages``, and links among the former."""
+    links = {path: os.readlink(path) for path in _SYSTEM if os.path.islink(path)}
+    prefix = os.path.dirname(os.path.dirname(interpreter()))
+    wanted = [path for path in _SYSTEM if os.path.isdir(path) and path not in links]
+    wanted += [path for path in ("/nix/store",) if interpreter().startswith(path)]
+    wanted += [path for path in (f"{prefix}/lib", f"{prefix}/lib64") if os.path.isdir(path)]
+    folders: list[str] = []
+    for path in (*wanted, *packages):
+        if not any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(known)) for known in folders):
+            folders.append(path)
+    return folders, links
+
+
+@cache
+def _packages() -> tuple[tuple[str, ...], list[str]]:
+    """Entries of the import path, and the folders that programs see of them."""
+    paths: list[str] = []
+    folders: list[str] = []
+    for name in PACKAGES:
+        spec = find_spec(name)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            paths.append(os.path.dirname(folder))
+            folders += [path for path in (folder, f"{folder}.libs") if os.path.isdir(path)]
+    return tuple(dict.fromkeys(paths)), folders
