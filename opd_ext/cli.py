@@ -280,6 +280,49 @@ def export(
         raise _refused("export", error) from None
 
 
+@app.command(name="eval", context_settings={"ignore_unknown_options": True})
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a run folder, a folder with a model, or a hub id")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]")] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="sets, separated by commas: names of files in data_dir, or paths", show_default="a run's own"
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="another model, compared problem by problem")] = None,
+    step: Annotated[str | None, typer.Option(help="of a run: saved step, or best", show_default="newest")] = None,
+    against_step: Annotated[str | None, typer.Option(help="as --step, of --against")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="how a paper samples: cispo, crisp, iw_opd, opsd, sdpo, ssd, trace")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help="the machine", show_default="a run's own, or cpu")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="samples per problem")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="the first so many problems of every set")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_RUNS/eval-MODEL")
+    ] = None,
+    force: Annotated[str | None, typer.Option(help="throw away what this stage made, make it again")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the stages and what is done, and stop")] = False,
+    cfg: Annotated[bool, typer.Option("--cfg", help="print the composed configuration and stop")] = False,
+) -> None:
+    """Evaluate a model or a run: mean@n, pass@k, majority, lengths, intervals. Again, it goes on where it stopped."""
+    from opd_ext.checkpoints.layout import CheckpointError
+    from opd_ext.errors import ConfigError
+    from opd_ext.launch import LaunchError
+    from opd_ext.pipelines.eval.command import run
+    from opd_ext.pipelines.stages import StageError
+    from opd_ext.tokens.tables import TableError
+
+    options = {"sets": on, "against": against, "step": step, "against_step": against_step, "protocol": protocol}
+    numbers = {"sampling.n": n, "count": count}
+    options |= {"scale": scale} | {key: None if value is None else str(value) for key, value in numbers.items()}
+    try:
+        run(model, options, [*([f"run_dir={out}"] if out else []), *(overrides or [])], force, dry_run, cfg)
+    except (CheckpointError, ConfigError, LaunchError, StageError, TableError) as error:
+        raise _refused("eval", error) from None
+
+
 @app.command()
 def compare(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="a folder of run folders")],

@@ -60,7 +60,7 @@ def run(
     console = terminal()
     console.print(f"run folder: {config.run_dir}", soft_wrap=True, highlight=False)
     if dry_run:
-        console.print(_overview(pipeline))
+        console.print(overview(pipeline))
         return
     # On the CPU a pipeline's processes, one after the other, are forked from one that has imported the stack.
     busy = any(state != "done" for _, state, _ in pipeline.overview())
@@ -90,7 +90,8 @@ def _check(config: PipelineConfig) -> None:
         problems.check_columns(file, graded=True, worded=bool(wording))
 
 
-def _overview(pipeline: Pipeline) -> Table:
+def overview(pipeline: Pipeline) -> Table:
+    """The stages, what became of each, and what it waits for."""
     table = Table("stage", "state", "after")
     for name, state, after in pipeline.overview():
         table.add_row(name, state, ", ".join(after))

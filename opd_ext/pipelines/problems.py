@@ -28,6 +28,7 @@ from opd_ext.pipelines.settings import PromptsConfig, RewardConfig
 
 _PER_PROCESS = 2_000  # responses from which another process pays for its start
 _LOOK = 1 << 20  # bytes
+_CONTENT = (".safetensors", ".bin", ".json", ".pt")
 
 
 @cache
@@ -83,7 +84,7 @@ def fingerprint(model: str) -> str:
     if not Path(model).is_dir():
         return model
     digest = hashlib.sha256()
-    for file in sorted(path for path in Path(model).iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
+    for file in sorted(path for path in Path(model).iterdir() if path.suffix in _CONTENT):
         size = file.stat().st_size
         digest.update(f"{file.name}/{size}/".encode())
         with file.open("rb") as handle:
@@ -172,7 +173,8 @@ def grade(
 ) -> pd.DataFrame:
     """``uid, sample, acc, tokens, truncated`` of every response, in the order of ``samples``.
 
-    ``acc`` is the grader's ``acc``, or its score; ``truncated`` whether the response ran into its limit.
+    ``acc`` is the grader's ``acc``, or its score; ``truncated`` whether the response ran into its limit. Further
+    verdicts of the grader whose names begin with ``acc_`` follow as columns.
     """
     of_uid = problems.set_index("uid")
     texts = decode(samples, tokenizer)
@@ -187,15 +189,17 @@ def grade(
     else:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             scores = list(pool.map(_Grading(settings), work, chunksize=64))
-    return pd.DataFrame(
+    verdicts = pd.DataFrame(scores, index=samples.index)
+    table = pd.DataFrame(
         {
             "uid": samples["uid"],
             "sample": samples["sample"],
-            "acc": scores,
+            "acc": verdicts.pop("acc"),
             "tokens": samples["response_ids"].map(len),
             "truncated": samples["finish_reason"] == "length",
         }
     )
+    return table.join(verdicts)
 
 
 class _Grading:
@@ -204,11 +208,14 @@ class _Grading:
     def __init__(self, settings: RewardConfig):
         self._settings = settings
 
-    def __call__(self, work: tuple[str, str, str, Any]) -> float:
+    def __call__(self, work: tuple[str, str, str, Any]) -> dict[str, float]:
         source, text, truth, extra = work
         settings = self._settings
         result = _loaded_grader(settings.path, settings.name, json.dumps(settings.kwargs))(source, text, truth, extra)
-        return float(result.get("acc", result["score"]) if isinstance(result, dict) else result)
+        if not isinstance(result, dict):
+            return {"acc": float(result)}
+        others = {name: float(value) for name, value in result.items() if name.startswith("acc_")}
+        return {"acc": float(result.get("acc", result["score"])), **others}
 
 
 @cache

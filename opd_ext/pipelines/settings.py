@@ -8,7 +8,7 @@ asked for, a published ``preset`` or a ``recipe``.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,21 +93,18 @@ class EvaluationConfig:
 
 
 @dataclass
-class PipelineConfig:
-    """What all pipelines have in common."""
+class SampledConfig:
+    """What samples and grades, in all pipelines."""
 
     run_dir: str = "runs/offline"  # everything that the pipeline makes; a rerun goes on there
     scale: str = "cpu_tiny"  # name of the preset in config/pipelines/scale that is composed
     device: str = "cuda"  # what samples and trains: cpu | cuda (set by the scale)
     world: str | None = None  # folder of the miniature world, where a scale uses it
-    model: str | None = None  # folder or hub id of the model that is fine-tuned
+    model: str | None = None  # folder or hub id of the model that is fine-tuned, or evaluated
     trust_remote_code: bool = False  # let the model bring Python code of its own
     seed: int = 1  # of samples, batches, random arms
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)  # what is trained on
     vllm: VLLMConfig = field(default_factory=VLLMConfig)  # the engines that sample
-    train: TrainConfig = field(default_factory=TrainConfig)  # the fine-tuning
     reward: RewardConfig = field(default_factory=RewardConfig)  # the grader
-    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)  # what models are compared on
     environment: dict[str, str] = field(default_factory=dict)  # of the processes that sample and train
 
     def check(self) -> None:
@@ -119,19 +116,8 @@ class PipelineConfig:
         one_of("device", self.device, ("cpu", "cuda"))
         if not self.model:
             raise ConfigError("model is missing: set it to a folder with a model, or its hub id.")
-        self.prompts.wording = check_wording("prompts.wording", self.prompts.wording)
-        if self.evaluate.wording is not None:
-            self.evaluate.wording = check_wording("evaluate.wording", self.evaluate.wording)
         positive("vllm.replicas", self.vllm.replicas)
         positive("vllm.shard", self.vllm.shard)
-        check_training("train", self.train)
-        if not self.evaluate.temperatures:
-            raise ConfigError("evaluate.temperatures=[] must name at least one temperature.")
-        for temperature in self.evaluate.temperatures:
-            positive("evaluate.temperatures", temperature, zero=True)
-        positive("evaluate.n", self.evaluate.n)
-        check_share("evaluate.top_p", self.evaluate.top_p)
-        self.check_limit("evaluate.max_tokens", self.evaluate.max_tokens)
 
     def check_limit(self, key: str, tokens: int) -> None:
         """A response must leave room for its prompt."""
@@ -140,6 +126,29 @@ class PipelineConfig:
                 f"{key}={tokens} must be positive and below vllm.max_model_len={self.vllm.max_model_len}, which holds "
                 "the prompt as well."
             )
+
+
+@dataclass
+class PipelineConfig(SampledConfig):
+    """What all pipelines that train have in common."""
+
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)  # what is trained on
+    train: TrainConfig = field(default_factory=TrainConfig)  # the fine-tuning
+    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)  # what models are compared on
+
+    def check(self) -> None:
+        super().check()
+        self.prompts.wording = check_wording("prompts.wording", self.prompts.wording)
+        if self.evaluate.wording is not None:
+            self.evaluate.wording = check_wording("evaluate.wording", self.evaluate.wording)
+        check_training("train", self.train)
+        if not self.evaluate.temperatures:
+            raise ConfigError("evaluate.temperatures=[] must name at least one temperature.")
+        for temperature in self.evaluate.temperatures:
+            positive("evaluate.temperatures", temperature, zero=True)
+        positive("evaluate.n", self.evaluate.n)
+        check_share("evaluate.top_p", self.evaluate.top_p)
+        self.check_limit("evaluate.max_tokens", self.evaluate.max_tokens)
 
     @property
     def models(self) -> dict[str, str | None]:
@@ -171,8 +180,8 @@ class TracedConfig(PipelineConfig):
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
-_GROUPS = ("scale", "preset", "tuning", "recipe")
-_Config = TypeVar("_Config", bound=PipelineConfig)
+_GROUPS = ("scale", "preset", "tuning", "recipe", "protocol")
+_Config = TypeVar("_Config", bound=SampledConfig)
 
 
 def compose_pipeline(
@@ -199,12 +208,20 @@ def compose_pipeline(
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
             given = [_addable(readable(each)) for each in overrides]
             composed: DictConfig = compose(name, overrides=[f"hydra.searchpath=[{folders}]", *given])
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), composed))
+        read = OmegaConf.masked_copy(composed, _sections(kind, composed, overrides))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), read))
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides, f"opd {name}", CONFIG_DIR / "recipe", f"{name}/") from None
     _make_paths_absolute(config)
     config.check()
     return config
+
+
+def _sections(kind: type[SampledConfig], composed: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """What a pipeline reads of a composed configuration: a scale also says how others train on that machine."""
+    asked = {re.split(r"[.=]", each.lstrip("+~"), maxsplit=1)[0] for each in overrides}
+    known = {entry.name for entry in fields(kind)}
+    return [str(name) for name in composed if name in known or name in asked]
 
 
 def _others(name: str) -> set[str]:
@@ -301,11 +318,11 @@ def _check_trainable(config: PipelineConfig) -> None:
         )
 
 
-def _make_paths_absolute(config: PipelineConfig) -> None:
+def _make_paths_absolute(config: SampledConfig) -> None:
     """Processes that sample and train may run elsewhere than here."""
-    holders = [(config, "run_dir"), (config, "model"), (config.prompts, "file")]
-    holders += [(config.evaluate, "file"), (config.evaluate, "select_file"), (config, "teacher")]
-    holders += [(getattr(config, "diffusion", None), "model")]
+    holders = [(config, name) for name in ("run_dir", "model", "teacher", "against")]
+    holders += [(getattr(config, "prompts", None), "file"), (getattr(config, "diffusion", None), "model")]
+    holders += [(getattr(config, "evaluate", None), name) for name in ("file", "select_file")]
     for holder, name in holders:
         value = getattr(holder, name, None)
         if value and (name == "run_dir" or Path(value).expanduser().exists()):

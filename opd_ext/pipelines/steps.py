@@ -13,7 +13,7 @@ import pandas as pd
 from opd_ext.errors import ConfigError
 from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
-from opd_ext.pipelines.settings import PipelineConfig, PromptsConfig, TrainConfig, plain
+from opd_ext.pipelines.settings import PipelineConfig, PromptsConfig, SampledConfig, TrainConfig, plain
 from opd_ext.pipelines.stages import Manifest, Stage
 from opd_ext.sampling.config import Decoding
 from opd_ext.sampling.jobs import Engines, Job, sample
@@ -32,10 +32,12 @@ SAMPLER, FINE_TUNER = "opd_ext.bridge.sampler", "opd_ext.bridge.finetune"
 SCORES = ["split", "temperature", "uid", "sample", "acc", "tokens", "truncated"]
 
 
-class Steps:
-    """A run's folder, its settings, and the stages that any pipeline may have."""
+class SamplingSteps:
+    """A folder, its settings, and what samples of one model are made of."""
 
-    def __init__(self, config: PipelineConfig):
+    config: SampledConfig
+
+    def __init__(self, config: SampledConfig):
         self.config, self.folder = config, Path(config.run_dir)
         self.manifest = Manifest(self.folder)
         self.tokenizer = problems.load_tokenizer(config.model, config.trust_remote_code)
@@ -113,6 +115,12 @@ class Steps:
         engine = self.engine_settings | {"shard": self.config.vllm.shard}
         model = problems.fingerprint(model)
         return {**own, "model": model, "n": n, "max_tokens": max_tokens, "seed": self.config.seed, "vllm": engine}
+
+
+class Steps(SamplingSteps):
+    """The stages that any pipeline with a fine-tuning may have."""
+
+    config: PipelineConfig
 
     # ------------------------------------------------------------------ fine-tuning
 

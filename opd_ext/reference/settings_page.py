@@ -19,6 +19,7 @@ from opd_ext.context import context_names, get_context
 from opd_ext.credit.annotate import annotator_names, get_annotator
 from opd_ext.credit.credits import credit_names, get_credit
 from opd_ext.divergence.divergences import divergence_names, get_divergence
+from opd_ext.pipelines.eval.config import EvalConfig
 from opd_ext.pipelines.settings import PipelineConfig, TracedConfig
 from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.t3s.config import T3SConfig
@@ -136,6 +137,7 @@ def pipeline_sections() -> dict[str, list[Section]]:
         "Keys of `opd sft` and `opd t3s`": list(sections(TracedConfig(), "", own=True, seen=seen)),
         "Keys of `opd ssd`": list(sections(SSDConfig(), "", own=True, seen=seen)),
         "Keys of `opd t3s`": list(sections(T3SConfig(), "", own=True, seen=seen)),
+        "Keys of `opd eval`": list(sections(EvalConfig(), "", own=True, seen=seen)),
     }
 
 
@@ -159,9 +161,9 @@ def page() -> str:
 
 
 _PIPELINES = wrap(
-    "`opd sft`, `opd ssd` and `opd t3s` are not under `opd`: their keys stand at the top, "
-    "`opd ssd model=... train.steps=200`. The defaults are those of the dataclasses; `opd_ext/config/pipelines` sets "
-    "what a pipeline, a scale or a published preset needs."
+    "`opd sft`, `opd ssd`, `opd t3s` and `opd eval` are not under `opd`: their keys stand at the top, "
+    "`opd ssd model=... train.steps=200`. `opd eval` has none that train. The defaults are those of the dataclasses; "
+    "`opd_ext/config/pipelines` sets what a pipeline, a scale or a published preset needs."
 )
 
 

@@ -72,6 +72,11 @@ def final_number(response: str) -> str | None:
     return found[-1].rstrip(",").replace(",", "") if found else None
 
 
+def final_answer(response: str) -> str | None:
+    """What a response votes for: its answer line, or the number that it ends with."""
+    return stated_answer(response) or final_number(response)
+
+
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict:
     """Grade one response; the signature is that of verl's custom reward functions.
 

@@ -32,7 +32,7 @@ YAML = [
 ]
 PIPELINES = sorted((CONFIG_DIR / "pipelines").rglob("*.yaml"))
 # To verl, to vLLM, to every process, to the chat template.
-HANDED_ON = r"^(diffusion\.)?train\.verl\.|^vllm\.args\.|^environment\.|^prompts\.template\."
+HANDED_ON = r"^(diffusion\.)?train\.verl\.|^vllm\.args\.|^environment\.|^(prompts\.)?template\.|^graders\.|^samples\."
 
 # Key or section: file and words that read it, and why the traced run does not.
 ELSEWHERE = {

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `opd eval` makes of what is typed, and of the grades."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from opd_ext.errors import ConfigError
+from opd_ext.estimators import majority
+from opd_ext.pipelines.eval.command import _run_defaults
+from opd_ext.pipelines.eval.config import EvalConfig
+from opd_ext.pipelines.eval.models import Evaluated, evaluated
+from opd_ext.pipelines.eval.votes import voted
+from opd_ext.pipelines.settings import CONFIG_DIR, RewardConfig, compose_pipeline
+from opd_ext.report.bootstrap import holm, sign_flip_p
+from opd_ext.report.evaluation import AVERAGE, accuracies, comparison, sections
+
+
+def settings(*overrides: str) -> EvalConfig:
+    return compose_pipeline("eval", EvalConfig, ["model=m", "sets=[val]", *overrides])
+
+
+def grades(acc: list[list[float]], votes: list[list[str]] | None = None, **more) -> pd.DataFrame:
+    """One row per sample; ``acc`` by problem."""
+    rows = [
+        {"uid": f"{i:06d}", "sample": j, "acc": value, "tokens": 10 * (i + 1), "truncated": False}
+        | {"vote": votes[i][j] if votes else "", "data_source": "s", "difficulty": None, **more}
+        for i, row in enumerate(acc)
+        for j, value in enumerate(row)
+    ]
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------- what is typed
+
+
+def test_a_scale_says_how_to_sample_and_an_evaluation_has_no_key_of_a_training():
+    assert settings("scale=node_8xh200").vllm.replicas == 8
+    with pytest.raises(ConfigError, match="train"):
+        settings("train.lr=1e-5")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "protocol").glob("*.yaml")))
+def test_a_protocol_samples_as_the_document_says(name):
+    config = settings(f"protocol={name}", "scale=node_8xh200")
+    page = (CONFIG_DIR.parents[2] / "docs" / "evaluation.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+    _, _, n, decoding, tokens, _ = (cell.strip() for cell in row.split("|"))
+    asked = config.sampling
+    top_k = "all" if asked.top_k < 0 else str(asked.top_k)
+    assert n.split(",")[0].split(";")[0] == str(asked.n) and tokens == f"{asked.max_tokens:,}"
+    assert decoding.startswith(f"{asked.temperature}, {asked.top_p}, {top_k}")
+    assert ("thinking" in n) == bool(config.template.get("enable_thinking"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sets=[]", "must name what is evaluated on"),
+        ("sets=[a/val.parquet,b/val.parquet]", "sets has val twice"),
+        ("sampling.n=0", "sampling.n=0"),
+        ("sampling.max_tokens=0", "sampling.max_tokens=0"),
+        ("samples.val=0", "samples.val=0"),
+        ("count=0", "count=0"),
+        ("sampling.top_p=0", "sampling.top_p=0"),
+        ("against=m", "is the model itself"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_sentence(override, said):
+    with pytest.raises(ConfigError, match=said) as refused:
+        settings(override)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_set_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    (tmp_path / "aime25.parquet").write_bytes(b"")
+    config = settings(f"data_dir={tmp_path}", "sets=[aime24]")
+    with pytest.raises(
+        ConfigError, match=r"nothing can be evaluated on aime24.*There are aime25. Did you mean aime25\?"
+    ):
+        config.check_files()
+
+
+def test_the_grader_follows_the_data_source_and_a_path_stands_above():
+    config = settings()
+    assert config.grader_of("gym/gcd").path == "pkg://opd_ext.rewards.gym"
+    assert config.grader_of("math500").path == config.grader_of("aime25").path == "pkg://opd_ext.rewards.math_dual"
+    assert settings("reward.path=mine.py").grader_of("gym/gcd").path == "mine.py"
+    with pytest.raises(ConfigError, match="Nothing says how poems is graded"):
+        config.grader_of("poems")
+
+
+@pytest.mark.parametrize("value", ["nothing", "/not/there", "./x/y"])
+def test_a_model_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="neither a run folder, nor a folder with a model, nor a hub id"):
+        evaluated("model", value, None)
+
+
+def test_a_hub_id_has_no_steps_and_a_run_without_checkpoints_is_no_model(tmp_path):
+    assert evaluated("model", "org/name", None) == Evaluated("org/name", "org/name")
+    with pytest.raises(ConfigError, match="has no steps"):
+        evaluated("model", "org/name", "best")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="no run that could become one: .*has no checkpoints"):
+        evaluated("model", str(tmp_path), None)
+
+
+def test_a_run_is_evaluated_as_it_validated(tmp_path, composed_run):
+    folder = tmp_path / "run" / "checkpoints" / "global_step_2" / "actor"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(composed_run))
+    model = evaluated("model", str(tmp_path / "run"), "2")
+    assert model.name == "run, step 2" and model.path == str(tmp_path / "run" / "export" / "step_2")
+    config = compose_pipeline("eval", EvalConfig, ["model=m", *_run_defaults(model, protocol=False)])
+    validation = composed_run["actor_rollout_ref"]["rollout"]["val_kwargs"]
+    assert config.sampling.temperature == validation["temperature"] and config.sampling.n == validation["n"]
+    assert config.sampling.max_tokens == composed_run["opd"]["rollout"]["val_tokens"]
+    assert config.reward.path == "pkg://opd_ext.rewards.gym" and config.reward.name == "last_number"
+    assert config.scale == "cpu" and [path.name for path in config.files.values()] == ["val.parquet"]
+    assert config.template == {"enable_thinking": False}
+    with_protocol = _run_defaults(model, protocol=True)
+    assert not [each for each in with_protocol if each.startswith("sampling")]
+
+
+@pytest.fixture
+def composed_run():
+    from omegaconf import OmegaConf
+
+    from opd_ext.config.compose import compose_config
+
+    return OmegaConf.to_container(compose_config(["recipe=sdpo/smollm2_cpu"]), resolve=True)
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def test_the_majority_by_hand():
+    assert majority(["a", "a", "b"], [0.0, 0.0, 1.0]) == 0.0
+    assert majority(["a", "b", ""], [1.0, 0.0, 1.0]) == 0.5
+    assert majority(["", ""], [0.0, 0.0]) == 0.0
+    assert majority(["a", "b", "b", "c", "c"], [1.0, 1.0, 1.0, 0.0, 0.0]) == 0.5
+
+
+def test_the_sign_flip_test_equals_the_count_over_all_signs():
+    differences = np.array([0.5, 0.25, 0.25, -0.25, 1.0, 0.75, 0.5, -0.5])
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=len(differences))]
+    exact = np.mean([value >= abs(differences.sum()) - 1e-12 for value in sums])
+    # 10,000 draws: a standard deviation of 0.003 at most at this p-value; four of them.
+    assert sign_flip_p(differences) == pytest.approx(exact, abs=0.013)
+    assert sign_flip_p(np.zeros(5)) == 1.0
+    assert 0 < sign_flip_p(np.ones(40)) < 2e-4
+
+
+def test_holm_by_hand():
+    """0.01 x 3, then 0.03 x 2, and 0.04 cannot fall below it."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_accuracies_and_their_average_weigh_sets_alike():
+    one = grades([[1, 1], [0, 0], [1, 0], [0, 0]], [["7", "7"], ["", ""], ["1", "2"], ["3", "3"]])
+    two = grades([[1, 1]] * 10)
+    records = {record["set"]: record for record in accuracies("m", {"one": one, "two": two})}
+    assert records["one"]["accuracy"] == 37.5 and records["one"]["pass"] == 50.0
+    assert records["one"]["maj"] == pytest.approx(100 * (1 + 0 + 0.5 + 0) / 4)
+    assert records["two"]["accuracy_low"] == records["two"]["accuracy_high"] == 100.0
+    average = records[AVERAGE]
+    assert average["accuracy"] == pytest.approx(68.75) and average["problems"] == 14
+    # Half the width of set one: the other one has none.
+    width = records["one"]["accuracy_high"] - records["one"]["accuracy_low"]
+    assert average["accuracy_high"] - average["accuracy_low"] == pytest.approx(width / 2, rel=1e-6)
+
+
+def test_two_models_are_compared_by_problem():
+    ours, theirs = grades([[1, 1]] * 12), grades([[0, 0]] * 12)
+    (record,) = comparison({"s": ours}, {"s": theirs})
+    assert record["change"] == 100.0 and record["p_holm"] < 0.01 and record["reduction"] == 0.0
+    (same,) = comparison({"s": ours}, {"s": ours})
+    assert same["change"] == 0.0 and same["p"] == 1.0
+    with pytest.raises(ValueError, match="different problems of s"):
+        comparison({"s": ours}, {"s": grades([[1, 1]] * 11)})
+
+
+def test_the_report_has_a_table_of_rules_and_levels_where_there_are_some():
+    table = grades([[1.0, 0.0], [1.0, 1.0]], acc_strict=0.5)
+    table["difficulty"] = np.where(table["uid"] == "000000", "10", "9")
+    found, numbers = sections({"a": {"s": table}, "b": {"s": grades([[1.0, 1.0], [0.0, 1.0]])}})
+    titles = [section.title for section in found]
+    assert titles == ["Accuracy", "a against b", "pass@k", "By difficulty", "By rule of the grader"]
+    assert [row[2] for row in found[3].rows] == ["9", "10"]  # numbers in their order
+    assert found[4].rows == [["a", "s", "75.0", "50.0"], ["b", "s", "75.0", "-"]]
+    assert numbers["pass"][0] == {"model": "a", "set": "s", "k": [1, 2], "pass": [75.0, 100.0]}
+    assert all(math.isfinite(value) for value in numbers["accuracy"][0].values() if isinstance(value, float))
+
+
+def test_votes_are_spelled_alike_and_a_grader_may_read_its_own():
+    dual = RewardConfig("pkg://opd_ext.rewards.math_dual")
+    assert voted(dual, [r"\boxed{ 1{,}000 }", "Answer: $1000$", "no"])[2] == ""
+    gym = RewardConfig("pkg://opd_ext.rewards.gym", "last_number")
+    assert voted(gym, ["so it is 12", "Answer: 12", "<think>5</think> nothing"]) == ["12", "12", ""]
