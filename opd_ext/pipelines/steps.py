@@ -33,13 +33,18 @@ SCORES = ["split", "temperature", "uid", "sample", "acc", "tokens", "truncated"]
 
 
 class Steps:
-    """A run's folder, its settings, and the stages that any pipeline may have."""
+    """A run's folder, its settings, and the stages that any pipeline may have.
 
-    def __init__(self, config: PipelineConfig):
-        self.config, self.folder = config, Path(config.run_dir)
+    Args:
+        seen: inputs are here and are read. Otherwise stages have their names and their order, and cannot run.
+    """
+
+    def __init__(self, config: PipelineConfig, seen: bool = True):
+        self.config, self.folder, self.seen = config, Path(config.run_dir), seen
         self.manifest = Manifest(self.folder)
-        self.tokenizer = problems.load_tokenizer(config.model, config.trust_remote_code)
-        self.stop_ids = stop_ids(config.model, self.tokenizer)
+        if seen:
+            self.tokenizer = problems.load_tokenizer(config.model, config.trust_remote_code)
+        self.stop_ids = stop_ids(config.model, self.tokenizer) if seen else []
 
     # ------------------------------------------------------------------ prompts
 
@@ -54,7 +59,8 @@ class Steps:
             return {"prompts": len(rows), "longest": int(lengths.max())}
 
         # A file may move; what it holds must not change.
-        content = {**plain(settings), "file": hashlib.sha256(Path(settings.file).read_bytes()).hexdigest()}
+        file = hashlib.sha256(Path(settings.file).read_bytes()).hexdigest() if self.seen else None
+        content = {**plain(settings), "file": file}
         if not settings.wording:
             del content["wording"]  # stages of runs that are older than the key still count
         model = {"model": problems.fingerprint(self.config.model), "stop_ids": self.stop_ids}
