@@ -28,9 +28,18 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 
+from opd_ext.bridge import old_policy
+from opd_ext.bridge.layout import (
+    is_distilled,
+    like_ids,
+    objective_batch,
+    packed_rows,
+    policy_term,
+    restarting_positions,
+)
 from opd_ext.config.architecture import check_architecture, stateful_layer
-from opd_ext.objective.alignment import packed_response_rows
-from opd_ext.objective.objective import MicroBatch, Objective, PolicyTerm, Shape
+from opd_ext.errors import present
+from opd_ext.objective.objective import Objective
 from opd_ext.objective.products import fp32_linear
 from opd_ext.teacher.kinds import NoTeacher, Teacher, TeacherOutput
 
@@ -62,18 +71,6 @@ def _hidden_rows(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def _packed_rows(input_ids: torch.Tensor, response_lens: torch.Tensor) -> torch.Tensor:
-    """Rows of a packed batch whose logits predict the response tokens, [R] int64."""
-    offsets = input_ids.offsets()
-    return packed_response_rows(offsets, offsets.diff() - response_lens, response_lens)
-
-
-def _restarting_positions(ids: torch.Tensor) -> torch.Tensor:
-    """Position ids 0, 1, ... for every sequence of a jagged ``ids`` [B, j1] (jagged like ``ids``)."""
-    positions = [torch.arange(length) for length in ids.offsets().diff().tolist()]
-    return torch.nested.as_nested_tensor(positions, layout=torch.jagged)
-
-
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
 class OPDEngine(FSDPEngineWithLMHead):
@@ -87,6 +84,7 @@ class OPDEngine(FSDPEngineWithLMHead):
     objective: Objective = Objective()
     updates: int = 0  # optimiser steps that were made, see OPDWorker.count_updates
     alone: bool = False  # every sequence takes a pass of its own, because in a pack it would read its neighbour
+    kept: dict[str, torch.Tensor] | None = None  # log-probs and entropies of the last update, see `recall`
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
@@ -156,7 +154,7 @@ class OPDEngine(FSDPEngineWithLMHead):
         batch = tu.get_tensordict(
             {
                 "input_ids": ids,
-                "position_ids": _restarting_positions(ids),
+                "position_ids": restarting_positions(ids),
                 "response_length": lengths.cpu(),
                 "row": torch.arange(len(lengths)),
             },
@@ -170,13 +168,13 @@ class OPDEngine(FSDPEngineWithLMHead):
         hidden: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
         micro_batches, _ = prepare_micro_batches(batch, dp_group=self.get_data_parallel_group())
         for micro_batch in micro_batches:
-            sizes = micro_batch["response_length"].tolist()
+            sizes, places = micro_batch["response_length"].tolist(), micro_batch["row"].tolist()
+            rows = packed_rows(micro_batch["input_ids"], micro_batch["response_length"]).to(get_device_id())
             micro_batch = micro_batch.to(get_device_id())
-            rows = _packed_rows(micro_batch["input_ids"], micro_batch["response_length"])
             inputs, _ = self.prepare_model_inputs(micro_batch)
             with self._autocast(), self._head(_hidden_rows, rows):
                 out = self.module(**inputs, use_cache=False).logits[0]
-            for row, part in zip(micro_batch["row"].tolist(), out.split(sizes), strict=True):
+            for row, part in zip(places, out.split(sizes), strict=True):
                 hidden[row] = part.to(self._autocast_dtype)
         return hidden
 
@@ -238,37 +236,71 @@ class OPDEngine(FSDPEngineWithLMHead):
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         if self.alone:
             tu.assign_non_tensor(data, use_dynamic_bsz=False, micro_batch_size_per_gpu=1)
-        if forward_only or not _is_distilled(data):
+        if forward_only:
             return super().forward_backward_batch(data, loss_function, forward_only)
+        if old_policy.is_current(data):
+            tu.assign_non_tensor(data, return_model_output=True)
+        if not is_distilled(data):
+            return self._keep(super().forward_backward_batch(data, loss_function))
         self._count(data)
         if "teacher_input_ids" not in data.keys():  # the teacher's servers have answered already
-            return super().forward_backward_batch(data, loss_function, forward_only)
+            return self._keep(super().forward_backward_batch(data, loss_function))
         self._ask_teacher(data)
         try:
-            return super().forward_backward_batch(data, loss_function, forward_only)
+            return self._keep(super().forward_backward_batch(data, loss_function))
         finally:
             del self._teacher_rows, self._teacher_head
             self._reference_rows = []
+
+    def _keep(self, output: dict) -> dict:
+        """Keep an update's log-probs and entropies where somebody will ask for them: jagged like ``input_ids``."""
+        found = output["model_output"]
+        there = old_policy.ENTROPY in found
+        self.kept = {"log_probs": found["log_probs"], "entropy": found[old_policy.ENTROPY]} if there else None
+        return output
+
+    def recall(self) -> dict[str, torch.Tensor]:
+        """``log_probs`` and ``entropy`` of the policy in front of its last update, once, in the order of its rows."""
+        kept, self.kept = self.kept, None
+        return present(kept, "The last update has kept no log-probs: it was not told that they are the old ones.")
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
+    ):
+        """verl's, and entropies for metrics where the update stands for the pass that would bring them."""
+        found = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        if old_policy.is_current(micro_batch):
+            ids = micro_batch["input_ids"]
+            logits, heat = output.logits[0, : len(ids.values())], output_args["temperature_rmpad"]
+            values = old_policy.entropies(logits.detach(), heat[: len(logits)])
+            found[old_policy.ENTROPY] = torch.nested.nested_tensor_from_jagged(values, ids.offsets())
+        return found
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Callable, forward_only: bool) -> Any:
         """One micro-batch: trunk, chunked head, loss. verl calls ``backward`` on the loss that is returned.
 
         The loss is scaled by the number of ranks because FSDP averages gradients over them.
         """
-        if forward_only or not _is_distilled(micro_batch):
+        if forward_only and is_distilled(micro_batch) and loss_function is None:
+            return self._score(micro_batch)
+        if forward_only or not is_distilled(micro_batch):
+            if not forward_only and old_policy.is_current(micro_batch):
+                rows = packed_rows(micro_batch["input_ids"], micro_batch["responses"].offsets().diff())
+                loss_function = old_policy.anchored(loss_function, rows.to(get_device_id()))
             return super().forward_step(micro_batch, loss_function, forward_only)
         teacher: tuple[torch.Tensor, ...] = ()
         if "teacher_input_ids" in micro_batch:
             teacher = (self._rows_of(self._teacher_rows, micro_batch), self._teacher_head)
         reference = self._rows_of(self._reference_rows, micro_batch) if self.objective.extrapolates else None
+        # While lengths are on the host, reading them waits for no device.
+        rows = packed_rows(micro_batch["input_ids"], micro_batch["responses"].offsets().diff()).to(get_device_id())
         micro_batch = micro_batch.to(get_device_id())
         lengths = micro_batch["responses"].offsets().diff()
-        rows = _packed_rows(micro_batch["input_ids"], lengths)
-        batch = _micro_batch(micro_batch, lengths, rows)
+        batch = objective_batch(micro_batch, lengths, rows)
         if teacher:
             batch = dataclasses.replace(batch, known_ids=len(self._teacher_head))
         policy_metrics: dict[str, Metric] = {}
-        policy = _policy_term(micro_batch, rows, loss_function, policy_metrics) if "advantages" in micro_batch else None
+        policy = policy_term(micro_batch, rows, loss_function, policy_metrics) if "advantages" in micro_batch else None
         terms = None
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -280,7 +312,27 @@ class OPDEngine(FSDPEngineWithLMHead):
         with self._autocast(), self._head(head, rows):
             loss = self.module(**inputs, use_cache=False).logits
         sums = {name: Metric("sum", value) for name, value in self.objective.sums(batch, terms).items()}
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": sums | policy_metrics}
+        kept = {}
+        if old_policy.is_current(micro_batch):
+            values = {"log_probs": terms.student_log_prob, old_policy.ENTROPY: terms.student_entropy}
+            kept = {name: like_ids(v, micro_batch["input_ids"], rows) for name, v in values.items()}
+        return loss, {"model_output": kept, "loss": loss.detach().item(), "metrics": sums | policy_metrics}
+
+    def _score(self, micro_batch: TensorDict) -> Any:
+        """Log-probs and entropies of responses through the chunked head, by which the update that reads them goes."""
+        rows = packed_rows(micro_batch["input_ids"], micro_batch["responses"].offsets().diff()).to(get_device_id())
+        micro_batch = micro_batch.to(get_device_id())
+        ids, responses = micro_batch["input_ids"], micro_batch["responses"]
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return torch.stack(self.objective.scores(hidden[0], weight, responses.values()))
+
+        inputs, _ = self.prepare_model_inputs(micro_batch)
+        with self._autocast(), self._head(head, rows):
+            values = self.module(**inputs, use_cache=False).logits
+        found = dict(zip(("log_probs", "entropy"), values, strict=True))
+        kept = {name: like_ids(value, ids, rows) for name, value in found.items()}
+        return None, {"model_output": kept, "loss": 0.0, "metrics": {}}
 
     @staticmethod
     def _rows_of(hidden: list[torch.Tensor], micro_batch: TensorDict) -> torch.Tensor:
@@ -290,61 +342,3 @@ class OPDEngine(FSDPEngineWithLMHead):
         flags = micro_batch["has_teacher"].bool().tolist()
         parts = zip(rows, lengths, flags, strict=True)
         return torch.cat([part if flag else part.new_zeros(n, part.shape[1]) for part, n, flag in parts])
-
-
-def _is_distilled(data: TensorDict) -> bool:
-    """Whether a batch takes the distillation step; every other one takes verl's own."""
-    return "has_teacher" in data.keys()
-
-
-def _micro_batch(data: TensorDict, lengths: torch.Tensor, rows: torch.Tensor) -> MicroBatch:
-    """The objective's view of verl's micro-batch."""
-
-    def packed(name: str) -> torch.Tensor | None:
-        return data[name].values() if name in data else None
-
-    return MicroBatch(
-        labels=data["responses"].values(),
-        mask=data["loss_mask"].values(),
-        lengths=lengths,
-        num_tokens=data["opd_tokens"],
-        num_sequences=data["opd_sequences"],
-        num_micro_batches=data["opd_micro_batches"],
-        dp_size=data["dp_size"],
-        rollout_log_probs=packed("rollout_log_probs"),
-        old_log_probs=packed("old_log_probs"),
-        sample_mask=data["has_teacher"].bool(),
-        span_label=packed("span_label"),
-        # Row j of what a server returns scores token j + 1, as row j of the logits does.
-        teacher_log_prob=data["teacher_logprobs"].values()[rows, 0] if "teacher_logprobs" in data else None,
-        distillation_weight=data["opd_distillation_weight"],
-        gate=data["opd_gate"],
-    )
-
-
-def _policy_term(
-    data: TensorDict, rows: torch.Tensor, loss_function: Callable, metrics: dict[str, Metric]
-) -> PolicyTerm:
-    """verl's own loss of this micro-batch as a function of response log-probs; it fills ``metrics``."""
-    ids = data["input_ids"]
-
-    def like_ids(values: torch.Tensor) -> torch.Tensor:
-        """Response rows [R] in the layout of verl's model outputs: jagged like ``input_ids``."""
-        everywhere = values.new_zeros(ids.values().shape[0]).index_copy(0, rows, values)
-        return torch.nested.nested_tensor_from_jagged(everywhere, ids.offsets())
-
-    def policy(log_prob: torch.Tensor, entropy: torch.Tensor, shape: Shape | None) -> torch.Tensor:
-        batch = data
-        if shape is not None:
-            advantages = data["advantages"]
-            shaped = shape(advantages.values()).split(advantages.offsets().diff().tolist())
-            batch = data.clone(recurse=False)
-            batch["advantages"] = torch.nested.as_nested_tensor(list(shaped), layout=torch.jagged)
-        output = {"log_probs": like_ids(log_prob)}
-        if tu.get_non_tensor_data(data, "calculate_entropy", False):
-            output["entropy"] = like_ids(entropy)
-        loss, found = loss_function(model_output=output, data=batch)
-        metrics.update(found)
-        return loss
-
-    return policy

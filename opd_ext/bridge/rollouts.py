@@ -13,6 +13,7 @@ from transfer_queue import KVBatchMeta
 from opd_ext.bridge.failures import FAILURE
 from opd_ext.estimators import pass_at_k
 from opd_ext.seeds import Copies
+from opd_ext.tokens.texts import decode
 
 ANNOTATION = "opd_annotation"
 """Under which name the agent loop leaves an annotation beside a rollout."""
@@ -31,14 +32,17 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
     """
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=_FIELDS)
     scores = [row.sum().item() for row in data["rm_scores"].unbind()]
-    prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
+    prompts, responses = ([row.tolist() for row in data[name].unbind()] for name in ("prompts", "responses"))
+    asked = list(dict.fromkeys(map(tuple, prompts)))  # the samples of a problem share theirs
+    inputs = dict(zip(asked, decode(tokenizer, asked, skip_special_tokens=True), strict=True))
+    outputs = decode(tokenizer, responses, skip_special_tokens=True)
     rows = []
     for i, key in enumerate(batch.keys):
         uid, sample, _ = key.rsplit("_", 2)
         extra_info = dict(_item(data, "extra_info", i) or {})
         extra_fields = _item(data, "extra_fields", i) or {}
         grade = dict(extra_fields.get("reward_extra_info") or {})
-        tokens = responses[i].tolist()
+        tokens = responses[i]
         rows.append(
             {
                 "uid": uid,
@@ -46,8 +50,8 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
                 "index": extra_info.get("index"),
                 "data_source": _item(data, "data_source", i),
                 "difficulty": extra_info.get("difficulty"),
-                "input": tokenizer.decode(prompts[i], skip_special_tokens=True),
-                "output": tokenizer.decode(tokens, skip_special_tokens=True),
+                "input": inputs[tuple(prompts[i])],
+                "output": outputs[i],
                 "response_tokens": len(tokens),
                 "truncated": is_truncated(tokens, stops, max_tokens),
                 "failed": extra_fields.get(FAILURE),

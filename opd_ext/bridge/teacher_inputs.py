@@ -17,6 +17,7 @@ from opd_ext.context.contexts import TeacherContext
 from opd_ext.context.sequence import build_teacher_sequence, render, render_teacher
 from opd_ext.control_tokens import as_text
 from opd_ext.credit.annotate import annotation_metrics
+from opd_ext.tokens.texts import decode
 
 
 @dataclass
@@ -68,6 +69,7 @@ def plan_teacher_inputs(
         groups.setdefault(row["uid"], []).append(member)
     overrides, sent_with, longest = context.template_kwargs(), {}, 0
     inputs, samples = [], []
+    prompts_shown: list[tuple[dict[str, Any], list[int]]] = []
     for i, row in enumerate(rows):
         annotation = row.get("annotation") or {}
         sample = {
@@ -98,13 +100,16 @@ def plan_teacher_inputs(
                     sent_with[row["uid"]] = rendered_with(tokenizer, sent, sample, template_kwargs, tools)
                 prompt = render_teacher(tokenizer, messages, sent_with[row["uid"]], overrides, context.ending)
             longest = max(longest, len(prompt))
-            row["teacher_prompt"] = tokenizer.decode(prompt)
+            prompts_shown.append((row, prompt))
             shown.ids = build_teacher_sequence(prompt, response, max_pair_length, student_prompt_ids=sent)
             shown.too_long = shown.ids is None
         if active_spans is not None:
             runs = usable_runs(annotation.get("runs", ()), active_spans, shown.ids is not None)
             shown.span_label = span_labels(runs, len(response))
         inputs.append(shown)
+    texts = decode(tokenizer, [prompt for _, prompt in prompts_shown], skip_special_tokens=False)
+    for (row, _), text in zip(prompts_shown, texts, strict=True):
+        row["teacher_prompt"] = text
     metrics = {
         "teacher/samples": float(np.mean([shown.ids is not None for shown in inputs])),
         "teacher/prompt_tokens_max": float(longest),

@@ -7,6 +7,7 @@ student, refresh the teacher on schedule, save, sync the weights to vLLM. Everyt
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from opd_ext import files
-from opd_ext.bridge import datasets, discovery, evaluation, failures, rollouts, saving, selftest
+from opd_ext.bridge import datasets, discovery, evaluation, failures, old_policy, rollouts, saving, selftest
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import RunLog
 from opd_ext.bridge.inputs import tool_schemas
@@ -33,6 +34,7 @@ from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_input
 from opd_ext.bridge.worker import OPDWorker
 from opd_ext.checkpoints.layout import TrainerState
 from opd_ext.config import schema
+from opd_ext.config.old_policy import Source, old_log_probs, updates
 from opd_ext.context import build_context
 from opd_ext.objective.metrics import means
 from opd_ext.seeds import Copies
@@ -104,7 +106,8 @@ class OPDTrainer(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         temperature = self.config.actor_rollout_ref.rollout.temperature
-        self.actor_rollout_wg.configure(self.opd, rollouts.token_classes(self.tokenizer, self.stops), temperature)
+        classes = rollouts.token_classes(self.tokenizer, self.stops)
+        self.drops_out = any(self.actor_rollout_wg.configure(self.opd, classes, temperature))
         super().on_init_end()
 
     # ------------------------------------------------------------------ one step
@@ -162,7 +165,8 @@ class OPDTrainer(PPOTrainerSync):
         if taught and self.opd.teacher.backend == "engine":
             neutralise_padding(batch, self.tokenizer.eos_token_id, self.opd.credit.annotates)
         selftest.run(self, batch, taught)
-        if self._needs_old_log_probs():
+        old = self._old_log_probs(batch)
+        if old in ("pass", "sampler"):
             with marked_timer("old_log_prob", timing_raw, color="blue"):
                 batch = self._compute_old_log_prob(batch, metrics)
         if self.opd.policy.present:
@@ -170,14 +174,16 @@ class OPDTrainer(PPOTrainerSync):
                 with marked_timer("ref", timing_raw, color="olive"):
                     batch = self._compute_ref_log_prob(batch, metrics)
             with marked_timer("adv", timing_raw, color="brown"):
-                batch = self._compute_advantage(batch, metrics)
+                with old_policy.without_correction(self.config) if old == "update" else nullcontext():
+                    batch = self._compute_advantage(batch, metrics)
                 weigh_advantages(batch, self.opd.policy, self._mini_batches())
         with marked_timer("update_actor", timing_raw, color="red"):
-            batch = (
-                self._update_with_teacher(batch, metrics, weight, gate)
-                if taught
-                else self._update_alone(batch, metrics)
-            )
+            if old == "update":
+                old_policy.announce(self, batch)
+            if taught:
+                batch = self._update_with_teacher(batch, metrics, weight, gate, old)
+            else:
+                batch = self._update_alone(batch, metrics, old)
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
             # Of a teacher without weights of its own nothing moves, so nobody need be asked.
             updates = self.actor_rollout_wg.count_updates()[0] if self.opd.needs_teacher_engine else 0
@@ -226,10 +232,13 @@ class OPDTrainer(PPOTrainerSync):
         """Optimiser steps that share a batch of rollouts."""
         return self.config.data.train_batch_size // self.config.actor_rollout_ref.actor.ppo_mini_batch_size
 
-    def _needs_old_log_probs(self) -> bool:
-        """Only the policy term, or several optimiser steps per batch, tell the old policy from the current one."""
-        read = self.opd.distils and (self.opd.divergence.sampled or self.opd.credit.reads_old_log_probs)
-        return self.opd.policy.present or (self._mini_batches() > 1 and read)
+    def _old_log_probs(self, batch: KVBatchMeta) -> Source:
+        """See :mod:`opd_ext.config.old_policy`; of the batch at hand, which may be longer than the configured one."""
+        ref = self.config.actor_rollout_ref
+        there = -(-len(batch.keys) // (ref.actor.ppo_mini_batch_size * ref.rollout.n)) * ref.actor.ppo_epochs
+        source = old_log_probs(self.config, self.opd, max(there, updates(self.config)))
+        # A pass that drops out at random is no copy of one that does not.
+        return "pass" if source == "update" and self.drops_out else source
 
     def _found(self, rows: list[dict]) -> bool:
         """Whether the run is over, because a rollout reached the score that it looks for."""
@@ -241,9 +250,11 @@ class OPDTrainer(PPOTrainerSync):
 
     # ------------------------------------------------------------------ update
 
-    def _update_alone(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def _update_alone(self, batch: KVBatchMeta, metrics: dict, old: Source) -> KVBatchMeta:
         """A step without a teacher: verl's own, with the names of its metrics added to ours."""
         batch = self._update_actor(batch, metrics)
+        if old == "update":
+            old_policy.report(self, batch, metrics)
         for name in ("loss", "grad_norm", "lr"):
             metrics[f"opd/{name}"] = metrics[f"actor/{name}"]
         if "actor/entropy" in metrics:  # verl does not compute it where the sampler's log-probs are the old ones
@@ -255,20 +266,22 @@ class OPDTrainer(PPOTrainerSync):
             metrics[f"memory/{name}"] = metrics.pop(f"actor/perf/{name}")
         return batch
 
-    def _update_with_teacher(self, batch: KVBatchMeta, metrics: dict, weight: float, gate: float) -> KVBatchMeta:
+    def _update_with_teacher(
+        self, batch: KVBatchMeta, metrics: dict, weight: float, gate: float, old: Source
+    ) -> KVBatchMeta:
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         mini_batch_size = actor.ppo_mini_batch_size * rollout.n
         served = self.opd.teacher.backend == "server"
         batch.fields = [*_UPDATE_FIELDS, "teacher_logprobs" if served else "teacher_input_ids"]
         if rollout.calculate_log_probs:
             batch.fields.append("rollout_log_probs")
-        if self._needs_old_log_probs():
+        if old in ("pass", "sampler"):
             batch.fields.append("old_log_probs")
         if self.opd.credit.annotates:
             batch.fields.append("span_label")
         if self.opd.policy.present:
             correction = self.config.algorithm.rollout_correction
-            weighted = correction and correction.rollout_is is not None
+            weighted = correction and correction.rollout_is is not None and old == "pass"
             batch.fields += ["response_mask", "advantages", *(["rollout_is_weights"] if weighted else [])]
         batch.extra_info.update(
             {
@@ -285,6 +298,8 @@ class OPDTrainer(PPOTrainerSync):
         )
         output = reduce_metrics(self.actor_rollout_wg.update_actor(batch)["metrics"])
         batch.fields = None
+        if old == "update":
+            old_policy.report(self, batch, metrics)
         metrics.update({f"opd/{name}": float(value) for name, value in means(output).items()})
         metrics.update({name: float(value) for name, value in output.items() if name.startswith("actor/")})
         if "opd/teacher_entropy" in metrics:  # absent if no token of the batch is distilled

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from opd_ext.bridge import checkpoint, selftest
+from opd_ext.bridge import checkpoint, old_policy, selftest
 from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
 from opd_ext.bridge.cpu_platform import init_process_group, own_socket
 from opd_ext.checkpoints.layout import TEACHER, shard_name
@@ -113,14 +115,24 @@ class OPDWorker(ActorRolloutRefWorker):
         if get_device_name() == "cpu":
             self.rollout.zmq_handle = own_socket(self.rollout.zmq_handle)
 
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def compute_log_prob(self, data: TensorDict) -> TensorDict | None:
+        """verl's pass, or what the update has just computed of the same rows by the weights before it."""
+        if not old_policy.is_current(data):
+            return super().compute_log_prob(data)
+        return tu.get_tensordict(self.actor.engine.recall(), {"metrics": {}}).cpu()
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def configure(self, opd: OPDConfig, token_classes: dict[str, list[int]], temperature: float) -> None:
+    def configure(self, opd: OPDConfig, token_classes: dict[str, list[int]], temperature: float) -> bool:
         """Give the student's engine its loss and its teacher.
 
         Args:
             opd: the five places; plain values, so that they travel without the user's modules.
             token_classes: see :class:`opd_ext.objective.objective.Objective`.
             temperature: of the rollouts.
+
+        Returns:
+            Whether a pass of training is another than one without: the student drops out at random.
         """
         opd.import_external_libs()
         objective, engine = opd.objective(temperature, token_classes), self.actor.engine
@@ -129,6 +141,7 @@ class OPDWorker(ActorRolloutRefWorker):
         engine.teacher = self.ref.engine if self.ref is not None else None
         for worker in filter(None, (self.actor, self.ref)):
             worker.engine.module.get_output_embeddings().fp32 = objective.fp32
+        return old_policy.drops_out(engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def selftest(self, probes: list[selftest.Probe]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from omegaconf import DictConfig
 
 from opd_ext.config.assumptions import check_gpus
+from opd_ext.config.old_policy import sequence_parallel
 from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError, one_of, positive
 
@@ -179,10 +180,12 @@ def check_lengths(opd: OPDConfig, config: DictConfig) -> None:
         )
     for part, key in (("actor", "ppo_max_token_len_per_gpu"), ("ref", "log_prob_max_token_len_per_gpu")):
         section = config.actor_rollout_ref[part]
-        if section[key] < opd.max_pair_length:
+        ranks = sequence_parallel(section)  # which share a sequence: verl's budget is of each
+        if section[key] * ranks < opd.max_pair_length:
+            shared = f", shared by {ranks} ranks," if ranks > 1 else ""
             raise ConfigError(
-                f"actor_rollout_ref.{part}.{key}={section[key]} cannot hold one sequence of opd.max_pair_length="
-                f"{opd.max_pair_length} tokens; raise the former or lower the latter."
+                f"actor_rollout_ref.{part}.{key}={section[key]}{shared} cannot hold one sequence of "
+                f"opd.max_pair_length={opd.max_pair_length} tokens; raise the former or lower the latter."
             )
 
 
@@ -230,7 +233,7 @@ def _check_memory_savers(opd: OPDConfig, config: DictConfig) -> None:
     used = []
     for part in ("actor", "ref"):
         section = config.actor_rollout_ref[part]
-        size = max(section.ulysses_sequence_parallel_size, section.fsdp_config.ulysses_sequence_parallel_size)
+        size = sequence_parallel(section)
         if size > 1 and opd.distils:
             raise ConfigError(
                 f"actor_rollout_ref.{part}.ulysses_sequence_parallel_size={size} is not supported: teacher and student "

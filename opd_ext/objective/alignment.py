@@ -62,5 +62,6 @@ def packed_response_rows(
         )
     first = cu_seqlens[:-1] + prompt_lens - 1
     offset = torch.cumsum(response_lens, dim=0) - response_lens
-    within = torch.arange(int(response_lens.sum()), device=device) - offset.repeat_interleave(response_lens)
-    return first.repeat_interleave(response_lens).long() + within
+    total = int(response_lens.sum())
+    within = torch.arange(total, device=device) - offset.repeat_interleave(response_lens, output_size=total)
+    return first.repeat_interleave(response_lens, output_size=total).long() + within

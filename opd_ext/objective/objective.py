@@ -11,6 +11,7 @@ advantage is the teacher's log-ratio. Everything but ``D`` and the policy term i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -73,18 +74,29 @@ class MicroBatch:
     gate: float = 1.0
     known_ids: int | None = None
 
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """``lengths`` on the host, which waits for the device: once per micro-batch."""
+        return self.lengths.tolist()
+
+    @functools.cached_property
+    def sample(self) -> Int[Tensor, " N"]:
+        """Of every token the place of its response in the batch."""
+        places = torch.arange(len(self.lengths), device=self.lengths.device)
+        return places.repeat_interleave(self.lengths, output_size=len(self.mask))  # else the device would be asked
+
     def padded(self, values: Shaped[Tensor, " N"]) -> Shaped[Tensor, "B T"]:
         """One row per response, zeros behind it."""
-        return pad_sequence(values.split(self.lengths.tolist()), batch_first=True)
+        return pad_sequence(values.split(self.sizes), batch_first=True)
 
     def packed(self, values: Shaped[Tensor, "B T"]) -> Shaped[Tensor, " N"]:
         """The responses end to end."""
-        return torch.cat([row[:length] for row, length in zip(values, self.lengths.tolist(), strict=True)])
+        return torch.cat([row[:length] for row, length in zip(values, self.sizes, strict=True)])
 
     def distilled(self) -> Bool[Tensor, " N"]:
         """Trained tokens of samples that have a teacher."""
         mask = self.mask.bool() if self.known_ids is None else self.mask.bool() & (self.labels < self.known_ids)
-        return mask if self.sample_mask is None else mask & self.sample_mask.bool().repeat_interleave(self.lengths)
+        return mask if self.sample_mask is None else mask & self.sample_mask.bool()[self.sample]
 
 
 Shape = Callable[[Float[Tensor, " N"]], Float[Tensor, " N"]]
@@ -195,6 +207,14 @@ class Objective:
             terms = terms._replace(loss=terms.loss + policy_loss)
         found = {name: term for name, term in terms._asdict().items() if name != "loss" and term is not None}
         return terms._replace(**{name: term.detach() for name, term in found.items()})
+
+    def scores(
+        self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], labels: Int[Tensor, " N"]
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Log-probs of the labels and entropies in nats, as the loss itself sees them."""
+        out = self._head(Side(hidden, weight), None, labels=labels, mode="recompute")
+        log_prob, entropy = out.need("student_log_prob", "student_entropy")
+        return log_prob, entropy
 
     # ------------------------------------------------------------------ the forms
 
@@ -353,7 +373,7 @@ class Objective:
         taught = torch.ones_like(batch.lengths) if batch.sample_mask is None else batch.sample_mask
         inputs = {
             "mask": batch.mask,
-            "taught": taught.bool().repeat_interleave(batch.lengths),
+            "taught": taught.bool()[batch.sample],
             "distilled": terms.distilled,
             "student_log_prob": old,
             "teacher_log_prob": terms.teacher_log_prob,
@@ -398,20 +418,19 @@ class Objective:
         }
         if batch.rollout_log_probs is not None:
             parts["rollout_gap"] = ((terms.student_log_prob - batch.rollout_log_probs).abs(), batch.mask, everywhere)
-        result = {}
+        found: dict[str, Tensor] = {}
         for name, (values, mask, where) in parts.items():
             if values is None:
                 continue
             for suffix, (total, count) in masked_sums(values, mask, where).items():
-                result[f"{name}{suffix}{_SUM}"] = total.item()
-                result[f"{name}{suffix}{_COUNT}"] = count.item()
-        return result
+                found |= {f"{name}{suffix}{_SUM}": total, f"{name}{suffix}{_COUNT}": count}
+        return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))  # one transfer for all
 
     @staticmethod
     def _buckets(batch: MicroBatch) -> dict[str, Tensor]:
         start = torch.cumsum(batch.lengths, dim=0) - batch.lengths
-        position = torch.arange(len(batch.mask), device=batch.mask.device) - start.repeat_interleave(batch.lengths)
-        buckets = position_buckets(position, batch.lengths.repeat_interleave(batch.lengths))
+        position = torch.arange(len(batch.mask), device=batch.mask.device) - start[batch.sample]
+        buckets = position_buckets(position, batch.lengths[batch.sample])
         return buckets | {"token0": position == 0}
 
 

@@ -96,5 +96,5 @@ def _tokens_of_own_sequence(
     if sequence_lens is None:
         raise ValueError("A packed mask [N] needs sequence_lens [B] to know where sequences end.")
     lens = sequence_lens.to(trained.device)
-    owner = torch.repeat_interleave(torch.arange(len(lens), device=trained.device), lens)
+    owner = torch.repeat_interleave(torch.arange(len(lens), device=trained.device), lens, output_size=len(trained))
     return trained.new_zeros(len(lens)).index_add(0, owner, trained)[owner]

@@ -9,9 +9,17 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from opd_ext.bridge.warm_python import warm_python
+from opd_ext.errors import ConfigError
 from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
-from opd_ext.pipelines.settings import PipelineConfig, TracedConfig, check_inputs, compose_pipeline
+from opd_ext.pipelines.settings import (
+    PipelineConfig,
+    TracedConfig,
+    check_inputs,
+    check_trainable,
+    compose_pipeline,
+    missing_inputs,
+)
 from opd_ext.pipelines.sft import pipeline as sft_pipeline
 from opd_ext.pipelines.sft.config import SFTConfig
 from opd_ext.pipelines.ssd import pipeline as ssd_pipeline
@@ -44,7 +52,7 @@ def run(
     Args:
         name: ``sft``, ``ssd`` or ``t3s``.
         until, only, force: names of stages, see :meth:`opd_ext.pipelines.stages.Pipeline.run`.
-        dry_run: print the stages and what is done, and stop.
+        dry_run: print the stages and what is done, or, where inputs are not here, what is missing, and stop.
         cfg: print the configuration and stop.
         config_dirs: folders with further recipes and presets.
 
@@ -55,9 +63,16 @@ def run(
     if cfg:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return
+    console = terminal()
+    check_trainable(config)
+    if dry_run and (missing := _missing(config)):
+        console.print(f"run folder: {config.run_dir}", soft_wrap=True, highlight=False)
+        console.print(overview(module.build(config, seen=False)[0], "not looked at"))
+        told = "; ".join(sentence.rstrip(".") for sentence in missing)
+        console.print(f"Missing here, so nothing was looked at: {told}.", soft_wrap=True, highlight=False)
+        return
     _check(config)
     pipeline, steps = module.build(config)
-    console = terminal()
     console.print(f"run folder: {config.run_dir}", soft_wrap=True, highlight=False)
     if dry_run:
         console.print(overview(pipeline))
@@ -90,9 +105,20 @@ def _check(config: PipelineConfig) -> None:
         problems.check_columns(file, graded=True, worded=bool(wording))
 
 
-def overview(pipeline: Pipeline) -> Table:
-    """The stages, what became of each, and what it waits for."""
+def _missing(config: PipelineConfig) -> list[str]:
+    """What a run would need and is not here: files, folders, or the tokenizer of a model of the hub."""
+    if found := missing_inputs(config):
+        return found
+    try:
+        problems.load_tokenizer(str(config.model), config.trust_remote_code)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def overview(pipeline: Pipeline, said: str = "") -> Table:
+    """The stages, what became of each (or what is ``said`` of all), and what each waits for."""
     table = Table("stage", "state", "after")
     for name, state, after in pipeline.overview():
-        table.add_row(name, state, ", ".join(after))
+        table.add_row(name, said or state, ", ".join(after))
     return table

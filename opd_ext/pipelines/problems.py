@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from opd_ext.context import render as render_chat
 from opd_ext.errors import ConfigError
 from opd_ext.pipelines.settings import PromptsConfig, RewardConfig
+from opd_ext.tokens import texts
 
 _PER_PROCESS = 2_000  # responses from which another process pays for its start
 _LOOK = 1 << 20  # bytes
@@ -163,9 +164,7 @@ def load_grader(settings: RewardConfig) -> Callable[..., Any]:
 
 def decode(samples: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of every response, without special tokens."""
-    return [
-        tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in map(np.asarray, samples["response_ids"])
-    ]
+    return texts.decode(tokenizer, [np.asarray(ids).tolist() for ids in samples["response_ids"]], True)
 
 
 def grade(
@@ -177,9 +176,9 @@ def grade(
     verdicts of the grader whose names begin with ``acc_`` follow as columns.
     """
     of_uid = problems.set_index("uid")
-    texts = decode(samples, tokenizer)
+    answers = decode(samples, tokenizer)
     work = []
-    for uid, text, reason in zip(samples["uid"], texts, samples["finish_reason"], strict=True):
+    for uid, text, reason in zip(samples["uid"], answers, samples["finish_reason"], strict=True):
         row = of_uid.loc[uid]
         extra = {**(row.get("extra_info") or {}), "truncated": reason == "length"}
         work.append((row["data_source"], text, row["reward_model"]["ground_truth"], extra))

@@ -289,27 +289,35 @@ def check_training(key: str, train: TrainConfig) -> None:
         raise ConfigError(f"{key}.min_lr={train.min_lr} must be between 0 and {key}.lr={train.lr}.")
 
 
+def missing_inputs(config: PipelineConfig) -> list[str]:
+    """A sentence for every file and folder that the configuration names and that is not on this machine."""
+    hint = "opd data tinymath makes the miniature world" if config.world else ""
+    files = {"prompts.file": config.prompts.file, "evaluate.file": config.evaluate.file}
+    files |= {"evaluate.select_file": config.evaluate.select_file} if config.evaluate.select_file else {}
+    found = []
+    for key, value in files.items():
+        if not value or not Path(value).is_file():
+            found.append(f"{key}={value} is not a file{f' ({hint})' if hint else ''}.")
+    for key, value in config.models.items():
+        hub_id = _HUB_ID.fullmatch(value) and not Path(value).exists()
+        if not hub_id and not (Path(value) / "config.json").is_file():
+            tail = f"; {hint}" if hint else ""
+            found.append(f"{key}={value} is neither a hub id nor a folder with a config.json{tail}.")
+    return found
+
+
 def check_inputs(config: PipelineConfig) -> None:
     """Look for the files and folders that the configuration names.
 
     Raises:
         ConfigError: naming the first that is missing.
     """
-    files = {"prompts.file": config.prompts.file, "evaluate.file": config.evaluate.file}
-    files |= {"evaluate.select_file": config.evaluate.select_file or config.evaluate.file}
-    for key, value in files.items():
-        if not value or not Path(value).is_file():
-            hint = " (opd data tinymath makes the miniature world)" if config.world else ""
-            raise ConfigError(f"{key}={value} is not a file{hint}.")
-    _check_trainable(config)
-    for key, value in config.models.items():
-        hub_id = _HUB_ID.fullmatch(value) and not Path(value).exists()
-        if not hub_id and not (Path(value) / "config.json").is_file():
-            hint = "; opd data tinymath makes the miniature world" if config.world else ""
-            raise ConfigError(f"{key}={value} is neither a hub id nor a folder with a config.json{hint}.")
+    check_trainable(config)
+    for sentence in missing_inputs(config):
+        raise ConfigError(sentence)
 
 
-def _check_trainable(config: PipelineConfig) -> None:
+def check_trainable(config: PipelineConfig) -> None:
     """gpt-oss samples in vLLM and would fail after that: its attention on a GPU is a kernel that is not installed."""
     if config.device == "cuda" and "gpt-oss" in str(config.model).lower():
         raise ConfigError(

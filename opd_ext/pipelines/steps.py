@@ -33,15 +33,20 @@ SCORES = ["split", "temperature", "uid", "sample", "acc", "tokens", "truncated"]
 
 
 class SamplingSteps:
-    """A folder, its settings, and what samples of one model are made of."""
+    """A folder, its settings, and what samples of one model are made of.
+
+    Args:
+        seen: inputs are here and are read. Otherwise stages have their names and their order, and cannot run.
+    """
 
     config: SampledConfig
 
-    def __init__(self, config: SampledConfig):
-        self.config, self.folder = config, Path(config.run_dir)
+    def __init__(self, config: SampledConfig, seen: bool = True):
+        self.config, self.folder, self.seen = config, Path(config.run_dir), seen
         self.manifest = Manifest(self.folder)
-        self.tokenizer = problems.load_tokenizer(config.model, config.trust_remote_code)
-        self.stop_ids = stop_ids(config.model, self.tokenizer)
+        if seen:
+            self.tokenizer = problems.load_tokenizer(config.model, config.trust_remote_code)
+        self.stop_ids = stop_ids(config.model, self.tokenizer) if seen else []
 
     # ------------------------------------------------------------------ prompts
 
@@ -56,7 +61,8 @@ class SamplingSteps:
             return {"prompts": len(rows), "longest": int(lengths.max())}
 
         # A file may move; what it holds must not change.
-        content = {**plain(settings), "file": hashlib.sha256(Path(settings.file).read_bytes()).hexdigest()}
+        file = hashlib.sha256(Path(settings.file).read_bytes()).hexdigest() if self.seen else None
+        content = {**plain(settings), "file": file}
         if not settings.wording:
             del content["wording"]  # stages of runs that are older than the key still count
         model = {"model": problems.fingerprint(self.config.model), "stop_ids": self.stop_ids}

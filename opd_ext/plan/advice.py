@@ -52,10 +52,22 @@ def _remedies(run: Run, phase: str) -> Iterator[tuple[str, Run]]:
     if not run.checkpointing:
         key = "actor_rollout_ref.model.enable_gradient_checkpointing=true"
         yield key, replace(run, checkpointing=True)
-    if run.budget > run.pair:
-        pair = run.pair
+    if run.budget > run.rank_pair:
+        pair = run.rank_pair
         smaller = replace(run, budget=pair, teacher_budget=pair, score_budget=pair)
         yield f"{_ACTOR}.ppo_max_token_len_per_gpu={pair}", smaller
+    if run.scorer is None and not run.sequence_parallel > 1:  # teacher and student differ in length: not with one
+        for ranks in (each for each in (2, 4, 8) if run.gpus_per_node % each == 0):
+            shared = replace(run, sequence_parallel=ranks)
+            pair = shared.rank_pair
+            smaller = replace(shared, budget=pair, score_budget=pair)
+            if _fits(smaller, phase):
+                yield (
+                    f"{_ACTOR}.ulysses_sequence_parallel_size={ranks} with {_ACTOR}.ppo_max_token_len_per_gpu={pair} "
+                    "and opd.selftest=false",
+                    smaller,
+                )
+                break
     yield f"{_ACTOR}.fsdp_config.offload_policy=true", replace(run, sharding=replace(sharding, streamed=True))
 
 

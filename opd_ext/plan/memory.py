@@ -17,6 +17,7 @@ ASLEEP = 2.5 * GiB  # what a sleeping vLLM keeps: its context and its CUDA graph
 GRAPHS = 1.0 * GiB  # of an awake one, outside the share that it was given
 PROCESS = 0.75 * GiB  # a CPU rank before it has a model: torch, verl, transformers
 _BLOCK_COPIES = 6  # fp32 intermediates of a block of rows: softmax, divergence and their gradient
+_FORWARD_BLOCKS = 3  # of them without a gradient: logits, probabilities, their product
 _FORWARD_COPIES = 3  # of a layer's widest tensors, alive at a time without gradients
 _PREFETCHED = 2  # layers whose weights are gathered at a time
 
@@ -120,19 +121,40 @@ def teacher_pass(run: Run) -> Phase:
 
 
 def old_log_probs(run: Run) -> Phase:
+    """The worse of the head's pass in a step with a teacher, and of verl's pass in one without."""
+    here, host = states(run, gradients=False, updating=True)
+    here["gathered weights"] = _gathered(run, run.student, run.sharding.compute, trained=False)
+    heads = [_whole_scores(run)] if run.dense else []
+    heads += [{"chunked head": _chunked_scores(run)}] if run.teaches or not run.dense else []
+    here |= max(heads, key=lambda head: sum(head.values()))
+    return Phase("old log-probs", here | _process(run), host)
+
+
+def _whole_scores(run: Run) -> dict[str, float]:
     """verl's forward pass with whole logits, of which it always computes the entropy, too.
 
     Under autocast softmax, logsumexp and the sum read the logits as fp32, and each makes that copy for itself.
     """
-    here, host = states(run, gradients=False, updating=True)
     compute = run.sharding.compute
     logits = run.score_budget * run.student.vocabulary
     stored = 4 if run.fp32_head else compute
     copies = 2 if stored == 4 else 3  # probabilities and one exponential; the logits themselves, unless they are fp32
-    here["whole logits"] = logits * stored * run.temperature_copies
-    here["their entropy"] = logits * 4 * copies
-    here["gathered weights"] = _gathered(run, run.student, compute, trained=False) + run.student.head * compute
-    return Phase("old log-probs", here | _process(run), host)
+    return {
+        "whole logits": logits * stored * run.temperature_copies,
+        "their entropy": logits * 4 * copies,
+        "projection": run.student.head * compute,
+    }
+
+
+def _chunked_scores(run: Run) -> float:
+    """Projection, logits of a chunk of rows, intermediates of a block; of the student alone, without a gradient."""
+    compute, shape = run.sharding.compute, run.student
+    chunk, block = chunks._rows(run.chunk, shape.vocabulary, run.device)
+    width = 4 if run.fp32_head else compute
+    wide = shape.head * 4 if width != compute and run.device != "cuda" else 0
+    return (
+        shape.head * compute + wide + chunk * shape.vocabulary * width + _FORWARD_BLOCKS * block * shape.vocabulary * 4
+    )
 
 
 def update(run: Run) -> Phase:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opd_ext.config.assumptions import PlanConfig
+from opd_ext.config.old_policy import old_log_probs, sequence_parallel, updates
 from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError
 from opd_ext.plan.machines import Machine, machine
@@ -67,7 +68,8 @@ class Run:
         prompts, n, updates: of a step: prompts, responses of each, optimiser steps.
         limit, mean: of training responses.
         pair: prompt and response at most, the student's or the teacher's.
-        budget, teacher_budget, score_budget: tokens of a micro-batch in update, teacher pass, old log-probs.
+        budget, teacher_budget, score_budget: tokens of a micro-batch in update, teacher pass, old log-probs, per rank.
+        sequence_parallel: ranks that share the tokens of a sequence (Ulysses).
         trained: parameters that have gradients.
         trained_tensors: tensors of them.
         adapter: parameters of a LoRA adapter, 0 without one.
@@ -109,6 +111,7 @@ class Run:
     budget: int
     teacher_budget: int
     score_budget: int
+    sequence_parallel: int
     checkpointing: bool
     trained: int
     trained_tensors: int
@@ -158,7 +161,12 @@ class Run:
     @property
     def rank_responses(self) -> int:
         """Of a mini-batch, on one rank."""
-        return max(1, self.responses // self.updates // self.ranks)
+        return max(1, self.responses // self.updates * self.sequence_parallel // self.ranks)
+
+    @property
+    def rank_pair(self) -> int:
+        """Tokens of the longest pair that one rank has to hold."""
+        return -(-self.pair // self.sequence_parallel)
 
 
 def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
@@ -217,6 +225,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         budget=actor.ppo_max_token_len_per_gpu,
         teacher_budget=ref.ref.log_prob_max_token_len_per_gpu,
         score_budget=rollout.log_prob_max_token_len_per_gpu,
+        sequence_parallel=sequence_parallel(actor),
         checkpointing=model.enable_gradient_checkpointing,
         trained=adapter or student.parameters,
         trained_tensors=adapter_tensors or student.tensors,
@@ -227,7 +236,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         dense=dense,
         temperature_copies=1 if rollout.temperature == 1.0 else 2,
         dense_entropy=entropy,
-        scores_old=_scores_old(config, opd),
+        scores_old=old_log_probs(config, opd, updates(config)) == "pass",
         teaches=opd.distils and opd.teacher.backend == "engine",
         moves=opd.needs_teacher_engine and any(opd.teacher.kind.share(step, 1) > 0 for step in range(1, steps + 1)),
         steps=steps,
@@ -283,16 +292,6 @@ def _validations(config: DictConfig, steps: int) -> int:
         return 1
     every = trainer.test_freq
     return int(bool(trainer.val_before_train)) + (-(-steps // every) if every > 0 else 0)
-
-
-def _scores_old(config: DictConfig, opd: OPDConfig) -> bool:
-    """Whether the old policy's log-probs are a pass of their own, as the trainer decides it."""
-    correction = config.algorithm.rollout_correction
-    if correction and correction.bypass_mode:
-        return False
-    several = config.data.train_batch_size > config.actor_rollout_ref.actor.ppo_mini_batch_size
-    read = opd.distils and (opd.divergence.sampled or opd.credit.reads_old_log_probs)
-    return opd.policy.present or (several and read)
 
 
 def _thinks(config: DictConfig) -> bool:

@@ -78,6 +78,9 @@ class Update:
     gradient_checkpointing: bool = False
     old_policy: bool = False  # whether the batch carries old log-probs
     policy: bool = False  # whether it carries advantages, and so has a policy term
+    old: str = "given"  # old log-probs of a policy: given; pass, the engine's own in front; update, the update's own
+    alone: bool = False  # verl's own update, without a teacher
+    sampler_cap: float | None = None  # of weights that correct a policy for its sampler
     distillation_weight: float = 1.0
     trust: float | None = None
     denominator: str = "trained"
@@ -304,7 +307,51 @@ class Rank:
             "opd_distillation_weight": update.distillation_weight,
             "opd_gate": update.gate,
         }
-        return student, to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
+        return student, self._with_old_log_probs(
+            update, student.engine, to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
+        )
+
+    def _with_old_log_probs(self, update: Update, engine, batch):
+        """As :class:`Update` says of ``old``, ``alone`` and ``sampler_cap``; what a pass says is kept, too."""
+        from verl.workers.utils.padding import response_from_nested
+
+        from opd_ext.bridge import old_policy
+
+        batch = batch.exclude("teacher_input_ids", "has_teacher", "span_label") if update.alone else batch
+        self.scored = None
+        if update.old == "given":
+            return batch
+        batch = batch.exclude("old_log_probs")
+        if update.old == "update":
+            from verl.utils import tensordict_utils as tu
+
+            tu.assign_non_tensor(batch, **{old_policy.CURRENT: True})
+            if update.sampler_cap is not None:
+                tu.assign_non_tensor(batch, **{old_policy.CAP: update.sampler_cap})
+            return batch
+        self.scored = self.scores(engine, batch)
+        old = response_from_nested(self.scored["log_probs"], batch["response_mask"])
+        batch["old_log_probs"] = old
+        if update.sampler_cap is not None:  # verl's formula, of which the trainer makes this field
+            ratio = (old.values() - batch["rollout_log_probs"].values()).exp().clamp(max=update.sampler_cap)
+            weights = ratio * batch["response_mask"].values()
+            rows = list(weights.split(old.offsets().diff().tolist()))
+            batch["rollout_is_weights"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        return batch
+
+    def scores(self, engine, batch) -> dict[str, torch.Tensor]:
+        """``log_probs`` and ``entropy`` as the old-log-prob pass has them, jagged like ``input_ids``."""
+        from verl.utils import tensordict_utils as tu
+
+        batch = batch.clone(recurse=False)
+        config = engine.engine_config
+        budget = {
+            "use_dynamic_bsz": config.use_dynamic_bsz,
+            "max_token_len_per_gpu": config.infer_max_token_len_per_gpu,
+        }
+        tu.assign_non_tensor(batch, calculate_entropy=True, micro_batch_size_per_gpu=2, **budget)
+        with engine.eval_mode():
+            return dict(engine.infer_batch(batch)["model_output"])
 
     def gradients(self, update: Update) -> dict:
         """Loss, mean metrics and whole gradients, as ``train_batch`` has them just before the optimiser step."""
@@ -331,9 +378,11 @@ class Rank:
         sums = {name: metric.aggregate() for name, metric in ours.items()}
         totals = torch.tensor(list(sums.values()), dtype=torch.float64)
         torch.distributed.all_reduce(totals)
+        said = engine.recall() if update.old == "update" else self.scored
         return {
             "loss": loss.item() / self.world_size,
             "grads": grads,
+            "said": {name: list(values.unbind()) for name, values in (said or {}).items()},
             "metrics": means(dict(zip(sums, totals.tolist(), strict=True))),
             "micro_batches": len(output["loss"]),
         }

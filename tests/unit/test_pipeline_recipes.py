@@ -263,6 +263,26 @@ def test_a_recipe_that_only_shows_needs_no_inputs(option, recipe, recorded, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words, last, missing",
+    [
+        (["ssd", "recipe=ssd/qwen3_4b_instruct"], "diagnose", "rstar_coder_passed.parquet is not a file; "),
+        (["t3s", "recipe=t3s/qwen3_8b"], "evaluate-lowest", "boba200.parquet is not a file; "),
+        (["sft", "recipe=sft/smollm2_cpu"], "evaluate-sft", "smollm2 is neither a hub id nor a folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_dry_run_without_inputs_says_what_would_be_done_and_what_is_missing(words, last, missing, tmp_path):
+    run_dir, home = f"run_dir={tmp_path / 'run'}", {"OPD_HOME": str(tmp_path / "none")}
+    answer = CliRunner().invoke(app, [*words, run_dir, "--dry-run"], env=home)
+    assert answer.exit_code == 0, answer.output
+    said = answer.output.splitlines()[-1]
+    assert last in answer.output and said.startswith("Missing here") and missing in said
+    assert list(tmp_path.iterdir()) == []
+    answer = CliRunner().invoke(app, [*words, run_dir], env=home)
+    assert answer.exit_code == 2 and "is not a file" in answer.output
+
+
 @pytest.mark.parametrize("recipe", [*TINY, *GPU])
 def test_the_command_takes_what_a_recipe_passes_on(recipe, recorded):
     """In this process, since importing torch takes longer than composing a configuration."""

@@ -20,9 +20,9 @@ from opd_ext.tokens.finetuning import read_metrics
 BASE, TUNED = "base", "sft"
 
 
-def build(config: SFTConfig) -> tuple[Pipeline, TracedSteps]:
-    """The stages of a run, and what they share."""
-    steps = TracedSteps(config)
+def build(config: SFTConfig, seen: bool = True) -> tuple[Pipeline, TracedSteps]:
+    """The stages of a run, and what they share; ``seen``: see :class:`~opd_ext.pipelines.steps.Steps`."""
+    steps = TracedSteps(config, seen)
     task = steps.fine_tuning(TUNED, TRACES)
     stages = [steps.render("train", config.prompts), *steps.trace_stages(), steps.train(TUNED, task, ["traces"])]
     stages += steps.evaluation_stages({BASE: (config.model, None), TUNED: (str(task.final), f"train-{TUNED}")})

@@ -31,9 +31,9 @@ def all_arms(config: SSDConfig) -> dict[str, Decoding]:
     return {**config.arms, **{f"sweep-T{t:g}": Decoding(t) for t in config.sweep}}
 
 
-def build(config: SSDConfig) -> tuple[Pipeline, Steps]:
-    """The stages of a run, and what they share."""
-    steps, arms = Steps(config), all_arms(config)
+def build(config: SSDConfig, seen: bool = True) -> tuple[Pipeline, Steps]:
+    """The stages of a run, and what they share; ``seen``: see :class:`~opd_ext.pipelines.steps.Steps`."""
+    steps, arms = Steps(config, seen), all_arms(config)
     stages = [steps.render("train", config.prompts)]
     stages += [_sampling(steps, config, arm) for arm in arms]
     tasks = {arm: steps.fine_tuning(arm, f"training/{arm}.parquet") for arm in arms}

@@ -24,9 +24,9 @@ from opd_ext.tokens.finetuning import read_metrics
 BASE, PLAIN = "base", "sft"
 
 
-def build(config: T3SConfig) -> tuple[Pipeline, T3S]:
-    """The stages of a run, and what they share."""
-    steps = T3S(config)
+def build(config: T3SConfig, seen: bool = True) -> tuple[Pipeline, T3S]:
+    """The stages of a run, and what they share; ``seen``: see :class:`~opd_ext.pipelines.steps.Steps`."""
+    steps = T3S(config, seen)
     stages = [steps.render("train", config.prompts), *steps.trace_stages()]
     stages.append(steps.train("pilot", steps.pilot, ["traces"], steps.pilot.saved_steps))
     stages += [steps.score_stage(), steps.bottleneck_stage(), steps.confidence_stage(), steps.selection_stage()]
@@ -36,7 +36,7 @@ def build(config: T3SConfig) -> tuple[Pipeline, T3S]:
         stages.append(steps.rrt_stage())
     models = evaluated(steps, config)
     stages += steps.evaluation_stages(models)
-    if config.diffusion is not None:
+    if config.diffusion is not None and seen:  # its stages rest on what the config of its model says
         stages += diffusion_pipeline.stages(steps, config, TRACES)
     return Pipeline(Path(config.run_dir), stages, REFUSALS), steps
 

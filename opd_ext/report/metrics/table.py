@@ -183,7 +183,7 @@ SECTIONS: tuple[Section, ...] = (
         (
             Metric("timing_s/gen", "s", "waiting for rollouts, rewards and annotation"),
             Metric("timing_s/teacher_context", "s", "building the teacher's sequences", "with a teacher", "small"),
-            Metric("timing_s/old_log_prob", "s", "log-probs before the update", "where the loss needs them"),
+            Metric("timing_s/old_log_prob", "s", "log-probs before the update", "where it is a pass of its own"),
             Metric("timing_s/ref", "s", "log-probs of verl's reference policy", "with a KL term"),
             Metric("timing_s/adv", "s", "advantages", _RL, "small"),
             Metric("timing_s/update_actor", "s", "teacher pass, student pass, optimiser", _TRAINED),

@@ -138,6 +138,20 @@ def test_a_run_that_overflows_from_step_two_on_is_told_and_what_would_fit():
     assert remedy.bytes < 0.97 * 140.4 * GiB
 
 
+def test_ranks_that_share_a_sequence_share_its_activations():
+    """Ulysses: verl's budget is of each rank, so a pair of 34,816 tokens takes half of it on each of two."""
+    shared = (f"{ACTOR}.ulysses_sequence_parallel_size=2", "opd.selftest=false")
+    half = (*shared, f"{ACTOR}.ppo_max_token_len_per_gpu=17408", f"{ROLLOUT}.log_prob_max_token_len_per_gpu=17408")
+    whole, parts = (memory("recipe=grpo/qwen3_8b", *more)["update"].uses for more in ((), half))
+    assert parts["layer inputs"] == whole["layer inputs"] / 2
+    assert parts["whole logits"] < 0.7 * whole["whole logits"]  # the projection beside them stays whole
+    with pytest.raises(ConfigError, match="=17407, shared by 2 ranks, cannot hold one sequence"):
+        plan("recipe=grpo/qwen3_8b", *shared, f"{ACTOR}.ppo_max_token_len_per_gpu=17407")
+    config = compose_config(["recipe=grpo/qwen3_8b", "opd.plan.gpu=a100_40gb"])
+    told = as_json(config, check(config))["advice"]
+    assert any("ulysses_sequence_parallel_size=" in sentence for sentence in told), told
+
+
 def test_latency_bound_generation_and_large_validations_are_told():
     config = compose_config(
         ["recipe=crisp/qwen3_8b", f"{ROLLOUT}.tensor_model_parallel_size=1", "opd.validation.monitor=null"]

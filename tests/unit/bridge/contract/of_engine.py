@@ -187,6 +187,27 @@ def micro_batches(engine, jagged, monkeypatch):
     assert torch.distributed.get_world_size(engine.get_data_parallel_group()) == 1
 
 
+@seam(
+    "bridge/engine.py",
+    covers="OPDEngine.prepare_model_outputs",
+    pins={f"{HEAD}.prepare_model_outputs": "self output output_args micro_batch logits_processor_func"},
+)
+def model_outputs(engine, jagged, monkeypatch):
+    """Outputs are made of whole logits and a temperature per row; an update gives them back in order if it is asked."""
+    seen, theirs = [], engine.prepare_model_outputs
+
+    def outputs(output, output_args, micro_batch, logits_processor_func):
+        seen.append((output.logits.shape[1], len(output_args["temperature_rmpad"])))
+        return theirs(output, output_args, micro_batch, logits_processor_func)
+
+    monkeypatch.setattr(engine, "prepare_model_outputs", outputs)
+    with engine.train_mode():
+        asked = engine.forward_backward_batch(_batch(jagged, budget=5, return_model_output=True), loss_function=_loss)
+        plain = engine.forward_backward_batch(_batch(jagged, budget=5), loss_function=_loss)
+    assert [len(row) for row in asked["model_output"]["log_probs"].unbind()] == [len(row) for row in ROWS]
+    assert plain["model_output"] == {} and sorted(seen[:2]) == [(4, 4), (5, 5)]
+
+
 @seam("bridge/engine.py", pins={f"{FSDP}_gradient_sync_context": "self * is_last_micro_batch"})
 def gradient_sync(engine, jagged, monkeypatch):
     """With ``use_no_sync_for_gradient_accumulation: false`` gradients are sharded after every micro-batch."""

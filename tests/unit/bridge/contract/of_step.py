@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contracts of what verl's trainer does within a step: balance, old log-probs, advantages, update, metrics."""
 
+import math
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from transfer_queue import KVBatchMeta
+from verl.protocol import DataProto
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.trainer.ppo.v1.utils import MetricsAggregator
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.utils.metric.utils import Metric
+from verl.utils.torch_functional import entropy_from_logits
+
+from opd_ext.ratios import importance_clip
 
 from .seams import bare, says, seam
 
@@ -133,6 +139,35 @@ def advantages(config, queue, jagged):
     (better, same), (worse, _), even, _ = _get(queue, KEYS, "advantages")
     assert better == same == -worse > 0 and even == [0.0]
     assert returned.keys == KEYS
+
+
+@seam(
+    "bridge/old_policy.py",
+    covers="config.algorithm.rollout_correction _compute_old_log_prob",
+    pins={
+        "verl.trainer.ppo.rollout_corr_helper:compute_rollout_correction_and_add_to_batch": "batch rollout_corr_config",
+        "verl.protocol:DataProto": None,
+        "verl.utils.torch_functional:entropy_from_logits": "logits",
+    },
+)
+def current_policy(config, queue, jagged):
+    """Advantages without a correction ask for no old log-probs; a token's weight is their capped ratio, masked."""
+    masks, floats = jagged([[1, 1], [1, 0]]), torch.float32
+    sampled = jagged([[-1.0, -2.0], [-3.0, -1.0]], floats)
+    fields = {"response_mask": masks, "rm_scores": jagged([[0.0, 1.0], [0.0, 0.0]], floats), "uid": ["p0", "p0"]}
+    batch = _put(queue, KEYS[:2], fields | {"rollout_log_probs": sampled}, seq_len=[3] * 2)
+    config.algorithm.adv_estimator, config.algorithm.rollout_correction = "grpo", None
+    bare(PPOTrainerSync, config=config)._compute_advantage(batch, {})
+    assert _get(queue, KEYS[:2], "advantages")[0][1] > 0
+
+    old, theirs = torch.tensor([[-1.0, -0.5], [-4.0, -9.0]]), sampled.to_padded_tensor(0.0)
+    rows = {"old_log_probs": old, "rollout_log_probs": theirs, "response_mask": masks.to_padded_tensor(0)}
+    correction = {"rollout_is": "token", "rollout_is_threshold": 2.0}
+    found, metrics = compute_rollout_correction_and_add_to_batch(DataProto.from_dict(rows), correction)
+    ours = importance_clip(old, theirs, 2.0) * rows["response_mask"]
+    assert torch.equal(found.batch["rollout_is_weights"], ours) and ours.max() == 2.0
+    assert metrics and all(name.startswith("rollout_corr/") for name in metrics)
+    assert entropy_from_logits(torch.zeros(1, 4)).item() == pytest.approx(math.log(4))
 
 
 @seam(

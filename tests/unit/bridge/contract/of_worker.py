@@ -163,6 +163,23 @@ def joining(monkeypatch):
 
 @seam(
     "bridge/worker.py",
+    covers="OPDWorker.compute_log_prob",
+    pins={
+        f"{HYBRID}compute_log_prob": "self data",
+        "verl.single_controller.base.decorator:make_nd_compute_dataproto_dispatch_fn": "mesh_name",
+    },
+)
+def rows_of_ranks():
+    """``compute_log_prob`` is sent the rows of each rank, by the mesh of the actor, as ours is."""
+    theirs, mine = (getattr(kind.compute_log_prob, MAGIC_ATTR) for kind in (ActorRolloutRefWorker, ours.OPDWorker))
+    for name in ("dispatch_fn", "collect_fn"):
+        a, b = theirs["dispatch_mode"][name], mine["dispatch_mode"][name]
+        assert (a.func, a.args) == (b.func, b.args) == (a.func, ("actor",))
+    assert theirs["blocking"] is mine["blocking"] is True
+
+
+@seam(
+    "bridge/worker.py",
     pins={
         "verl.single_controller.base.decorator:register": "dispatch_mode= execute_mode= blocking= materialize_futures=",
         "verl.single_controller.base.decorator:Dispatch": None,
