@@ -22,11 +22,28 @@ SCRIPTS = sorted(RECIPES.glob("*/*.sh"))
 METHODS = {method: f"{name}.sh" for method, (name, _, _) in RUNS.items()}
 GPU_RECIPES = [f"{method}/{script}" for method, script in METHODS.items()]
 # The same settings with another model.
-VARIANTS = ["crisp/qwen3_14b.sh", "opsd/qwen3_8b.sh"]
+VARIANTS = ["crisp/qwen3_14b.sh", "crisp/qwen3_32b.sh", "crisp/r1_distill_llama_8b.sh", "opsd/qwen3_8b.sh"]
+# A model that fits, and evaluation that an evening holds.
+ONE_CARD = [
+    "crisp/qwen3_0_6b_gpu_1_24gb.sh", "crisp/qwen3_1_7b_gpu_1.sh", "crisp/qwen3_4b_gpu_1.sh",
+    "opsd/qwen3_1_7b_gpu_1_24gb.sh", "opsd/qwen3_1_7b_gpu_1.sh", "opsd/qwen3_4b_gpu_1.sh",
+    "sdpo/qwen3_0_6b_gpu_1_24gb.sh", "sdpo/qwen3_1_7b_gpu_1.sh",
+]  # fmt: skip
+VARIANTS += ONE_CARD
 # Their names are what a user finds in runs/ and in reports.
 RUN_FOLDERS = {
     "crisp/qwen3_8b.sh": "crisp-qwen3-8b",
     "crisp/qwen3_14b.sh": "crisp-qwen3-14b",
+    "crisp/qwen3_32b.sh": "crisp-qwen3-32b",
+    "crisp/r1_distill_llama_8b.sh": "crisp-r1-distill-llama-8b",
+    "crisp/qwen3_0_6b_gpu_1_24gb.sh": "crisp-qwen3-0.6b-gpu-1-24gb",
+    "crisp/qwen3_1_7b_gpu_1.sh": "crisp-qwen3-1.7b-gpu-1",
+    "crisp/qwen3_4b_gpu_1.sh": "crisp-qwen3-4b-gpu-1",
+    "opsd/qwen3_1_7b_gpu_1_24gb.sh": "opsd-qwen3-1.7b-gpu-1-24gb",
+    "opsd/qwen3_1_7b_gpu_1.sh": "opsd-qwen3-1.7b-gpu-1",
+    "opsd/qwen3_4b_gpu_1.sh": "opsd-qwen3-4b-gpu-1",
+    "sdpo/qwen3_0_6b_gpu_1_24gb.sh": "sdpo-qwen3-0.6b-gpu-1-24gb",
+    "sdpo/qwen3_1_7b_gpu_1.sh": "sdpo-qwen3-1.7b-gpu-1",
     "grpo/qwen3_8b.sh": "grpo-qwen3-8b",
     "cispo/qwen3_8b_base.sh": "cispo-qwen3-8b-base",
     "opd/qwen3_0_6b.sh": "opd-qwen3-0.6b",
@@ -68,7 +85,8 @@ def test_every_script_has_the_run_bit_and_is_valid_bash(script):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_readme_names_its_scripts_and_only_files_that_exist(method):
     text = (RECIPES / method / "README.md").read_text()
-    for script in ("tiny_cpu.sh", METHODS[method]):
+    variants = [Path(variant).name for variant in VARIANTS if Path(variant).parent.name == method]
+    for script in ("tiny_cpu.sh", METHODS[method], *variants):
         assert f"recipes/{method}/{script}" in text
     named = {word.strip("`|()[],.:") for word in text.split()}
     for path in {word for word in named if word.startswith("recipes/") and word.endswith(".sh")}:
