@@ -135,7 +135,9 @@ def test_a_script_without_inputs_is_its_recipe(recipe, arguments, tmp_path, monk
 @pytest.mark.parametrize("recipe", [*GPU_RECIPES, *VARIANTS])
 def test_a_script_looks_for_the_very_data_that_its_recipe_reads(recipe, run_recipe, tmp_path):
     config = compose_config([f"recipe={recipe.removesuffix('.sh')}"])
-    names = [Path(file).name for file in (config.data.train_files, *config.data.val_files)]
+    sets = config.data.val_files
+    files = [config.data.train_files, *([sets] if isinstance(sets, str) else sets)]
+    names = [Path(file).name for file in files]
     variables = {"DATA_DIR": str(tmp_path), "RAY_ADDRESS": "auto", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (tmp_path / "opd").write_text("#!/usr/bin/env bash\necho started\n")
     (tmp_path / "opd").chmod(0o755)
