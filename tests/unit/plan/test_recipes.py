@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU recipes as they are planned: they fit their machines, validate less than they train, and take what they say."""
+"""The GPU recipes as they are planned: they fit, validate less than they train, and take the hours that they say."""
 
 import functools
 from pathlib import Path
