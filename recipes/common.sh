@@ -8,6 +8,7 @@
 #   build_world MODEL...      the miniature world, unless it has these models
 #   build_smollm2 NAME REQUEST   SmolLM2-135M-Instruct and, in the folder NAME, arithmetic that asks REQUEST besides,
 #                             unless they are there
+#   build_puzzles             puzzles and arithmetic of reasoning-gym, 3,200 and 500, unless they are there
 #   input NAME DEFAULT        the environment variable NAME, or OPD_NAME (which Ray jobs pass on), or DEFAULT
 #   check_inputs SET...       refuse a MODEL, TEACHER or data set that is not there, and more GPUS than there are
 #   name_run ORIGINAL ARGUMENTS...
@@ -17,7 +18,8 @@
 #                             in the folder math of OPD_HOME, or in the one that `data_folder` names
 #
 # The last two add to `inputs` what `opd train` is to be told; the script's own folder is `here`, and TEACHER is an
-# input if `teacher_is_input` is set. What nobody asked for is not among them: it stands in opd_ext/config/recipe.
+# input if `teacher_is_input` is set. A recipe for other than eight GPUs sets `gpus`, one whose data are not in the
+# folder `math` sets `data_folder`. What nobody asked for is not among them: it stands in opd_ext/config/recipe.
 
 inputs=()
 
@@ -45,6 +47,17 @@ build_smollm2() {
         products min_terms=2 max_terms=2 min_digits=1 max_digits=1 \
         gcd min_numbers=2 max_numbers=2 min_value=2 max_value=20 \
         simple_equations min_terms=2 max_terms=2 max_value=9
+}
+
+build_puzzles() {
+    local world=${OPD_HOME:-$HOME/.cache/opd_ext}/gym_puzzles
+    [[ -f $world/val.parquet ]] || opd data gym --out "$world" --train 3200 --val 500 \
+        chain_sum min_terms=4 max_terms=6 min_digits=3 max_digits=4 \
+        products min_terms=2 max_terms=2 min_digits=3 max_digits=3 \
+        countdown min_numbers=4 max_numbers=4 \
+        prime_factorization min_value=100 max_value=5000 \
+        calendar_arithmetic \
+        knights_knaves
 }
 
 input() {
@@ -125,7 +138,7 @@ gpu_run() {
     if given GPUS; then inputs+=("trainer.n_gpus_per_node=$(input GPUS "")"); fi
     if given OUT; then inputs+=("opd.run_dir='$(realpath -m "$(input OUT "")")'"); fi
 
-    DATA_DIR=$folder GPUS=$(input GPUS 8) # what the checks read
+    DATA_DIR=$folder GPUS=$(input GPUS "${gpus:-8}") # what the checks read
     if only_plans "$@"; then return; fi
     [[ " $*" == *" recipe="* ]] || check_data "$train" "${sets[@]}" # another's data: `opd train` looks itself
     check_gpus

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the reference pages anew."""
+"""Write the reference pages anew, and the tables of costs in the recipes' guides."""
 
 from opd_ext.files import write_whole
 from opd_ext.reference import metrics_page, settings_page
@@ -10,11 +10,17 @@ PAGES = {"settings.md": settings_page.page, "metrics.md": metrics_page.page}
 
 
 def main() -> None:
-    """Write every page of :data:`PAGES` into the checkout."""
+    """Write every page of :data:`PAGES`, and every table of costs, into the checkout."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, page in PAGES.items():
         write_whole(FOLDER / name, page().encode())
         print(f"written: {FOLDER / name}")
+    from opd_ext.reference import costs  # which composes configurations: the pages above need no framework
+
+    for guide in sorted(PACKAGE.parent.glob("recipes/*/README.md")):
+        if (text := costs.with_costs(guide)) is not None:
+            write_whole(guide, text.encode())
+            print(f"written: {guide}")
 
 
 if __name__ == "__main__":

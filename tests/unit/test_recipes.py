@@ -22,11 +22,29 @@ SCRIPTS = sorted(RECIPES.glob("*/*.sh"))
 METHODS = {method: f"{name}.sh" for method, (name, _, _) in RUNS.items()}
 GPU_RECIPES = [f"{method}/{script}" for method, script in METHODS.items()]
 # The same settings with another model.
-VARIANTS = ["crisp/qwen3_14b.sh", "opsd/qwen3_8b.sh", "sdpo/qwen3_8b_tools.sh"]
+VARIANTS = ["crisp/qwen3_14b.sh", "crisp/qwen3_32b.sh", "crisp/r1_distill_llama_8b.sh", "opsd/qwen3_8b.sh"]
+VARIANTS += ["sdpo/qwen3_8b_tools.sh"]
+# A model that fits, and evaluation that an evening holds.
+ONE_CARD = [
+    "crisp/qwen3_0_6b_gpu_1_24gb.sh", "crisp/qwen3_1_7b_gpu_1.sh", "crisp/qwen3_4b_gpu_1.sh",
+    "opsd/qwen3_1_7b_gpu_1_24gb.sh", "opsd/qwen3_1_7b_gpu_1.sh", "opsd/qwen3_4b_gpu_1.sh",
+    "sdpo/qwen3_0_6b_gpu_1_24gb.sh", "sdpo/qwen3_1_7b_gpu_1.sh",
+]  # fmt: skip
+VARIANTS += ONE_CARD
 # Their names are what a user finds in runs/ and in reports.
 RUN_FOLDERS = {
     "crisp/qwen3_8b.sh": "crisp-qwen3-8b",
     "crisp/qwen3_14b.sh": "crisp-qwen3-14b",
+    "crisp/qwen3_32b.sh": "crisp-qwen3-32b",
+    "crisp/r1_distill_llama_8b.sh": "crisp-r1-distill-llama-8b",
+    "crisp/qwen3_0_6b_gpu_1_24gb.sh": "crisp-qwen3-0.6b-gpu-1-24gb",
+    "crisp/qwen3_1_7b_gpu_1.sh": "crisp-qwen3-1.7b-gpu-1",
+    "crisp/qwen3_4b_gpu_1.sh": "crisp-qwen3-4b-gpu-1",
+    "opsd/qwen3_1_7b_gpu_1_24gb.sh": "opsd-qwen3-1.7b-gpu-1-24gb",
+    "opsd/qwen3_1_7b_gpu_1.sh": "opsd-qwen3-1.7b-gpu-1",
+    "opsd/qwen3_4b_gpu_1.sh": "opsd-qwen3-4b-gpu-1",
+    "sdpo/qwen3_0_6b_gpu_1_24gb.sh": "sdpo-qwen3-0.6b-gpu-1-24gb",
+    "sdpo/qwen3_1_7b_gpu_1.sh": "sdpo-qwen3-1.7b-gpu-1",
     "grpo/qwen3_8b.sh": "grpo-qwen3-8b",
     "cispo/qwen3_8b_base.sh": "cispo-qwen3-8b-base",
     "opd/qwen3_0_6b.sh": "opd-qwen3-0.6b",
@@ -69,7 +87,8 @@ def test_every_script_has_the_run_bit_and_is_valid_bash(script):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_readme_names_its_scripts_and_only_files_that_exist(method):
     text = (RECIPES / method / "README.md").read_text()
-    for script in ("tiny_cpu.sh", METHODS[method]):
+    variants = [Path(variant).name for variant in VARIANTS if Path(variant).parent.name == method]
+    for script in ("tiny_cpu.sh", METHODS[method], *variants):
         assert f"recipes/{method}/{script}" in text
     named = {word.strip("`|()[],.:") for word in text.split()}
     for path in {word for word in named if word.startswith("recipes/") and word.endswith(".sh")}:
@@ -118,7 +137,9 @@ def test_a_script_without_inputs_is_its_recipe(recipe, arguments, tmp_path, monk
 @pytest.mark.parametrize("recipe", [*GPU_RECIPES, *VARIANTS])
 def test_a_script_looks_for_the_very_data_that_its_recipe_reads(recipe, run_recipe, tmp_path):
     config = compose_config([f"recipe={recipe.removesuffix('.sh')}"])
-    names = [Path(file).name for file in (config.data.train_files, *config.data.val_files)]
+    sets = config.data.val_files
+    files = [config.data.train_files, *([sets] if isinstance(sets, str) else sets)]
+    names = [Path(file).name for file in files]
     variables = {"DATA_DIR": str(tmp_path), "RAY_ADDRESS": "auto", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (tmp_path / "opd").write_text("#!/usr/bin/env bash\necho started\n")
     (tmp_path / "opd").chmod(0o755)

@@ -18,7 +18,11 @@ from opd_ext.plan.timing import times
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
 FULL_OPSD = ("actor_rollout_ref.model.lora_rank=0", "opd.teacher.weights=frozen")
-QWEN3_32B = ("recipe=crisp/qwen3_8b", "actor_rollout_ref.model.path=Qwen/Qwen3-32B")
+QWEN3_32B = (
+    "recipe=crisp/qwen3_8b", "actor_rollout_ref.model.path=Qwen/Qwen3-32B", f"{ROLLOUT}.tensor_model_parallel_size=1"
+)  # fmt: skip
+IN_FULL = (f"{ROLLOUT}.tensor_model_parallel_size=1", "opd.validation.monitor=null")
+"""What the estimates by hand are of: a replica per GPU, every validation of all samples."""
 
 
 def plan(*overrides):
@@ -66,7 +70,7 @@ TIMES = {
 
 @pytest.mark.parametrize("recipe", TIMES)
 def test_times_are_those_of_an_estimate_by_hand(recipe):
-    taken, (step, hours) = times(plan(recipe)), TIMES[recipe]
+    taken, (step, hours) = times(plan(recipe, *IN_FULL)), TIMES[recipe]
     assert step / 1.5 < taken.step < step * 1.5
     assert hours / 1.5 < taken.total / 3600 < hours * 1.5
 

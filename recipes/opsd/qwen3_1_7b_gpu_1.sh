@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# OPSD (arXiv 2601.18734) on Qwen3-1.7B, the model of the released numbers, on one card of 80 GB: an hour.
+# Settings: opd_ext/config/recipe/opsd/qwen3_1_7b_gpu_1.yaml, on top of method/opsd.yaml.
+#
+#   recipes/opsd/qwen3_1_7b_gpu_1.sh                 train; run again, it goes on from the last checkpoint in OUT
+#   recipes/opsd/qwen3_1_7b_gpu_1.sh --dry-run       the plan, without GPU, data or model
+#
+# The training set needs a solution for every problem; README.md says how to make it. `opd data math` makes the rest.
+#
+# MODEL     hub id or folder                               Qwen/Qwen3-1.7B
+# DATA_DIR  folder of the data sets                        ${OPD_HOME:-~/.cache/opd_ext}/math
+# TRAIN     training set in DATA_DIR                       openthoughts_solutions
+# EVAL      validation sets in DATA_DIR                    "aime24 aime25"
+# OUT       run folder                                     ${OPD_RUNS:-runs}/opsd-qwen3-1.7b-gpu-1
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+common=$here/common.sh
+[[ -r $common ]] || common=$here/../common.sh
+[[ -r $common ]] || common=$(opd new --recipes 2>/dev/null || true)/common.sh # a folder outside recipes/
+[[ -r $common ]] ||
+    { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
+. "$common"
+
+gpus=1
+gpu_run opsd/qwen3_1_7b_gpu_1 openthoughts_solutions "aime24 aime25" "$@"
+exec opd train recipe=opsd/qwen3_1_7b_gpu_1 "${inputs[@]}" "$@"
