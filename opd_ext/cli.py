@@ -349,14 +349,19 @@ def discover(
     seeds: Annotated[int, typer.Option(help="independent searches")] = 5,
     budget: Annotated[int, typer.Option(help="attempts per search")] = 512,
     attempts: Annotated[int, typer.Option(help="attempts between two updates")] = 16,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check a search and print its plan, and stop")] = False,
 ) -> None:
     """Search for a right answer to one question, learning from failures (test-time self-distillation)."""
-    from opd_ext.pipelines.discover import SearchError
+    from opd_ext.errors import ConfigError
+    from opd_ext.pipelines.discover import SearchError, plan_search
     from opd_ext.pipelines.discover import discover as search
 
     try:
-        search(data_file, row, out, seeds, budget, attempts, overrides=overrides or [])
-    except SearchError as error:
+        if dry_run:
+            plan_search(data_file, row, budget, attempts, overrides or [])
+        else:
+            search(data_file, row, out, seeds, budget, attempts, overrides=overrides or [])
+    except (ConfigError, SearchError) as error:
         raise _refused("discover", error) from None
 
 

@@ -30,7 +30,7 @@ from opd_ext.config.overrides import from_words
 from opd_ext.errors import ConfigError, RunError
 from opd_ext.files import write_whole
 from opd_ext.launch import PATH_VARIABLE
-from opd_ext.preflight import preflight
+from opd_ext.preflight import Findings, look, preflight
 from opd_ext.progress import STARTED
 from opd_ext.run_state import running
 
@@ -71,12 +71,17 @@ def fork_workers(config: DictConfig) -> None:
 
 
 def validate(config: DictConfig) -> schema.OPDConfig:
-    """Our schema, then verl's own validation and dataclasses; verl takes seconds to import, a refusal of ours does not.
+    """Our schema, then verl's own validation and dataclasses.
 
     Raises:
         ConfigError: one sentence, whoever found the fault.
     """
     opd = checks.check(config)
+    _validate_verl(config)
+    return opd
+
+
+def _validate_verl(config: DictConfig) -> None:
     # verl would only log at DEBUG that its plugin failed to load, and then not know the platform.
     from opd_ext import plugin
 
@@ -84,7 +89,15 @@ def validate(config: DictConfig) -> schema.OPDConfig:
     from opd_ext.bridge.validation import validate_verl
 
     validate_verl(config)
-    return opd
+
+
+def _examine(config: DictConfig, starting: bool) -> tuple[schema.OPDConfig, Findings]:
+    """Every check; verl takes seconds to import, so that what can be refused without it is refused before."""
+    opd = checks.check(config)
+    data = look(config, opd, starting)
+    with nullcontext() if starting else redirect_stdout(StringIO()):  # verl says of each that it is fine
+        _validate_verl(config)
+    return opd, preflight(config, opd, data, starting)
 
 
 class _Follow:
@@ -144,8 +157,8 @@ def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Path:
     config = compose_config(list(overrides), config_dirs)
     prepare_environment(config)
     with warm_python(config.opd.warm_python, {}):
-        opd = validate(config)
-        for sentence in preflight(config, opd, starting=True).notes:
+        opd, findings = _examine(config, starting=True)
+        for sentence in findings.notes:
             print(f"note: {sentence}", flush=True)
         _train(config, opd)
     return Path(opd.run_dir)
@@ -161,9 +174,7 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), as_json: bo
 
     config = compose_config(list(overrides), config_dirs)
     prepare_environment(config)
-    with redirect_stdout(StringIO()):  # verl says of each configuration that it is fine
-        opd = validate(config)
-    findings = preflight(config, opd, starting=False)
+    opd, findings = _examine(config, starting=False)
     if as_json:
         print(json.dumps(page.as_json(config, opd), indent=2))
     else:

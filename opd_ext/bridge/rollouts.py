@@ -12,11 +12,14 @@ from transfer_queue import KVBatchMeta
 
 from opd_ext.bridge.failures import FAILURE
 from opd_ext.estimators import pass_at_k
+from opd_ext.moved import old_functions
 from opd_ext.seeds import Copies
 from opd_ext.tokens.texts import decode
 
 ANNOTATION = "opd_annotation"
 """Under which name the agent loop leaves an annotation beside a rollout."""
+
+__getattr__ = old_functions(__name__)
 
 _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "extra_info", "extra_fields"]
 

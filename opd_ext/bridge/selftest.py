@@ -23,10 +23,13 @@ from opd_ext.objective.head import divergence_head
 from opd_ext.tokens.ends import named_ends
 
 LENGTH = 64  # tokens of a sequence that head and packing are tried on, and of a response
-# Largest difference of a log-prob that rounding explains: a state that leaks, or a factor behind the head, is 0.5 or
-# more in a random model of any of these architectures.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
-ALIKE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}  # the same for means over tokens
+# Nats that rounding explains, as means over the tokens of a sequence. At single tokens rounding and faults overlap in
+# bf16: logits between 32 and 64, as SmolLM2-135M's, are 0.25 apart there. Measured with it in bf16 on a CPU: head 0, a
+# sequence in a pack 0.017 from itself alone (0.34 at the worst token), vLLM 0.034 from the trainer, another engine.
+# Neighbours that are read move tiny random models, logits of unit scale, by 0.13 (lfm2) to 1.0 (gpt_oss).
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+SAMPLER = 3  # so many times the tolerance: two engines with kernels of their own
+ALIKE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}  # of the KL between equal weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +77,17 @@ def examine(student: OPDEngine, probes: Sequence[Probe]) -> dict[str, Any]:
 
 
 def _head_and_packing(student: OPDEngine, weight: torch.Tensor, sequences: list[list[int]]) -> dict[str, float]:
-    """Worst difference of a log-prob: ours and the model's own; of a sequence in a pack and alone."""
+    """Mean difference of log-probs: ours and the model's own; of the worse sequence, in a pack and alone."""
     labels = [ids[1:] for ids in sequences]
     single = [_rows(student, [ids], [after])[0] for ids, after in zip(sequences, labels, strict=True)]
-    alone = torch.cat([_log_prob(student, r, weight, after) for r, after in zip(single, labels, strict=True)])
+    alone = [_log_prob(student, r, weight, after) for r, after in zip(single, labels, strict=True)]
     packed = _rows(student, sequences, labels)
-    together = torch.cat([_log_prob(student, r, weight, after) for r, after in zip(packed, labels, strict=True)])
+    together = [_log_prob(student, r, weight, after) for r, after in zip(packed, labels, strict=True)]
     logits = student.model_logits(sequences[0])[:-1].float().log_softmax(-1)
     own = logits.gather(-1, torch.tensor(labels[0], device=logits.device)[:, None])[:, 0]
     return {
-        "head": (alone[: len(own)] - own).abs().max().item(),
-        "packing": (together - alone).abs().max().item(),
+        "head": (alone[0] - own).abs().mean().item(),
+        "packing": max((b - a).abs().mean().item() for a, b in zip(alone, together, strict=True)),
     }
 
 
@@ -210,7 +213,7 @@ def report(found: dict[str, Any]) -> tuple[list[str], list[str], str | None]:
             f"Teacher and student should be equal and are {found['equal_input']:.2g} nats apart on equal input: look "
             "at the dtypes and attention of both."
         )
-    if found.get("sampler", 0.0) > 10 * found["alike"]:
+    if found.get("sampler", 0.0) > SAMPLER * found["tolerance"]:
         warnings.append(
             f"The sampler's log-probs differ from the trainer's by {found['sampler']:.2g} nats: look at the dtypes of "
             "both, and whether sampling changes its probabilities (top_p, penalties)."

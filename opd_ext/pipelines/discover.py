@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from opd_ext.report.after import after_run
 from opd_ext.terminal import terminal
 
 LOG_LINES = 15
+REFUSED = 2  # the exit status of `opd train` for input that it refuses
 
 
 class SearchError(RuntimeError):
@@ -63,29 +65,17 @@ def discover(
     Raises:
         SearchError: no such row, ``out`` holds another question, or a search failed.
     """
-    if seeds < 1 or budget < 1 or attempts_per_step < 1:
-        raise SearchError("seeds, budget and attempts per step must each be at least 1.")
+    _check_counts(seeds, budget, attempts_per_step)
     console = console or terminal()
     out = Path(out).absolute()
     question = _write_question(data, row, out)
     steps = math.ceil(budget / attempts_per_step)
-    settings = [
-        *(() if any(override.startswith(("method=", "recipe=")) for override in overrides) else ("method=sdpo",)),
-        f"data.train_files={question}",
-        f"data.val_files={question}",
-        "data.train_batch_size=1",
-        f"actor_rollout_ref.rollout.n={attempts_per_step}",
-        f"opd.stop_on_success={success}",
-        f"trainer.total_training_steps={steps}",
-        "trainer.test_freq=-1",
-        "trainer.val_before_train=false",
-        "trainer.max_actor_ckpt_to_keep=1",
-    ]
+    settings = _settings(question, steps, attempts_per_step, success, overrides)
     times: list[int | None] = []
     for seed in track(range(1, seeds + 1), "searching", seeds, "searches", console):
         folder = out / f"seed-{seed}"
         if not _finished(folder, steps):
-            _search(folder, [*settings, f"opd.seed={seed}", f"opd.run_dir={folder}", *overrides])
+            _search(folder, [*settings, f"opd.seed={seed}", f"opd.run_dir={folder}"])
         times.append(_outcome(folder)["found"])
     after_run(
         lambda: _report(times, steps * attempts_per_step, out, console), "the same command, which keeps the searches"
@@ -93,8 +83,50 @@ def discover(
     return times
 
 
+def plan_search(data: Path, row: int, budget: int, attempts_per_step: int, overrides: Sequence[str] = ()) -> None:
+    """Check one search as a run is checked and print what it would do; no search is started, no folder made.
+
+    Raises:
+        SearchError, ConfigError: one sentence.
+    """
+    from opd_ext.config.overrides import from_words
+    from opd_ext.train import plan
+
+    _check_counts(1, budget, attempts_per_step)
+    with tempfile.TemporaryDirectory() as folder:
+        question = _write_question(data, row, Path(folder))
+        steps = math.ceil(budget / attempts_per_step)
+        plan(from_words(_settings(question, steps, attempts_per_step, 1.0, overrides), []))
+
+
+def _check_counts(seeds: int, budget: int, attempts_per_step: int) -> None:
+    if seeds < 1 or budget < 1 or attempts_per_step < 1:
+        raise SearchError("seeds, budget and attempts per step must each be at least 1.")
+
+
+def _settings(question: Path, steps: int, attempts: int, success: float, overrides: Sequence[str]) -> list[str]:
+    """What makes a training run a search, and then the user's overrides."""
+    method = () if any(override.startswith(("method=", "recipe=")) for override in overrides) else ("method=sdpo",)
+    return [
+        *method,
+        f"data.train_files={question}",
+        f"data.val_files={question}",
+        "data.train_batch_size=1",
+        f"actor_rollout_ref.rollout.n={attempts}",
+        f"opd.stop_on_success={success}",
+        f"trainer.total_training_steps={steps}",
+        "trainer.test_freq=-1",
+        "trainer.val_before_train=false",
+        "trainer.max_actor_ckpt_to_keep=1",
+        *overrides,
+    ]
+
+
 def _write_question(data: Path, row: int, out: Path) -> Path:
-    frame = pd.read_parquet(data)
+    try:
+        frame = pd.read_parquet(data)
+    except (ValueError, OSError) as error:
+        raise SearchError(f"{data} cannot be read as parquet ({str(error).splitlines()[0]}).") from None
     if not 0 <= row < len(frame):
         raise SearchError(f"{data} has rows 0 to {len(frame) - 1}; there is no row {row}.")
     buffer = io.BytesIO()
@@ -122,6 +154,9 @@ def _search(folder: Path, settings: list[str]) -> None:
     log = folder / "search.log"
     with log.open("a") as output:
         done = subprocess.run([sys.executable, "-m", "opd_ext.train", *settings], stdout=output, stderr=output)
+    if done.returncode == REFUSED:  # nothing was started, and one sentence says why
+        refusal = log.read_text().strip().split("\n")[-1]
+        raise SearchError(refusal.removeprefix("opd train: "))
     if done.returncode:
         last = "\n".join(log.read_text().strip().split("\n")[-LOG_LINES:])
         raise SearchError(f"the search in {folder} failed with status {done.returncode}; the end of {log}:\n{last}")

@@ -8,33 +8,52 @@ from omegaconf import DictConfig
 
 from opd_ext.config.checks import check_inputs
 from opd_ext.config.schema import OPDConfig
-from opd_ext.preflight.data import check_data
+from opd_ext.preflight.data import check_data, open_data
 from opd_ext.preflight.findings import Findings
-from opd_ext.preflight.machine import check_machine, on_cluster
+from opd_ext.preflight.machine import check_loggers, check_machine, on_cluster
 from opd_ext.preflight.models import check_models
 from opd_ext.preflight.resume import check_resume
 from opd_ext.preflight.reward import check_reward
+from opd_ext.preflight.tables import Samples
 
-__all__ = ["Findings", "preflight"]
+__all__ = ["Findings", "look", "preflight"]
 
 
-def preflight(config: DictConfig, opd: OPDConfig, starting: bool) -> Findings:
-    """Look at everything that a run will read.
+def look(config: DictConfig, opd: OPDConfig, starting: bool) -> dict[str, list[Samples]]:
+    """Look at the machine and at the rows of the data: what needs neither verl nor a model, which take seconds to load.
+
+    Args:
+        config, opd: checked already, verl's part not yet.
+        starting: of a run that starts now; a plan may be for another machine and for files that are there.
+
+    Returns:
+        The data files that are on this machine, for :func:`preflight`.
+
+    Raises:
+        ConfigError: one sentence: what is wrong, what to change.
+    """
+    check_machine(config, opd, starting)
+    if starting:
+        check_inputs(config)
+    return open_data(config, opd)
+
+
+def preflight(config: DictConfig, opd: OPDConfig, data: dict[str, list[Samples]], starting: bool) -> Findings:
+    """Look at everything else that a run will read: checkpoint, models, prompts, grader.
 
     Args:
         config, opd: checked already.
-        starting: of a run that starts now; a plan may be for another machine and for files that are there.
+        data: of :func:`look`.
+        starting: as there.
 
     Raises:
         ConfigError: one sentence: what is wrong, what to change.
     """
     findings = Findings()
-    check_machine(config, opd, starting)
-    if starting:
-        check_inputs(config)
+    check_loggers(config)
     check_resume(config, opd, starting, findings)
     tokenizer = check_models(config, opd, starting, findings)
-    found = check_data(config, opd, tokenizer, findings)
-    graded = [samples for key in found for samples in found[key] if samples.answered]
+    check_data(data, config, opd, tokenizer, findings)
+    graded = [samples for files in data.values() for samples in files if samples.answered]
     check_reward(config, graded, findings, here=starting and not on_cluster())
     return findings

@@ -31,11 +31,8 @@ def reads_grades(opd: OPDConfig) -> bool:
     return opd.policy.present or graded
 
 
-def check_data(config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Findings) -> dict[str, list[Samples]]:
-    """Open every file that is on this machine; returns them by key (``train_files``, ``val_files``).
-
-    Args:
-        tokenizer: the student's, or None where it is not at hand: then no prompt is rendered.
+def open_data(config: DictConfig, opd: OPDConfig) -> dict[str, list[Samples]]:
+    """Open every file that is on this machine and look at its rows; by key (``train_files``, ``val_files``).
 
     Raises:
         ConfigError: one sentence.
@@ -44,14 +41,37 @@ def check_data(config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Fin
     if config.data.custom_cls.path:  # a data set of the user's reads them, whatever they are
         return found
     for key in found:
-        paths = _files(config, key)
-        for path in paths:
+        for path in _files(config, key):
             local = Path(path.removeprefix("file://")).expanduser()
             if "://" not in path.removeprefix("file://") and local.exists():
                 samples = open_samples(f"data.{key}", local, _columns(config))
                 check_rows(samples, config, opd)
                 found[key].append(samples)
         _same_columns(found[key], config)
+    train, val = (found[key] if len(found[key]) == len(_files(config, key)) else [] for key in found)
+    if train:
+        check_batch(usable_rows(train, 0, config), config)
+    if val:
+        count_validation(val, config, opd)
+    return found
+
+
+def check_data(
+    found: dict[str, list[Samples]], config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Findings
+) -> None:
+    """What the rows are to the models: prompts and teacher's prompts rendered, steps and validations counted.
+
+    Args:
+        found: of :func:`open_data`.
+        tokenizer: the student's, or None where it is not at hand: then no prompt is rendered.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if config.data.custom_cls.path:
+        return
+    for key in found:
+        paths = _files(config, key)
         lost, rendered = 0, ""
         if tokenizer is not None and found[key]:
             lost, rendered = check_prompts(found[key], config, tokenizer, findings)
@@ -62,10 +82,9 @@ def check_data(config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Fin
         if key == "train_files" and opd.context.kind in _PLAIN_CONTEXTS:
             check_teacher(found[key], config, opd, tokenizer, findings)
         if len(found[key]) == len(paths) and key == "train_files":
-            check_steps(sum(samples.rows for samples in found[key]), lost, config, findings)
-        if len(found[key]) == len(paths) and key == "val_files":
-            check_protocol(found[key], config, opd, findings)
-    return found
+            check_steps(usable_rows(found[key], lost, config), config, findings)
+        if len(found[key]) == len(paths) and key == "val_files" and (told := count_validation(found[key], config, opd)):
+            findings.fact("validation", told)
 
 
 def _files(config: DictConfig, key: str) -> list[str]:
@@ -275,33 +294,41 @@ def check_teacher(
 # ---------------------------------------------------------------------- validation
 
 
-def check_protocol(files: Sequence[Samples], config: DictConfig, opd: OPDConfig, findings: Findings) -> None:
-    """The sets that ``opd.validation`` names are there; how many samples a validation takes.
+def count_validation(files: Sequence[Samples], config: DictConfig, opd: OPDConfig) -> str | None:
+    """How many samples a validation takes; the sets that ``opd.validation`` names are there.
 
     Nothing is said of files of which not every row was read, and of a part of them that verl will choose.
     """
     if any(samples.rows > len(samples.sample) for samples in files) or config.data.val_max_samples > 0:
-        return
+        return None
     key = config.data.prompt_key
     rows = [(row.get("data_source", NO_SOURCE), row[key]) for samples in files for row in samples.sample]
-    protocol = Protocol(opd.validation, config.actor_rollout_ref.rollout.val_kwargs.n, rows)
-    findings.fact("validation", protocol.told())
+    return Protocol(opd.validation, config.actor_rollout_ref.rollout.val_kwargs.n, rows).told()
 
 
 # ---------------------------------------------------------------------- steps
 
 
-def check_steps(rows: int, lost: int, config: DictConfig, findings: Findings) -> None:
-    """The rows give at least one batch; epochs that end a run before its steps do are told."""
-    samples = config.data.get("train_max_samples", -1)
-    usable = (min(rows, samples) if samples > 0 else rows) - lost
-    batch, trainer = config.data.train_batch_size, config.trainer
-    if usable < batch:
+def usable_rows(files: Sequence[Samples], lost: int, config: DictConfig) -> int:
+    """Rows that are trained on; ``lost`` are dropped by the filter of prompts."""
+    rows, samples = sum(samples.rows for samples in files), config.data.get("train_max_samples", -1)
+    return (min(rows, samples) if samples > 0 else rows) - lost
+
+
+def check_batch(usable: int, config: DictConfig) -> None:
+    """The rows give at least one batch."""
+    if usable < (batch := config.data.train_batch_size):
         raise ConfigError(
             f"data.train_files has {usable:,} usable rows, fewer than one batch of data.train_batch_size={batch}: "
             "lower it, or add rows."
         )
-    steps, per_epoch = trainer.total_training_steps, usable // batch
+
+
+def check_steps(usable: int, config: DictConfig, findings: Findings) -> None:
+    """The rows give at least one batch; epochs that end a run before its steps do are told."""
+    check_batch(usable, config)
+    trainer = config.trainer
+    steps, per_epoch = trainer.total_training_steps, usable // config.data.train_batch_size
     given = per_epoch * trainer.total_epochs
     if steps is not None and given < steps:
         findings.note(

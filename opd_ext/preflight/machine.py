@@ -22,12 +22,11 @@ CORES_PER_RANK = 3  # what verl asks Ray for, per rank of a resource pool
 
 
 def check_machine(config: DictConfig, opd: OPDConfig, starting: bool) -> None:
-    """Loggers and the run folder; devices only for a run that starts here, since a plan may be for another machine.
+    """The run folder; devices only for a run that starts here, since a plan may be for another machine.
 
     Raises:
         ConfigError: one sentence.
     """
-    check_loggers(config)
     check_folder(Path(opd.run_dir))
     if starting:
         check_cluster()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public reports of other projects, and what happens here in their situation: the table of docs/gauntlet.md.
 
-``python -m tests.gauntlet.table`` writes that page, and the sum of it into the README.
+``python -m tests.gauntlet.table`` writes that page, and the table of situations and verdicts into the README.
 """
 
 import re
@@ -14,6 +14,7 @@ from tests.gauntlet import architectures, engines, grades, losses, lost, rollout
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "gauntlet.md", ROOT / "README.md"
+BEGIN, END = "<!-- gauntlet: made by python -m tests.gauntlet.table -->", "<!-- end of gauntlet -->"
 VERDICTS = {"right": "the right value", "told": "a note before the run starts", "refused": "one sentence before Ray"}
 
 
@@ -317,18 +318,29 @@ def summary() -> str:
 
 def page() -> str:
     """The text of docs/gauntlet.md."""
-    lines = []
-    for number, each in enumerate(ROWS, 1):
-        links = ", ".join(_link(report) for report in each.reports)
-        lines.append(f"| {number} | {links} | {each.situation} | {each.here} | {each.verdict} |\n")
-    return HEAD.format(summary=summary()) + "".join(lines)
+    return HEAD.format(summary=summary()) + "".join(
+        f"| {number} | {_links(each)} | {each.situation} | {each.here} | {each.verdict} |\n"
+        for number, each in enumerate(ROWS, 1)
+    )
 
 
-def _link(report: str) -> str:
-    repository, _, number = report.partition("#")
-    return f"[{_short(report)}](https://github.com/{repository}/issues/{number})"
+def readme_table() -> str:
+    """What stands in the README between :data:`BEGIN` and :data:`END`; docs/gauntlet.md says what happens besides."""
+    return "| # | report | situation | verdict |\n|---|---|---|---|\n" + "".join(
+        f"| {number} | {_links(each)} | {each.situation} | {each.verdict} |\n" for number, each in enumerate(ROWS, 1)
+    )
+
+
+def _links(row: Row) -> str:
+    named = (report.partition("#") for report in row.reports)
+    return ", ".join(
+        f"[{_short(repository)}#{number}](https://github.com/{repository}/issues/{number})"
+        for repository, _, number in named
+    )
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    README.write_text(re.sub(r"\d+ situations: [^.]*\.", summary(), README.read_text()))
+    text = re.sub(r"\d+ situations: [^.]*\.", summary(), README.read_text())
+    before, rest = text.split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n\n{readme_table()}\n{END}{rest.split(END)[1]}")

@@ -10,7 +10,11 @@ from rich.console import Console
 
 from opd_ext.config import checks
 from opd_ext.config.compose import compose_config
-from opd_ext.pipelines.discover import SearchError, discover
+from opd_ext.errors import ConfigError
+from opd_ext.pipelines.discover import SearchError, discover, plan_search
+
+
+MODEL, GRADER = "actor_rollout_ref.model.path", "reward.custom_reward_function"
 
 
 @pytest.fixture
@@ -97,6 +101,39 @@ def test_the_recipe_of_a_search_is_the_published_one(questions, tmp_path, monkey
     assert {key: OmegaConf.select(config, key) for key in PUBLISHED} == PUBLISHED
 
 
-def test_a_search_that_fails_shows_the_end_of_its_log(questions, tmp_path):
-    with pytest.raises(SearchError, match=r"(?s)failed with status 2.*opd.teacher.weights=stale"):
+def test_a_search_that_is_refused_is_one_sentence(questions, tmp_path):
+    with pytest.raises(SearchError, match=r"^opd.teacher.weights=stale.*") as refused:
         discover(questions, 0, tmp_path / "out", seeds=1, overrides=["opd.teacher.weights=stale"])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_search_that_fails_shows_the_end_of_its_log(questions, tmp_path, monkeypatch):
+    monkeypatch.setattr("opd_ext.pipelines.discover.sys.executable", "/bin/false")
+    with pytest.raises(SearchError, match=r"failed with status 1; the end of .*search.log"):
+        discover(questions, 0, tmp_path / "out", seeds=1)
+
+
+def test_a_dry_run_plans_one_search_and_leaves_nothing(questions, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = pd.read_parquet(questions).assign(data_source="sums", reward_model=[{"ground_truth": "1"}] * 3)
+    rows.to_parquet(questions)
+    before = sorted(tmp_path.rglob("*"))
+    plan_search(
+        questions,
+        1,
+        32,
+        16,
+        ["scale=node_8xh200", f"{MODEL}=/not/on/this/machine", f"{GRADER}.path=pkg://opd_ext.rewards.math_dual"],
+    )
+    printed = capsys.readouterr().out
+    assert "Nothing was started" in printed and "discovery@k" not in printed
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ConfigError, match="Did you mean sdpo"):
+        plan_search(questions, 1, 8, 4, ["method=spdo"])
+
+
+def test_a_file_that_is_no_parquet_is_one_sentence(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_text("<html>")
+    with pytest.raises(SearchError, match="a.parquet cannot be read as parquet"):
+        discover(path, 0, tmp_path / "out")

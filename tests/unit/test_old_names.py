@@ -24,6 +24,10 @@ OLD = {
     "offline.t3s": "keep_mask random_keep pick_bottleneck",
     "offline.ssd": "truncated_distribution",
     "teacher.annotate": "parse segment align register_annotator Annotator AnnotatorConfig build_annotator",
+    "teacher.annotate.parse": "parse",
+    "teacher.annotate.segments": "segment",
+    "data.tinymath.problems": "draw_question",
+    "bridge.rollouts": "write_jsonl drop_lines_after",
     "teacher.base": "TeacherContext register_context",
     "teacher.context": "TeacherContext register_context build_context render build_teacher_sequence SameContext",
     "teacher.feedback": "FeedbackContext",
@@ -51,6 +55,19 @@ def test_an_old_name_warns_says_where_to_and_when_it_goes(old):
     with pytest.warns(DeprecationWarning, match=rf"{old} has moved to {MOVED[old][0]}; the old name goes with .* 0\.3"):
         found = importlib.import_module(old)
     assert MOVED[old][0] in found.__doc__
+
+
+@pytest.mark.filterwarnings("ignore:.* has moved to")
+def test_a_module_below_an_old_package_takes_no_function_of_its_name_away():
+    below, package = (importlib.import_module(f"opd_ext.teacher.annotate{name}") for name in (".parse", ""))
+    assert package.parse is below.parse and callable(package.parse)
+
+
+def test_a_name_that_never_was_is_no_old_one():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("opd_ext.teacher.annotate.nobody")
+    with pytest.raises(AttributeError, match="rollouts.* has no attribute 'nobody'"):
+        vars(importlib.import_module("opd_ext.bridge.rollouts"))["__getattr__"]("nobody")
 
 
 def test_nothing_of_ours_uses_an_old_name():

@@ -88,8 +88,8 @@ def test_prompts_that_the_template_refuses_are_counted_with_its_words(start, wor
     status, _, _, printed = start(*words)
     assert status == 0
     assert "24 of 64 prompts that were rendered will be dropped, the chat template says: System role not" in printed
-    status, said, _, _ = start(f"data.train_files={world.lines(systems, 'all.jsonl')}", f"{MODEL}={path}")
-    assert status == 2 and "the chat template refuses all of 24 prompts (System role not supported)" in said
+    status, said, _, _ = start(f"data.train_files={world.lines(2 * systems, 'all.jsonl')}", f"{MODEL}={path}")
+    assert status == 2 and "the chat template refuses all of 48 prompts (System role not supported)" in said
 
 
 def test_prompts_that_are_too_long_are_counted(start, world, presets_composed_once):

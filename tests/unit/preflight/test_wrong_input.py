@@ -2,6 +2,10 @@
 """Wrong configurations, data sets, models and graders: each is one sentence, before anything is started."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,7 +145,13 @@ DATA = [
         lambda w: w.file("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         "git lfs pull",
     ),
-    wrong("a table without rows", lambda w: w.parquet([row()][:0] or [], "a.parquet"), "has no"),
+    wrong("a table without rows", lambda w: w.table(w.parquet(rows()), 0), "train_files=", "has no rows: fill it"),
+    wrong(
+        "a validation table without rows",
+        lambda w: f"data.val_files={w.table(w.parquet(rows()), 0)}",
+        "data.val_files=",
+        "has no rows: fill it",
+    ),
     wrong("lines of which one is broken", lambda w: w.file("a.jsonl", '{"prompt": []}\n{"pro\n'), "line 2 is no JSON"),
     wrong("lines that are no objects", lambda w: w.lines(["a", "b"]), "row 0 is no object"),
     wrong("text of another encoding", lambda w: w.file("a.jsonl", '{"p": "é"}'.encode("latin-1")), "in UTF-8"),
@@ -205,6 +215,7 @@ W = "model.safetensors"
 MODELS = [
     wrong("a folder that is not there", f"{MODEL}=/nowhere/model", "/nowhere/model does not exist"),
     wrong("a relative folder that is not there", f"{MODEL}=nowhere/model", "no folder here", "hub"),
+    wrong("a model of the hub, and no hub", f"{MODEL}=Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B is no folder here", "hub"),
     wrong("a file", lambda w: f"{MODEL}={w.file('model.bin', 'x')}", "is a file"),
     wrong("an empty folder", lambda w: f"{MODEL}={World(w.folder / 'empty').folder}", "no config.json"),
     wrong("a config that is no JSON", model(lambda m: (m / "config.json").write_text("{oops")), "config.json"),
@@ -318,6 +329,14 @@ MACHINE = [
     wrong("a run folder that cannot be made", "opd.run_dir=/proc/opd", "opd.run_dir=/proc/opd cannot be written"),
 ]
 
+# A logger must be one of verl's; some rows are wrong for what a model's tokenizer makes of them.
+AFTER_VERL = (
+    "an unknown logger",
+    "a logger that is not installed",
+    "prompts that are all too long",
+    "teacher prompts that leave no room for a response",
+    "solutions to show, but none there",
+)
 CASES = [*VALUES, *WORDS, *DATA, *MODELS, *GRADERS, *MACHINE]
 
 
@@ -338,6 +357,23 @@ def test_wrong_input_is_one_sentence_before_anything_is_started(case, world, sta
     assert all(words in refusal[0] for words in case.says), refusal[0]
     assert "Traceback" not in said and refusal[0].endswith((".", "?"))
     assert seconds < 5, f"{seconds:.1f} s"
+
+
+def test_what_is_wrong_with_keys_data_and_machine_is_said_before_verl_is_imported(_right, world):
+    """Which takes seconds; a test within this process cannot see it, since verl is there already."""
+    first = [case for case in [*VALUES, *DATA, *MACHINE] if case.name not in AFTER_VERL]
+    lines = [[*_right, *(case.words(world) if callable(case.words) else case.words)] for case in first]
+    code = (
+        "import json, sys\nfrom opd_ext.train import main\n"
+        "for words in json.load(sys.stdin):\n"
+        "    print(main(words), 'verl' in sys.modules, words[4:])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(lines), capture_output=True, text=True, env=environment
+    )
+    found = done.stdout.splitlines()
+    assert len(found) == len(first) > 50 and all(line.startswith("2 False") for line in found), done
 
 
 def test_sixty_cases_and_more():
