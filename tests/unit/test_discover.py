@@ -13,7 +13,6 @@ from opd_ext.config.compose import compose_config
 from opd_ext.errors import ConfigError
 from opd_ext.pipelines.discover import SearchError, discover, plan_search
 
-
 MODEL, GRADER = "actor_rollout_ref.model.path", "reward.custom_reward_function"
 
 
