@@ -128,7 +128,7 @@ def test_a_dry_run_plans_one_search_and_leaves_nothing(questions, tmp_path, caps
     assert "Nothing was started" in printed and "discovery@k" not in printed
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ConfigError, match="Did you mean sdpo"):
-        plan_search(questions, 1, 8, 4, ["method=spdo"])
+        plan_search(questions, 1, 8, 4, ["method=sdpoo"])
 
 
 def test_a_file_that_is_no_parquet_is_one_sentence(tmp_path):
