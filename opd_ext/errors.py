@@ -36,11 +36,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     section, _, last = word.rpartition(".")
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    near = [beside[name] for name in difflib.get_close_matches(last, beside, n=1, cutoff=0.75)]
+    near = [beside[name] for name in difflib.get_close_matches(last, beside, n=3, cutoff=0.75)]
     if not near:
         elsewhere = [name for name in known if not beside or name.endswith(f".{last}")]
-        near = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.75)
-    return f" Did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(word, elsewhere, n=3, cutoff=0.75)
+    swapped = [name for name in near if sorted(name.rpartition(".")[2]) == sorted(last)]  # the usual slip of fingers
+    return f" Did you mean {(swapped or near)[0]}?" if near else ""
 
 
 def one_of(key: str, value: Any, allowed: Iterable[T]) -> T:

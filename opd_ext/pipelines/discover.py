@@ -126,7 +126,8 @@ def _write_question(data: Path, row: int, out: Path) -> Path:
     try:
         frame = pd.read_parquet(data)
     except (ValueError, OSError) as error:
-        raise SearchError(f"{data} cannot be read as parquet ({str(error).splitlines()[0]}).") from None
+        said, *_ = str(error).split("\n")
+        raise SearchError(f"{data} cannot be read as parquet ({said}).") from None
     if not 0 <= row < len(frame):
         raise SearchError(f"{data} has rows 0 to {len(frame) - 1}; there is no row {row}.")
     buffer = io.BytesIO()

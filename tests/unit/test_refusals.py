@@ -11,7 +11,7 @@ from opd_ext.pipelines.ssd.config import SSDConfig
 
 TRAIN = {
     "method=nope": "method=nope does not exist; choose one of: cispo, crisp,",
-    "scale=nope": "scale=nope does not exist; choose one of: cpu,",
+    "scale=nope": "scale=nope does not exist; choose one of: cluster, cpu,",
     "recipe=crisp/nope": "recipe=crisp/nope does not exist; choose one of: ",
     "methd=crisp": "methd does not exist; see `opd train --cfg` for the keys that do",
     "trainer.foo=1": r"trainer.foo does not exist; see `opd train --cfg` for the keys that do\.$",

@@ -150,7 +150,8 @@ def planned(kind: str, prompt: list[int], mask: list[int]):
     data |= {"raw_prompt": [chat], "extra_info": [{"index": 3}]}
     row = rows(0, 1)[0] | {"score": 0.0, "output": "text"}
     template = SimpleNamespace(
-        apply_chat_template=lambda chat, **_: [len(message["content"]) for message in chat], decode=str
+        apply_chat_template=lambda chat, **_: [len(message["content"]) for message in chat],
+        decode=lambda ids, **_: str(ids),
     )
     context = SimpleNamespace(
         messages=lambda sample: chat if kind == "same" else [{"role": "user", "content": "1 + 1, briefly"}],
