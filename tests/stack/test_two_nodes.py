@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stack.conftest import ROOT, TIMEOUT_S, command, environment, finish, free_port, metrics, shards
+from tests.stack.conftest import ROOT, TIMEOUT_S, alone, command, finish, free_port, metrics, shards
 
 # One rank on each node; the teacher is a copy, whose shards lie beside the student's.
 TWO = ["trainer.nnodes=2", "trainer.n_gpus_per_node=1", "opd.teacher.interval=1", "opd.warm_python=false"]
@@ -29,6 +29,7 @@ def cluster(environment: dict[str, str], private: Path | None = None) -> Iterato
     """Two Ray nodes with one pretend accelerator each; gives the environment of a run that joins them.
 
     Args:
+        environment: a user's. What is forked from the session's warm Python has that one's mounts, whatever its node's.
         private: folder in whose place the second node has a disk of its own, in a mount namespace.
     """
     scratch = tempfile.mkdtemp(prefix="ray")  # sockets below it: its path must be short
@@ -77,7 +78,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 def test_two_nodes_with_one_disk_train_save_and_go_on(world, tmp_path):
     run_dir = tmp_path / "two"
-    with cluster(environment(world)) as env:
+    with cluster(alone(world)) as env:
         finish(command(run_dir, *TWO, "trainer.total_training_steps=2"), env, tmp_path)
         said = finish(command(run_dir, *TWO, "trainer.total_training_steps=3"), env, tmp_path)
     assert "global_step_2" in said and [line["step"] for line in metrics(run_dir)] == [1, 2, 3]
@@ -90,7 +91,7 @@ def test_nodes_without_a_shared_disk_are_refused_before_the_first_step(world, tm
     """Such a run once ended as if all were well; each node held its half of every checkpoint."""
     runs = tmp_path / "runs"
     runs.mkdir()
-    with cluster(environment(world), private=runs) as env:
+    with cluster(alone(world), private=runs) as env:
         done = subprocess.run(
             command(runs / "two", *TWO, "trainer.total_training_steps=2"),
             env=env,
