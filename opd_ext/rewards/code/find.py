@@ -98,23 +98,23 @@ def candidates() -> Iterator[Sandbox]:
 
 def bubblewrap(command: str, root: bool, proc: bool) -> Sandbox:
     """``bwrap``. By root without a user namespace: so the program can become a user whose processes are counted."""
-    paths, mounted = _packages()
-    folders, links = _library(mounted)
+    paths, packages = _packages()
+    folders, links = _library()
     words = [command, "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     words += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
     words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--disable-userns"]
     for link, target in links.items():
         words += ["--symlink", target, link]
-    shown = [*folders, interpreter()]
-    above = {str(parent) for folder in shown for parent in Path(folder).parents} - {"/", *folders}
-    for folder in sorted(above):  # which bwrap by root would make for root alone
-        words += ["--perms", "0755", "--dir", folder]
-    for folder in shown:
-        words += ["--ro-bind", folder, folder]
+    words += _shown([*folders, interpreter()])
     for device in filter(os.path.exists, _DEVICES):
         words += ["--dev-bind", device, device]
+    covered = _covered(folders)
+    for folder in covered:
+        words += ["--perms", "0755", "--size", str(64 << 10), "--tmpfs", folder]
     for folder in TEMPORARY:
         words += ["--perms", "1777", "--size", str(16 << 20), "--tmpfs", folder]
+    words += _shown(packages)  # which may lie below what was covered
+    words += [word for folder in covered for word in ("--remount-ro", folder)]
     if proc:
         words += ["--proc", "/proc", *(w for link, target in _LINKS.items() for w in ("--symlink", target, link))]
     words += ["--remount-ro", "/", "--chdir", "/tmp"]
@@ -123,13 +123,21 @@ def bubblewrap(command: str, root: bool, proc: bool) -> Sandbox:
 
 def namespaces(root: bool, proc: bool) -> Sandbox:
     """unshare(2) and mounts, by the interpreter that then becomes the program."""
-    paths, mounted = _packages()
-    folders, links = _library(mounted)
+    paths, packages = _packages()
+    folders, links = _library()
     jail = {
         "root": root, "proc": proc, "folders": folders, "links": links | (_LINKS if proc else {}), "cwd": "/tmp",
+        "packages": packages, "covered": dict.fromkeys(_covered(folders), "size=64k,nr_inodes=256,mode=755"),
         "devices": [device for device in _DEVICES if os.path.exists(device)], "empty": TEMPORARY,
     }  # fmt: skip
     return Sandbox(f"unshare{'' if proc else ', no /proc'}", jail=jail, root=root, paths=paths)
+
+
+def _shown(paths: list[str]) -> list[str]:
+    """Words of bwrap that show files and folders, read-only."""
+    above = {str(parent) for path in paths for parent in Path(path).parents} - {"/", *paths}
+    words = [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]  # else root's alone
+    return words + [word for path in paths for word in ("--ro-bind", path, path)]
 
 
 def faults(sandbox: Sandbox) -> str:
@@ -146,18 +154,25 @@ def faults(sandbox: Sandbox) -> str:
     return f"{sandbox.name}: {', '.join(broken)}" if broken else ""
 
 
-def _library(packages: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Folders of the interpreter, of the C library and of ``packages``, and links among the former."""
+def _library() -> tuple[list[str], dict[str, str]]:
+    """Folders of the interpreter and of the C library, and links among them."""
     links = {path: os.readlink(path) for path in _SYSTEM if os.path.islink(path)}
     prefix = os.path.dirname(os.path.dirname(interpreter()))
     wanted = [path for path in _SYSTEM if os.path.isdir(path) and path not in links]
     wanted += [path for path in ("/nix/store",) if interpreter().startswith(path)]
     wanted += [path for path in (f"{prefix}/lib", f"{prefix}/lib64") if os.path.isdir(path)]
     folders: list[str] = []
-    for path in (*wanted, *packages):
+    for path in wanted:
         if not any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(known)) for known in folders):
             folders.append(path)
     return folders, links
+
+
+def _covered(folders: list[str]) -> list[str]:
+    """Folders of installed packages below the library's: the grader itself may lie there, and what others wrote."""
+    names = ("site-packages", "dist-packages")
+    found = (path for folder in folders for name in names for path in Path(folder).glob(f"python*/{name}"))
+    return sorted(str(path) for path in found if path.is_dir() and not path.is_symlink())
 
 
 @cache

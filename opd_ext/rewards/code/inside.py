@@ -254,20 +254,27 @@ def _private_root(jail, call):
     for link, target in jail["links"].items():
         os.makedirs(os.path.dirname(link), exist_ok=True)
         os.symlink(target, link)
-    for path in (*jail["folders"], *jail["devices"]):
-        if path in jail["folders"]:
-            os.makedirs(path, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o666))
+
+    def show(path):
+        os.makedirs(path, exist_ok=True)
         mount(_OLD + path, path, None, _BIND | _REC)
-        if path in jail["folders"]:
-            held = os.statvfs(path).f_flag
-            kept = sum(flag for shown, flag in _KEPT.items() if held & shown)
-            mount(None, path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | kept)
-    for path, options in jail["empty"].items():
+        held = os.statvfs(path).f_flag
+        kept = sum(flag for shown, flag in _KEPT.items() if held & shown)
+        mount(None, path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | kept)
+
+    for path in jail["folders"]:
+        show(path)
+    for path in jail["devices"]:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o666))
+        mount(_OLD + path, path, None, _BIND | _REC)
+    for path, options in (*jail["covered"].items(), *jail["empty"].items()):
         os.makedirs(path, exist_ok=True)
         mount("empty", path, "tmpfs", _NOSUID | _NODEV | _NOEXEC, options)
+    for path in jail["packages"]:  # which may lie below what was covered
+        show(path)
+    for path in jail["covered"]:
+        mount(None, path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | _NOEXEC)
     if jail["proc"]:
         os.makedirs("/proc")
         mount("proc", "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
