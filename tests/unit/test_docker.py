@@ -111,6 +111,8 @@ def test_the_image_of_the_cpu_stack_builds_and_its_container_plans_a_run(context
                 env[name] = value.replace("$PATH", env["PATH"])
         elif do == "COPY":
             sources, target = named(rest)
+            if target.endswith("/"):
+                (place / target).mkdir(parents=True, exist_ok=True)
             for source in sources:
                 if (context / source).is_dir():
                     shutil.copytree(context / source, place / target, dirs_exist_ok=True)
