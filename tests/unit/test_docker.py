@@ -75,6 +75,24 @@ def test_both_images_install_from_the_same_files():
     assert copies("cpu") == copies("gpu")
 
 
+def test_what_an_image_installs_from_can_be_imported(context, tmp_path):
+    """Setting up ends with an import; a module that the package's first file had come to need was not copied yet."""
+    before = instructions("cpu")[: instructions("cpu").index(("RUN", "bash setup.sh --cpu"))]
+    for sources, target in (named(rest) for do, rest in before if do == "COPY"):
+        for source in sources:
+            if source.endswith(".py"):
+                (tmp_path / target).mkdir(exist_ok=True)
+                shutil.copy2(context / source, tmp_path / target)
+    done = subprocess.run(
+        [sys.executable, "-c", "import opd_ext; print(opd_ext.__file__)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / "opd_ext" / "__init__.py"), done.stderr
+
+
 def test_the_commands_of_the_documents_name_what_there_is():
     text = (ROOT / "docker" / "README.md").read_text() + (ROOT / "README.md").read_text()
     named = set(re.findall(r"docker/Dockerfile\.\w+|recipes/[\w/]+\.sh", text))
@@ -95,7 +113,7 @@ def test_the_image_of_the_cpu_stack_builds_and_its_container_plans_a_run(context
         return text.replace("/home/opd", str(home))
 
     def run(line: str) -> str:
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
         done = subprocess.run(["bash", "-c", line], cwd=place, env=env, timeout=900, **output)
         assert done.returncode == 0, f"{line}\n{done.stdout[-4000:]}"
         return done.stdout
