@@ -14,6 +14,7 @@ from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
 from opd_ext.pipelines.settings import (
     PipelineConfig,
+    SampledConfig,
     TracedConfig,
     check_inputs,
     check_trainable,
@@ -77,15 +78,25 @@ def run(
     if dry_run:
         console.print(overview(pipeline))
         return
+    work(config, pipeline, until, only, force)
+    if all(state == "done" for _, state, _ in pipeline.overview()):
+        again = shlex.join(["opd", name, *overrides, *(f"--config-dir={folder}" for folder in config_dirs)])
+        after_run(lambda: module.write_report(config, pipeline, steps), again)
+
+
+def work(
+    config: SampledConfig,
+    pipeline: Pipeline,
+    until: str | None = None,
+    only: str | None = None,
+    force: str | None = None,
+) -> None:
+    """Run what is left of the stages; ``config.yaml`` says with what, since it was accepted and ran."""
     # On the CPU a pipeline's processes, one after the other, are forked from one that has imported the stack.
     busy = any(state != "done" for _, state, _ in pipeline.overview())
     with warm_python(config.device == "cpu" and busy, {name: str(value) for name, value in config.environment.items()}):
         pipeline.run(until, only, force)
-    content = OmegaConf.to_yaml(OmegaConf.structured(config))
-    write_whole(Path(config.run_dir) / "config.yaml", content.encode())  # of what was accepted and ran
-    if all(state == "done" for _, state, _ in pipeline.overview()):
-        again = shlex.join(["opd", name, *overrides, *(f"--config-dir={folder}" for folder in config_dirs)])
-        after_run(lambda: module.write_report(config, pipeline, steps), again)
+    write_whole(Path(config.run_dir) / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def compose(name: str, overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> PipelineConfig:

@@ -29,7 +29,7 @@ from opd_ext.tokens import texts
 
 _PER_PROCESS = 2_000  # responses from which another process pays for its start
 _LOOK = 1 << 20  # bytes
-_CONTENT = (".safetensors", ".bin", ".json", ".pt")
+_CONTENT = (".safetensors", ".bin", ".json")
 
 
 @cache
@@ -80,12 +80,12 @@ def check_columns(file: str, graded: bool, worded: bool = False) -> None:
         )
 
 
-def fingerprint(model: str) -> str:
+def fingerprint(model: str, suffixes: tuple[str, ...] = _CONTENT) -> str:
     """What a model is, without reading all of it: names, sizes, beginnings and ends of its files; a hub id as it is."""
     if not Path(model).is_dir():
         return model
     digest = hashlib.sha256()
-    for file in sorted(path for path in Path(model).iterdir() if path.suffix in _CONTENT):
+    for file in sorted(path for path in Path(model).iterdir() if path.suffix in suffixes):
         size = file.stat().st_size
         digest.update(f"{file.name}/{size}/".encode())
         with file.open("rb") as handle:

@@ -20,6 +20,8 @@ Grades = Mapping[str, Mapping[str, pd.DataFrame]]
 
 AVERAGE = "average of the sets"
 SIGNIFICANT = 0.05
+_READ = ["acc", "pass", "maj", "tokens", "truncated"]  # of a problem
+_COLUMNS = ("accuracy", *_READ[1:])  # what they are called in a record
 
 
 def sections(grades: Grades) -> tuple[list[Section], dict[str, Any]]:
@@ -48,7 +50,7 @@ def accuracies(model: str, sets: Mapping[str, pd.DataFrame]) -> list[dict[str, A
     records, whole = [], []
     for name, grades in sets.items():
         table = per_problem(grades)
-        values = table[["acc", "pass", "maj", "tokens", "truncated"]].to_numpy()
+        values = table[_READ].to_numpy()
         means = resampled_means(values)
         whole.append((values.mean(axis=0), means))
         records.append(_record(model, name, table, values, means))
@@ -56,7 +58,7 @@ def accuracies(model: str, sets: Mapping[str, pd.DataFrame]) -> list[dict[str, A
         if of_source.nunique() > 1:
             for source in sorted(of_source.unique()):
                 part = table[of_source == source]
-                values = part[["acc", "pass", "maj", "tokens", "truncated"]].to_numpy()
+                values = part[_READ].to_numpy()
                 records.append(_record(model, f"{name}: {source}", part, values, resampled_means(values)))
     if len(whole) > 1:
         value = np.mean([mean for mean, _ in whole], axis=0)
@@ -85,9 +87,6 @@ def per_problem(grades: pd.DataFrame) -> pd.DataFrame:
 def _record(model: str, name: str, table: pd.DataFrame, values: np.ndarray, means: np.ndarray) -> dict[str, Any]:
     found = {"model": model, "set": name, "problems": len(table), "n": int(table["n"].max())}
     return found | _intervals(values, means)
-
-
-_COLUMNS = ("accuracy", "pass", "maj", "tokens", "truncated")
 
 
 def _intervals(values: np.ndarray, means: np.ndarray) -> dict[str, float | None]:

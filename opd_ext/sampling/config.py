@@ -4,8 +4,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd_ext.errors import positive
-
 
 @dataclass
 class Decoding:
@@ -25,10 +23,6 @@ class SamplingConfig(Decoding):
 
     n: int = 1  # responses per prompt
     max_tokens: int = 1024  # of a response
-
-    def check_counts(self, key: str) -> None:
-        """Raises ConfigError for fewer than one response per prompt."""
-        positive(f"{key}.n", self.n)
 
 
 @dataclass

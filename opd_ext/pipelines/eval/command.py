@@ -11,10 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from opd_ext.bridge.warm_python import warm_python
 from opd_ext.config.overrides import quoted
-from opd_ext.files import write_whole
-from opd_ext.pipelines.command import overview
+from opd_ext.pipelines.command import overview, work
 from opd_ext.pipelines.eval.config import EvalConfig
 from opd_ext.pipelines.eval.models import Evaluated, evaluated
 from opd_ext.pipelines.eval.pipeline import Evaluation, build
@@ -63,10 +61,7 @@ def run(
     if dry_run:
         console.print(overview(pipeline))
         return
-    busy = any(state != "done" for _, state, _ in pipeline.overview())
-    with warm_python(config.device == "cpu" and busy, {name: str(value) for name, value in config.environment.items()}):
-        pipeline.run(force=force)
-    write_whole(Path(config.run_dir) / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    work(config, pipeline, force=force)
     words = [model, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), *overrides]
     after_run(lambda: write_report(config, evaluations), shlex.join(["opd", "eval", *words]))
 
@@ -95,7 +90,7 @@ def _override(option: tuple[str, str]) -> str:
     key, value = option
     if key == "sets":
         return f"sets=[{','.join(quoted(each) for each in value.split(',') if each)}]"
-    return f"{key}={value}" if key in ("scale", "protocol", "count", "sampling.n", "seed") else f"{key}={quoted(value)}"
+    return f"{key}={value}" if key in ("scale", "protocol", "count", "sampling.n") else f"{key}={quoted(value)}"
 
 
 def _run_defaults(model: Evaluated, protocol: bool) -> list[str]:

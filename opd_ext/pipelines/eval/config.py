@@ -33,7 +33,7 @@ class EvalConfig(SampledConfig):
         super().check()
         if not self.sets:
             raise ConfigError("sets=[] must name what is evaluated on: --on NAME, or --on FILE.parquet.")
-        self.sampling.check_counts("sampling")
+        positive("sampling.n", self.sampling.n)
         check_decoding("sampling", self.sampling)
         positive("sampling.max_tokens", self.sampling.max_tokens)
         if self.count is not None:
@@ -43,7 +43,7 @@ class EvalConfig(SampledConfig):
             raise ConfigError(f"sets has {twice[0]} twice: give the files different names.")
         for name, n in self.samples.items():
             positive(f"samples.{name}", n)
-        if self.against and not self.reward.path and self.against == self.model and self.against_step == self.step:
+        if self.against == self.model and self.against_step == self.step:
             raise ConfigError(f"against={self.against} is the model itself: name another one, or another step.")
 
     @property

@@ -33,8 +33,9 @@ class Evaluated:
     @property
     def identity(self) -> str:
         """What its weights are, before and after an export."""
-        exported = self.source and not self.source.fine_tuned
-        return fingerprint(str(self.source.folder / "actor") if exported else self.path)
+        if self.source and not self.source.fine_tuned:
+            return fingerprint(str(self.source.folder / "actor"), suffixes=(".pt",))
+        return fingerprint(self.path)
 
     def have(self) -> None:
         """Export the checkpoint, if it is one that was not exported so far.
