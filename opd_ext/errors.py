@@ -3,6 +3,8 @@
 
 import difflib
 import inspect
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -96,3 +98,13 @@ def parameters(function: Callable[..., Any], skip: int) -> list[str] | None:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found):
         return None
     return [parameter.name for parameter in found][skip:]
+
+
+def in_brief(error: BaseException, most: int = 200) -> str:
+    """What a library said, on one line: whole sentences of ``most`` characters, or the words that fit of the first."""
+    said, brief = " ".join(str(error).split()), ""
+    for sentence in re.split(r"(?<=[.!?]) ", said):
+        if len(brief) + len(sentence) >= most:
+            break
+        brief += f" {sentence}"
+    return brief.strip() or textwrap.shorten(said, most, placeholder=" ...")

@@ -4,11 +4,12 @@
 A rename within one file system is atomic, so a process that is killed leaves what was there before.
 """
 
+import gzip
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,15 @@ def whole(path: Path) -> Iterator[Path]:
     scratch = Path(name)
     try:
         yield scratch
-        scratch.chmod(0o644)
-        os.replace(scratch, path)
+        put_file(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def put_file(scratch: Path, path: Path) -> None:
+    """Give a file that is complete its name, on the same file system; what was there is whole until then."""
+    scratch.chmod(0o644)
+    os.replace(scratch, path)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -35,10 +41,21 @@ def write_whole(path: Path, content: bytes | str) -> None:
         scratch.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line."""
-    with whole(path) as scratch, scratch.open("w", encoding="utf-8", errors="replace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=float) + "\n" for row in rows)
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], default: Callable[[Any], Any] = float) -> None:
+    """Write one JSON object per line, compressed if the name ends in ``.gz``.
+
+    Args:
+        default: what becomes of a value that JSON does not know.
+    """
+    lines = (json.dumps(row, ensure_ascii=False, default=default) + "\n" for row in rows)
+    with whole(path) as scratch:
+        if path.suffix != ".gz":
+            with scratch.open("w", encoding="utf-8", errors="replace") as file:
+                file.writelines(lines)
+            return
+        # Neither time nor name in the header: the same rows are the same bytes.
+        with scratch.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
+            file.writelines(line.encode(errors="replace") for line in lines)
 
 
 def read_jsonl(path: Path, cut_off_end: bool = False) -> list[Any]:
@@ -51,7 +68,8 @@ def read_jsonl(path: Path, cut_off_end: bool = False) -> list[Any]:
         ValueError: a line is not JSON, or the file is not UTF-8; one sentence.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        lines = content.decode("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     rows = []

@@ -2,7 +2,8 @@
 """Processes that sample and train: started together, watched together, and never left behind.
 
 Locally they are children of the pipeline, each with its own devices. Inside a Ray job or with ``RAY_ADDRESS`` set they
-run as one Ray task each, on whatever node has the devices free; all nodes must see the same file system.
+run as Ray tasks, on whatever nodes have the devices free: one task per command, or one per node of a group that
+spans several. All nodes must see the same file system.
 """
 
 import ctypes
@@ -37,6 +38,22 @@ class Command:
     devices: int = 1  # accelerators
     ranks: int = 0  # processes of one torch.distributed group; 0: one process that knows of no group
     environment: dict[str, str] = field(default_factory=dict)
+    nodes: int = 1  # that share the ranks, alike
+
+
+@dataclass(frozen=True)
+class Group:
+    """The part of a torch.distributed group that runs on one node.
+
+    Attributes:
+        first, count: its ranks.
+        address, port: where rank 0 waits for the others.
+    """
+
+    first: int
+    count: int
+    address: str
+    port: int
 
 
 def run(commands: Sequence[Command], device: str, watch: Callable[[], None] = lambda: None) -> None:
@@ -52,6 +69,11 @@ def run(commands: Sequence[Command], device: str, watch: Callable[[], None] = la
     if os.environ.get("RAY_ADDRESS"):
         _run_on_ray(commands, device, watch)
         return
+    if wide := next((command for command in commands if command.nodes > 1), None):
+        raise LaunchError(
+            f"{wide.nodes} nodes are wanted, and without a Ray cluster there is this one: submit the pipeline as a Ray "
+            "job (recipes/ray/submit.sh), set RAY_ADDRESS, or set train.nodes=1."
+        )
     first, children = 0, []
     visible = _visible_devices() if device == "cuda" else []
     try:
@@ -76,16 +98,18 @@ def _visible_devices() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def start_ranks(command: Command, devices: Sequence[str]) -> list[subprocess.Popen]:
-    """Start the processes of one command; they die with this one."""
+def start_ranks(command: Command, devices: Sequence[str], group: Group | None = None) -> list[subprocess.Popen]:
+    """Start the processes of one command, those of ``group`` or all; they die with this one."""
     command.log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **command.environment, "PYTHONUNBUFFERED": "1"}
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    group = {"WORLD_SIZE": str(command.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    group = group or Group(0, max(1, command.ranks), "127.0.0.1", _free_port())
+    joined = {"WORLD_SIZE": str(command.ranks), "MASTER_ADDR": group.address, "MASTER_PORT": str(group.port)}
+    joined["LOCAL_WORLD_SIZE"] = str(group.count)
     children = []
-    for rank in range(max(1, command.ranks)):
-        own = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if command.ranks else {}
+    for local in range(group.count):
+        own = joined | {"RANK": str(group.first + local), "LOCAL_RANK": str(local)} if command.ranks else {}
         with command.log.open("a") as log:
             children.append(
                 subprocess.Popen(
@@ -141,28 +165,47 @@ def _tail(log: Path) -> str:
 
 def _run_on_ray(commands: Sequence[Command], device: str, watch: Callable[[], None]) -> None:
     import ray
+    from ray.util import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
 
     @ray.remote(max_retries=0)
-    def here(command: Command) -> None:
+    def here(command: Command, group: Group | None) -> None:
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device == "cuda" else []
-        children = [(command, child) for child in start_ranks(command, devices)]
+        children = [(command, child) for child in start_ranks(command, devices, group)]
         try:
             _wait(children, lambda: None)
         finally:
             _stop([child for _, child in children])
 
-    gpus = (lambda command: command.devices) if device == "cuda" else (lambda command: 0)
-    wanted, there = sum(map(gpus, commands)), ray.cluster_resources().get("GPU", 0)
-    if wanted > there:
-        raise LaunchError(
-            f"{wanted} GPUs are wanted, the Ray cluster has {there:g}; lower vllm.replicas or train.ranks."
-        )
-    pending = [
-        here.options(num_gpus=gpus(command), num_cpus=max(1, command.ranks)).remote(command) for command in commands
-    ]
+    @ray.remote(max_retries=0)
+    def meeting_place() -> tuple[str, int]:
+        return ray.util.get_node_ip_address(), _free_port()
+
+    def wanted(command: Command) -> dict[str, int]:
+        """Of each of its nodes."""
+        gpus = command.devices // command.nodes if device == "cuda" else 0
+        return {"GPU": gpus, "CPU": max(1, command.ranks // command.nodes)}
+
+    _check_cluster(commands, wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    pending, held = [], []
     try:
+        for command in commands:
+            own = wanted(command)
+            options = {"num_gpus": own["GPU"], "num_cpus": own["CPU"]}
+            if command.nodes == 1:
+                pending.append(here.options(**options).remote(command, None))
+                continue
+            bundle = {name: amount for name, amount in own.items() if amount}
+            places = placement_group([bundle] * command.nodes, strategy="STRICT_SPREAD")
+            held.append(places)
+            at = [PlacementGroupSchedulingStrategy(places, index) for index in range(command.nodes)]
+            address, port = ray.get(meeting_place.options(num_cpus=1, scheduling_strategy=at[0]).remote())
+            share = command.ranks // command.nodes
+            for index, place in enumerate(at):
+                group = Group(index * share, share, address, port)
+                pending.append(here.options(**options, scheduling_strategy=place).remote(command, group))
         while pending:
             done, pending = ray.wait(pending, timeout=1.0)
             ray.get(done)
@@ -174,3 +217,32 @@ def _run_on_ray(commands: Sequence[Command], device: str, watch: Callable[[], No
     finally:
         for task in pending:
             ray.cancel(task, force=True)
+        for places in held:
+            remove_placement_group(places)
+
+
+def _check_cluster(
+    commands: Sequence[Command], wanted: Callable[[Command], dict[str, int]], nodes: Sequence[dict[str, float]]
+) -> None:
+    """Refuse what would wait forever for devices that no node has.
+
+    Args:
+        nodes: resources of every node that is alive.
+
+    Raises:
+        LaunchError: one sentence.
+    """
+    gpus = sum(command.nodes * wanted(command)["GPU"] for command in commands)
+    there = sum(node.get("GPU", 0) for node in nodes)
+    if gpus > there:
+        raise LaunchError(f"{gpus} GPUs are wanted, the Ray cluster has {there:g}; lower vllm.replicas or train.ranks.")
+    for command in commands:
+        own = wanted(command)
+        fitting = [node for node in nodes if all(node.get(name, 0) >= amount for name, amount in own.items())]
+        if len(fitting) < command.nodes:
+            sizes = ", ".join(f"{node.get('GPU', 0):g} GPUs and {node.get('CPU', 0):g} CPUs" for node in nodes)
+            raise LaunchError(
+                f"{command.nodes} node(s) of {own['GPU']} GPUs and {own['CPU']} CPUs are wanted, and the Ray cluster's "
+                f"nodes have {sizes}: set train.nodes to as many as share train.ranks, or lower train.ranks or "
+                "vllm.tensor_parallel_size."
+            )

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd_ext.errors import ConfigError, did_you_mean, positive
+from opd_ext.errors import ConfigError, did_you_mean, one_of, positive
 from opd_ext.seeds import canonical, request_seed
 
 NO_SOURCE = "data"
@@ -40,6 +40,8 @@ class ValidationConfig:
 
     sets: dict[str, SetConfig | None] = field(default_factory=dict)  # what is special about a set, by data source
     monitor: MonitorConfig | None = None  # the few problems that are validated while training; null: all of them
+    prompt: str = "student"
+    """Whose prompt is answered: student, or teacher (a control: the instruction alone, before any training)."""
 
     def samples(self, source: str, default: int) -> int:
         """How often a problem of this set is sampled; ``default``: ``val_kwargs.n``."""
@@ -62,6 +64,7 @@ class ValidationConfig:
         Raises:
             ConfigError: one sentence.
         """
+        one_of("opd.validation.prompt", self.prompt, ("student", "teacher"))
         for source, settings in self.sets.items():
             for key in ("n", "every"):
                 value = getattr(settings, key, None)

@@ -21,9 +21,12 @@ from pathlib import Path
 from uuid import uuid4
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from opd_ext.alarms.rollback import settle
+from opd_ext.bridge.known_keys import check_added_keys, check_types
 from opd_ext.bridge.warm_python import warm_python
-from opd_ext.checkpoints.layout import export_command
+from opd_ext.checkpoints.layout import CheckpointError, export_command
 from opd_ext.config import checks, schema
 from opd_ext.config.compose import compose_config
 from opd_ext.config.overrides import from_words
@@ -76,7 +79,9 @@ def validate(config: DictConfig) -> schema.OPDConfig:
     Raises:
         ConfigError: one sentence, whoever found the fault.
     """
+    check_types(config)
     opd = checks.check(config)
+    check_added_keys(config)
     _validate_verl(config)
     return opd
 
@@ -92,12 +97,26 @@ def _validate_verl(config: DictConfig) -> None:
 
 
 def _examine(config: DictConfig, starting: bool) -> tuple[schema.OPDConfig, Findings]:
-    """Every check; verl takes seconds to import, so that what can be refused without it is refused before."""
+    """Every check; verl takes seconds to import, so that what can be refused without it is refused before.
+
+    Raises:
+        ConfigError: one sentence, of a key that was taken out, too.
+    """
+    try:
+        return _look_at_all(config, starting)
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        raise ConfigError(f"{error.full_key} is needed and not there: leave it in, or set it.") from None
+
+
+def _look_at_all(config: DictConfig, starting: bool) -> tuple[schema.OPDConfig, Findings]:
+    check_types(config)
     opd = checks.check(config)
-    data = look(config, opd, starting)
+    findings = Findings()
+    data = look(config, opd, starting, findings)
     with nullcontext() if starting else redirect_stdout(StringIO()):  # verl says of each that it is fine
         _validate_verl(config)
-    return opd, preflight(config, opd, data, starting)
+    preflight(config, opd, data, starting, findings)
+    return opd, findings
 
 
 class _Follow:
@@ -193,11 +212,33 @@ def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
     run_dir = Path(opd.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with running(run_dir):
+        _go_back(config, run_dir)  # of a run that was killed on its way
         _train_alone(config, opd, run_dir)
+        while _go_back(config, run_dir):
+            _train_alone(config, opd, run_dir)
     if len(list((run_dir / "generations").glob("val_*.jsonl"))) > 1:  # before and after
         after_run(write_report, f"opd report {shlex.quote(str(run_dir))}")
     elif command := export_command(run_dir):
         print(f"Model as a Hugging Face folder: {command}")
+
+
+def _go_back(config: DictConfig, run_dir: Path) -> bool:
+    """Do what an alarm has asked for; whether the run is to go on from an earlier checkpoint.
+
+    Raises:
+        RunError: that checkpoint is gone.
+    """
+    try:
+        step = settle(run_dir, Path(config.trainer.default_local_dir))
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
+    if step is None:
+        return False
+    print(f"going back to step {step}", flush=True)
+    with open_dict(config):
+        config.trainer.resume_mode = "auto"
+    prepare_environment(config)  # the name of its sockets, and its clock, are those of another start
+    return True
 
 
 def _train_alone(config: DictConfig, opd: schema.OPDConfig, run_dir: Path) -> None:

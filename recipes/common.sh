@@ -15,11 +15,11 @@
 #                             a copy of recipes/ORIGINAL.sh gets a run folder and an experiment name of its own
 #   gpu_run ORIGINAL TRAIN EVAL ARGUMENTS...
 #                             find opd, check the inputs of a GPU recipe, whose data sets by default are TRAIN and EVAL
-#                             in the folder math of OPD_HOME, or in the one that `data_folder` names
+#                             in the folder data of OPD_HOME, or in the one that `data_folder` names
 #
 # The last two add to `inputs` what `opd train` is to be told; the script's own folder is `here`, and TEACHER is an
 # input if `teacher_is_input` is set. A recipe for other than eight GPUs sets `gpus`, one whose data are not in the
-# folder `math` sets `data_folder`. What nobody asked for is not among them: it stands in opd_ext/config/recipe.
+# folder `data` sets `data_folder`. What nobody asked for is not among them: it stands in opd_ext/config/recipe.
 
 inputs=()
 
@@ -81,6 +81,7 @@ check_data() {
     local name how
     for name in "$@"; do
         case $name in
+            */*) how="with opd data ${name%%[-/]*}" ;;
             dapo_* | math500* | aime24* | aime25*) how="with opd data math" ;;
             *) how="as the recipe's README.md says" ;;
         esac
@@ -124,7 +125,7 @@ gpu_run() {
     take_model MODEL actor_rollout_ref.model.path "$@"
     if [[ -n ${teacher_is_input:-} ]]; then take_model TEACHER opd.teacher.path "$@"; fi
 
-    folder=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/${data_folder:-math}")")
+    folder=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/${data_folder:-data}")")
     read -ra sets <<<"$eval"
     for name in "${sets[@]}"; do files+="${files:+,}'$folder/$name.parquet'"; done
     if given DATA_DIR; then inputs+=("opd.world='$folder'"); fi
@@ -132,7 +133,8 @@ gpu_run() {
     if given EVAL; then
         inputs+=("data.val_files=[$files]")
         for name in $usual; do # what the recipe says of a set that is left out
-            [[ " $eval " == *" $name "* ]] || inputs+=("opd.validation.sets.$name=null")
+            name=${name%%/*} # opd data writes NAME/SPLIT.parquet, and NAME-WORDING/ for another wording
+            [[ " $eval " == *" $name"[-/\ ]* ]] || inputs+=("opd.validation.sets.$name=null")
         done
     fi
     if given GPUS; then inputs+=("trainer.n_gpus_per_node=$(input GPUS "")"); fi
@@ -160,9 +162,9 @@ take_model() { # NAME KEY ARGUMENTS...
 #
 #   name_pipeline ORIGINAL ARGUMENTS...
 #                             name_run for them: a copy gets a run folder of its own
-#   pipeline_inputs FOLDER NAME=KEY... NAME=KEY=SET... -- ARGUMENTS...
+#   pipeline_inputs NAME=KEY... NAME=KEY=SET... -- ARGUMENTS...
 #                             inputs of a GPU recipe: models with the keys that they set, and data sets with those and
-#                             with the SET that is the default, in FOLDER of OPD_HOME; besides, DATA_DIR, OUT and GPUS
+#                             with the SET that is the default, in the folder data of OPD_HOME; besides, DATA_DIR, OUT and GPUS
 
 name_pipeline() {
     local named
@@ -171,10 +173,11 @@ name_pipeline() {
 }
 
 pipeline_inputs() {
-    local folder=$1 name key set sets=()
-    folder=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/$1")")
-    while shift && [[ $1 != -- ]]; do
+    local folder name key set sets=()
+    folder=$(realpath -m "$(input DATA_DIR "${OPD_HOME:-$HOME/.cache/opd_ext}/data")")
+    while [[ $1 != -- ]]; do
         IFS='=' read -r name key set <<<"$1"
+        shift
         if [[ -z $set ]]; then
             take_model "$name" "$key" "$@"
             continue

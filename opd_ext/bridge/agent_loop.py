@@ -4,6 +4,7 @@
 Every request leaves a row, one that fails too (:mod:`opd_ext.bridge.failures`).
 """
 
+import asyncio
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,11 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from vllm.sampling_params import RequestOutputKind
 
 from opd_ext.bridge.failures import FAILURE, in_words, mark_ungraded, unfinished
-from opd_ext.bridge.rollouts import ANNOTATION, is_correct, is_truncated
+from opd_ext.bridge.rollouts import ANNOTATION, STOPPED, is_truncated
 from opd_ext.config import schema
 from opd_ext.context.sequence import render
 from opd_ext.credit.annotate import Request, build_annotator
+from opd_ext.lessons import is_correct
 from opd_ext.seeds import canonical, request_seed
 from opd_ext.spans import ERROR, KEY
 from opd_ext.tokens.ends import stop_ids
@@ -61,7 +63,7 @@ class OPDAgentLoopWorker(_Worker):
         step = 0 if validate else int(trajectory["step"])
         params = dict(sampling_params)
         params["seed"] = rollout_seed(self.opd.seed, step, _messages(kwargs), _draw(kwargs))
-        params["max_tokens"] = self._limit(validate)
+        params["max_tokens"] = self._limit(validate, step)
         # Only the finished token ids are read: no text and no intermediate output per token and request.
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         try:
@@ -90,23 +92,46 @@ class OPDAgentLoopWorker(_Worker):
         """Of those that left no row, in words."""
         return self._first_exception
 
-    def _limit(self, validate: bool) -> int:
-        return self.opd.rollout.val_tokens if validate else self.opd.rollout.train_tokens
+    def _limit(self, validate: bool, step: int) -> int:
+        """New tokens of a rollout at most."""
+        rollout, horizon = self.opd.rollout, self.opd.horizon
+        if validate:
+            return rollout.val_tokens
+        return horizon.tokens(step, rollout.train_tokens) if horizon.stop else rollout.train_tokens
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> Any:
-        """Tells the grader, in ``extra_info``, whether the response was cut: its text does not show that."""
+        """Tells the grader, in ``extra_info``, whether the response was cut: its text does not show that.
+
+        What lies beyond the horizon does not train, as what the environment has said does not.
+        """
+        step, whole = int(kwargs["global_steps"]), self.opd.rollout.train_tokens
+        limit = self._limit(validate, step)
         for one in output if isinstance(output, list) else [output]:
-            one.extra_fields["truncated"] = is_truncated(one.response_ids, self.stop_ids, self._limit(validate))
+            cut = is_truncated(one.response_ids, self.stop_ids, limit)
+            one.extra_fields["truncated"] = cut
+            if not validate and self.opd.horizon.limited:
+                one.extra_fields[STOPPED] = cut and limit < whole
+                seen = self.opd.horizon.tokens(step, whole)
+                one.response_mask = [m if i < seen else 0 for i, m in enumerate(one.response_mask)]
         return await super()._agent_loop_postprocess(output, validate, **kwargs)
 
     async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
-        """A row whose data set has no reference answers is not graded: it scores 0, and whether it is right is open."""
-        if (kwargs.get("reward_model") or {}).get("ground_truth", "") is None:
+        """A row is not graded, scores 0, and whether it is right is open, where its data set has no reference answers
+        and where it was stopped at the horizon.
+        """
+        stopped = outputs[-1].extra_fields.get(STOPPED, False)
+        if stopped or (kwargs.get("reward_model") or {}).get("ground_truth", "") is None:
             outputs[-1].reward_score = 0.0
             outputs[-1].extra_fields["reward_extra_info"] = {"score": 0.0, "acc": math.nan, "feedback": ""}
             return
+        limit = self.opd.rollout.grading_seconds
+        grading = asyncio.ensure_future(super()._compute_score(outputs, kwargs=kwargs))
         try:
-            await super()._compute_score(outputs, kwargs=kwargs)
+            done, _ = await asyncio.wait({grading}, timeout=limit)
+            if not done:
+                grading.cancel()
+                raise TimeoutError(f"the reward function took longer than opd.rollout.grading_seconds={limit:g}")
+            grading.result()
         except RayActorError:
             raise
         except Exception as error:  # the user's reward function may raise whatever it likes
@@ -132,7 +157,7 @@ class OPDAgentLoopWorker(_Worker):
         score = float(output.reward_score or 0.0)
         correct = is_correct(float(grade.get("acc", score)), score)
         label = KEY if correct else ERROR
-        if label not in self.opd.divergence.active_spans and self.opd.credit.inactive_span == "nonspan":
+        if label not in self.opd.active_spans and self.opd.credit.inactive_span == "nonspan":
             return None
         extra_info, messages = dict(sample.get("extra_info") or {}), _messages(sample)
         ids = list(output.response_ids)
@@ -186,5 +211,10 @@ class OPDAgentLoopManager(AgentLoopManagerTQ):
 
     def first_exception(self) -> str | None:
         """Of the rollouts that left no row, in words; None if no worker met any."""
-        told = ray.get([worker.first_exception.remote() for worker in self.agent_loop_workers])
-        return next(filter(None, told), None)
+        for worker in self.agent_loop_workers:
+            try:
+                if told := ray.get(worker.first_exception.remote()):
+                    return told
+            except RayActorError:  # the others may know
+                continue
+        return None

@@ -7,9 +7,12 @@ renamed; only then does ``latest_checkpointed_iteration.txt`` name it. All ranks
 :func:`check_shared` asks them at the start, :func:`check_complete` counts what they wrote before the rename.
 """
 
+import errno
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -38,6 +41,7 @@ __all__ = [
     "load_resharded",
     "mend",
     "steps",
+    "writing",
 ]
 
 PATIENCE_S = 10.0
@@ -59,6 +63,42 @@ def begin(root: Path, step: int) -> Path:
     folder = root / f".incomplete_global_step_{step}"
     folder.mkdir()
     return folder
+
+
+@contextmanager
+def writing(folder: Path, root: Path, step: int) -> Iterator[None]:
+    """While a checkpoint is written to the temporary ``folder``: a full disk is called one.
+
+    What torch raises there names neither the disk nor the reason. The unfinished checkpoint goes, since it is what
+    fills the disk; the one before stays in charge.
+
+    Raises:
+        CheckpointError: one sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_full(root):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        before = max(steps(root), default=0)
+        kept = f"the checkpoint of step {before}" if before else "the beginning, since none is there yet"
+        raise CheckpointError(
+            f"The disk of {root} is full, so that the checkpoint of step {step} could not be written: free space "
+            f"there, or set trainer.max_actor_ckpt_to_keep, and start the run again; it goes on from {kept}."
+        ) from error
+
+
+def is_full(folder: Path, wanted: int = 1 << 20) -> bool:
+    """Whether so many bytes cannot be written there, for want of space or of a quota."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            for _ in range(0, wanted, 1 << 16):
+                if file.write(b"\0" * (1 << 16)) < 1 << 16:
+                    return True
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def commit(folder: Path, root: Path, step: int, keep: int | None, best: int | None = None) -> Path:
@@ -111,7 +151,7 @@ def check_shared(root: Path, ask: Callable[[str], list[str]]) -> None:
         )
 
 
-def check_complete(folder: Path, world_size: int, writers: int, contents: list[str], teacher: bool) -> None:
+def check_complete(folder: Path, world_size: int, writers: int, contents: list[str], teachers: Collection[str]) -> None:
     """Before a checkpoint gets its name: what every rank must have written is there.
 
     Args: see :func:`opd_ext.checkpoints.layout.missing_files`.
@@ -121,7 +161,7 @@ def check_complete(folder: Path, world_size: int, writers: int, contents: list[s
     """
 
     def missing() -> list[str]:
-        return missing_files(folder, world_size, writers, contents, teacher)
+        return missing_files(folder, world_size, writers, contents, teachers)
 
     if not _within(PATIENCE_S, lambda: not missing()):
         lost = missing()

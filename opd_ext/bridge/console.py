@@ -114,6 +114,8 @@ class StepPrinter:
             self._time_left(step),
         ]
         broken = any(isinstance(value, float) and not math.isfinite(value) for value in metrics.values())
+        if self._rows % self._header_every == 0:  # the same at every step: once in front of every header
+            self._filtered(metrics.get("data/filtered", 0.0))
         self._row(cells, style="bold red" if broken else "")
         self._losses(metrics, "rollout")
 
@@ -139,6 +141,11 @@ class StepPrinter:
         cells[6] = _number(metrics.get(f"{phase}/truncated"), 1, scale=100)
         self._row(cells, style="bold cyan" if phase == "val" else "cyan")
         self._losses(metrics, phase)
+
+    def _filtered(self, share: float) -> None:
+        if share > 0:
+            words = f"lost: {share:.1%} of the prompts to train on, too long or refused by the chat template"
+            self._print_line(f"ALARM, {words}" if share >= ALARM else words, "bold red" if share >= ALARM else "yellow")
 
     def _losses(self, metrics: Mapping[str, float], prefix: str) -> None:
         """One line below the row if anything was lost."""

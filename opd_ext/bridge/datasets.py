@@ -26,9 +26,26 @@ def complete(*datasets: Any) -> None:
             dataset.dataframe = table
 
 
-def counts(train: Sized, validation: Sized) -> str:
-    """How many prompts there are, for the console."""
-    return f"{len(train):,} prompts to train on, {len(validation):,} to validate"
+def counts(train: Sized, validation: Sized, config: DictConfig) -> tuple[str, float]:
+    """How many prompts there are, and of how many, where verl's filter has dropped some. Ask before :func:`complete`.
+
+    Args:
+        config: the ``data`` section.
+
+    Returns:
+        Words for the console; the share that was dropped, of the set that lost more.
+    """
+    sizes, shares = [], []
+    for name, dataset in (("train", train), ("val", validation)):
+        there, most = len(dataset), config.get(f"{name}_max_samples", -1)
+        if isinstance(dataset, RLHFDataset):
+            rows = dataset.dataframe.data.num_rows  # of the table below the rows that were chosen
+            there = min(rows, most) if most > 0 else rows
+        dropped = there - len(dataset)
+        lost = f" of {there:,} ({dropped:,} too long, or refused by the chat template)" if dropped else ""
+        sizes.append(f"{len(dataset):,}{lost}")
+        shares.append(dropped / there if there else 0.0)
+    return f"{sizes[0]} prompts to train on, {sizes[1]} to validate", max(shares)
 
 
 def settle_steps(config: DictConfig, dataset: Sized, steps: int) -> int:

@@ -93,6 +93,8 @@ def _sample(trainer: OPDTrainer, asked: dict[int, int]) -> tuple[list[dict[str, 
     for batch_dict in DataLoader(Subset(dataset, list(asked)), batch_size=size, collate_fn=collate_fn):
         names = [next(uids) for _ in batch_dict["raw_prompt"]]
         problems = [places[name] for name in names]
+        if trainer.opd.validation.prompt == "teacher":
+            batch_dict["raw_prompt"] = _instructed(trainer, batch_dict)
         batch_dict["uid"] = np.array(names, dtype=object)
         batch_dict["first_draw"] = np.array([plan.problems[i].first_draw for i in problems], dtype=object)
         batch_dict["__rollout_n__"] = np.array([asked[i] for i in problems], dtype=object)  # verl samples so often
@@ -107,3 +109,12 @@ def _sample(trainer: OPDTrainer, asked: dict[int, int]) -> tuple[list[dict[str, 
         tq.kv_clear(keys=done.keys, partition_id=done.partition_id)
     rows.sort(key=lambda row: (row["uid"], row["sample"]))
     return rows, places
+
+
+def _instructed(trainer: OPDTrainer, batch: dict[str, Any]) -> np.ndarray:
+    """The prompts as the teacher would read them, of a context that shows nothing of a problem."""
+    asked = zip(batch["raw_prompt"], batch["extra_info"], strict=True)
+    shown = [trainer.desks[0].context.messages({"raw_prompt": prompt, "extra_info": info}) for prompt, info in asked]
+    prompts = np.empty(len(shown), dtype=object)  # of lists: numpy would make a table of equally long ones
+    prompts[:] = shown
+    return prompts

@@ -7,6 +7,8 @@ from typing import Any
 from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
+from opd_ext.errors import RunError
+
 FAILURE = "opd_failure"
 """Under which name a rollout that failed carries its exception, in words."""
 
@@ -89,9 +91,12 @@ def sample(buffer: Any, manager: Any, step: int, partition: str, prompts: int) -
 
     Raises:
         RuntimeError: none arrived, with what the first of them raised.
+        RunError: none will (:mod:`opd_ext.bridge.liveness`).
     """
     try:
         return buffer.sample(global_steps=step, partition_id=partition, batch_size=prompts)
+    except RunError:
+        raise
     except RuntimeError as error:
         if exception := manager.first_exception():
             raise RuntimeError(f"no rollout of step {step} arrived; the first exception: {exception}") from error

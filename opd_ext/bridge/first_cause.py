@@ -14,6 +14,7 @@ TAIL = 12
 
 _PID = re.compile(r"\bpid[:=]\s*(\d+)")
 _DIED = "died unexpectedly"  # so Ray says it; the process alone knows why
+_WHO = "class_name: "
 _NOISE = re.compile(r"^\s*$|^:(actor_name|task_name|job_id):")
 
 
@@ -34,8 +35,16 @@ def first_cause(error: BaseException, roots: Iterable[Path]) -> str:
             lines = [line for line in file.read_text(errors="replace").split("\n") if not _NOISE.match(line)]
             if lines:
                 shown = "\n".join(f"  {line}" for line in lines[-TAIL:])
-                return f"{said.split('. ')[0]}. The last lines of process {pid} ({file.resolve()}):\n{shown}"
+                return (
+                    f"{said.split('. ')[0]}{_who(said)}. The last lines of process {pid} ({file.resolve()}):\n{shown}"
+                )
     return said
+
+
+def _who(said: str) -> str:
+    """Class and name of the actor that Ray speaks of, in brackets."""
+    found = [match[1] for key in ("class_name", "name") if (match := re.search(rf"\b{key}: (\S+)", said))]
+    return f" ({' '.join(name.rpartition('.')[2] for name in found)})" if _WHO in said else ""
 
 
 def session_roots(temp_dir: str | None) -> list[Path]:

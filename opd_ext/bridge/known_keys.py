@@ -10,14 +10,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import verl
 import yaml
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.bridge import sources
+from opd_ext.config.verl_values import VALUES
 from opd_ext.errors import ConfigError, did_you_mean
 
 # Read by verl, which lists them nowhere: key -> file and the words that read it.
@@ -70,10 +71,54 @@ def check_added_keys(config: DictConfig) -> None:
         raise ConfigError(f"{section}{name}={shown} is no key of verl's, so nothing would read it: take it out.{meant}")
 
 
+def check_types(config: DictConfig) -> None:
+    """Refuse a switch or a number of verl's that is neither; :data:`VALUES` says more of some, and comes later.
+
+    Raises:
+        ConfigError: one sentence with the key and its value.
+    """
+    whole: Any = OmegaConf.to_container(config)
+    for key, value, kind in _mistyped(whole, _resolved(), ""):
+        if key in VALUES:
+            continue
+        shown = json.dumps(value, default=str, ensure_ascii=False)
+        raise ConfigError(f"{key}={shown} must be {kind}, as verl's own value is.")
+
+
+@cache
+def _resolved() -> dict[str, Any]:
+    """verl's own values, those that it takes from other keys included."""
+    whole: Any = OmegaConf.create(listed())
+    return _values(whole)
+
+
+def _values(node: DictConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in node:
+        try:
+            value = node[name]
+        except OmegaConfBaseException:  # what it refers to is composed in a run alone
+            continue
+        found[str(name)] = _values(value) if isinstance(value, DictConfig) else value
+    return found
+
+
+def _mistyped(node: Mapping[str, Any], known: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any, str]]:
+    """Every switch and number of verl's whose value here is none; null may mean that verl chooses."""
+    for name, value in node.items():
+        theirs, key = known.get(name), f"{section}{name}"
+        if isinstance(theirs, Mapping) and isinstance(value, Mapping) and key not in (*OWN, *HANDED_ON):
+            yield from _mistyped(value, theirs, f"{key}.")
+        elif value is not None and isinstance(theirs, bool) and not isinstance(value, bool):
+            yield key, value, "true or false"
+        elif value is not None and type(theirs) in (int, float) and type(value) not in (int, float):
+            yield key, value, "a number"
+
+
 @cache
 def listed() -> dict[str, Any]:
     """verl's whole configuration as its own generator writes it, nothing resolved."""
-    text = (Path(verl.__file__).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml").read_text()
+    text = (sources.folder() / "trainer" / "config" / "_generated_ppo_trainer.yaml").read_text()
     found: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return found
 
@@ -99,7 +144,9 @@ def _strangers(
 @cache
 def _fields(target: str | None) -> frozenset[str]:
     """Names that a dataclass of verl's takes."""
-    found = get_class(target) if target else None
+    if target and (read := sources.fields(target)) is not None:
+        return read
+    found = get_class(target) if target else None  # a class of the user's
     return (
         frozenset(entry.name for entry in dataclasses.fields(found)) if dataclasses.is_dataclass(found) else frozenset()
     )

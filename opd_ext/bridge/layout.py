@@ -2,6 +2,7 @@
 """verl's jagged micro-batches as the objective sees them, and its policy loss as the objective calls it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -11,6 +12,7 @@ from verl.utils.metric.utils import Metric
 from opd_ext.bridge import old_policy
 from opd_ext.objective.alignment import packed_response_rows
 from opd_ext.objective.objective import MicroBatch, PolicyTerm, Shape
+from opd_ext.objective.shares import Share
 
 
 def packed_rows(input_ids: torch.Tensor, response_lens: torch.Tensor) -> torch.Tensor:
@@ -25,6 +27,21 @@ def restarting_positions(ids: torch.Tensor) -> torch.Tensor:
     return torch.nested.as_nested_tensor(positions, layout=torch.jagged)
 
 
+def pack_lengths(input_ids: torch.Tensor) -> dict[str, Any]:
+    """What flash attention of transformers would otherwise find out in every layer, waiting for the device each time.
+
+    Args:
+        input_ids: jagged [B, j1], packed without padding.
+
+    Returns:
+        ``cu_seq_lens_q`` and ``_k``, [B + 1] int32: where each sequence begins, and the end; ``max_length_q`` and
+        ``_k``: tokens of the longest, on the host. Read once, which waits for the device once.
+    """
+    offsets = input_ids.offsets()
+    longest, bounds = int(offsets.diff().max()), offsets.to(torch.int32)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 def like_ids(values: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Response rows [R] in the layout of verl's model outputs: jagged like ``ids``."""
     everywhere = values.new_zeros(ids.values().shape[0]).index_copy(0, rows, values)
@@ -36,8 +53,10 @@ def is_distilled(data: TensorDict) -> bool:
     return "has_teacher" in data.keys()
 
 
-def objective_batch(data: TensorDict, lengths: torch.Tensor, rows: torch.Tensor) -> MicroBatch:
-    """The objective's view of verl's micro-batch."""
+def objective_batch(
+    data: TensorDict, lengths: torch.Tensor, rows: torch.Tensor, share: Share | None = None
+) -> MicroBatch:
+    """The objective's view of verl's micro-batch; ``share``: whose rows are whose, where ranks share sequences."""
 
     def packed(name: str) -> torch.Tensor | None:
         return data[name].values() if name in data else None
@@ -58,6 +77,7 @@ def objective_batch(data: TensorDict, lengths: torch.Tensor, rows: torch.Tensor)
         teacher_log_prob=data["teacher_logprobs"].values()[rows, 0] if "teacher_logprobs" in data else None,
         distillation_weight=data["opd_distillation_weight"],
         gate=data["opd_gate"],
+        share=share,
     )
 
 

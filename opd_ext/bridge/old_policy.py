@@ -91,6 +91,17 @@ def without_correction(config: DictConfig) -> Iterator[None]:
         config.algorithm.rollout_correction = correction
 
 
+@contextmanager
+def without_whole_entropies(config: DictConfig, old: old_policy.Source) -> Iterator[None]:
+    """verl's update without entropies that :func:`report` makes: 30 GiB of 34,816 tokens of Qwen3-8B."""
+    actor = config.actor_rollout_ref.actor
+    wanted, actor.calculate_entropy = actor.calculate_entropy, old_policy.whole_entropies(config, old)
+    try:
+        yield
+    finally:
+        actor.calculate_entropy = wanted
+
+
 def announce(trainer: Any, batch: KVBatchMeta) -> None:
     """Tell the workers that the coming update is a batch's only one."""
     batch.extra_info[CURRENT] = True

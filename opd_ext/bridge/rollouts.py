@@ -19,6 +19,9 @@ from opd_ext.tokens.texts import decode
 ANNOTATION = "opd_annotation"
 """Under which name the agent loop leaves an annotation beside a rollout."""
 
+STOPPED = "opd_stopped"
+"""Under which name the agent loop says whether a rollout was stopped at the horizon; absent where there is none."""
+
 __getattr__ = old_functions(__name__)
 
 _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "extra_info", "extra_fields"]
@@ -29,7 +32,8 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
 
     Returns:
         Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
-        ``response_tokens``, ``truncated``, ``failed`` (an exception in words, or None), ``score``, every key of the
+        ``response_tokens``, ``truncated``, ``stopped`` (where there is a horizon), ``failed`` (an exception in words,
+        or None), ``score``, every key of the
         grader (``acc``, ``feedback``, ...), ``ground_truth`` and, where an annotator has been at work, its
         ``annotation``.
     """
@@ -57,6 +61,7 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
                 "output": outputs[i],
                 "response_tokens": len(tokens),
                 "truncated": is_truncated(tokens, stops, max_tokens),
+                **({"stopped": bool(extra_fields[STOPPED])} if STOPPED in extra_fields else {}),
                 "failed": extra_fields.get(FAILURE),
                 "score": scores[i],
                 **grade,
@@ -65,6 +70,29 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
                 **({"annotation": extra_fields[ANNOTATION]} if ANNOTATION in extra_fields else {}),
             }
         )
+    return rows
+
+
+_INPUTS = ["prompts", "responses", "loss_mask", "raw_prompt", "extra_info"]
+
+
+def read_tokens(batch: KVBatchMeta, log_probs: bool) -> list[dict[str, Any]]:
+    """What :mod:`opd_ext.recorded` keeps of each trajectory of ``batch``, in its order: ids, not texts.
+
+    Args:
+        log_probs: whether the sampler has left those of the sampled tokens.
+    """
+    fields = [*_INPUTS, *(["rollout_log_probs"] if log_probs else [])]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+    columns = {name: [row.tolist() for row in data[name].unbind()] for name in fields if name not in _INPUTS[3:]}
+    rows = []
+    for i, key in enumerate(batch.keys):
+        uid, sample, _ = key.rsplit("_", 2)
+        found = {name: values[i] for name, values in columns.items()}
+        if all(found["loss_mask"]):
+            found.pop("loss_mask")
+        messages, extra_info = plain(_item(data, "raw_prompt", i)), _item(data, "extra_info", i)
+        rows.append({"uid": uid, "sample": int(sample), **found, "raw_prompt": messages, "extra_info": extra_info})
     return rows
 
 
@@ -78,11 +106,6 @@ def token_classes(tokenizer: Any, stops: list[int]) -> dict[str, list[int]]:
 def is_truncated(response: Sequence[int], stops: Collection[int], max_tokens: int) -> bool:
     """Whether a response used all of ``max_tokens`` without sampling one of ``stops``, which end it."""
     return len(response) >= max_tokens and not (response and response[-1] in stops)
-
-
-def is_correct(acc: float, score: float) -> bool:
-    """Whether a rollout is right where its label decides what is trained: the grader says so, and pays for it."""
-    return acc > 0.5 and score > 0
 
 
 def _item(data: Any, name: str, i: int) -> Any:
@@ -131,6 +154,8 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     for key in ("acc_strict", "acc_answer_only", "acc_boxed_only", "format_ok"):
         if any(key in row for row in rows):  # not in those that could not be graded, which are wrong
             metrics[f"{prefix}/{key}"] = mean([row.get(key, 0.0) for row in rows])
+    if any("stopped" in row for row in rows):  # not in those that failed
+        metrics[f"{prefix}/stopped"] = mean([row.get("stopped", False) for row in rows])
     return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from opd_ext.alarms import record
 from opd_ext.bridge import checkpoint
 from opd_ext.checkpoints import best
-from opd_ext.checkpoints.layout import MODEL, TrainerState, shard_files, shards_per_replica
+from opd_ext.checkpoints.layout import MODEL, TrainerState, shard_files, shards_per_replica, teacher_folder
 
 if TYPE_CHECKING:
     from opd_ext.bridge.trainer import OPDTrainer
@@ -35,17 +36,18 @@ def save(trainer: OPDTrainer) -> Path:
         CheckpointError: a rank's files did not arrive.
     """
     root, step, workers, state = _root(trainer), trainer.global_steps, trainer.actor_rollout_wg, trainer.state
-    folder = checkpoint.begin(root, step)
-    workers.save_checkpoint(str(folder / "actor"), None, step)
-    teacher = _holds_teacher(trainer)
-    if teacher:
-        workers.save_teacher(str(folder / "teacher"))
-    torch.save(trainer.train_dataloader.state_dict(), folder / "data.pt")
-    state.global_step = step
-    state.write(folder)
-    actor = trainer.config.actor_rollout_ref.actor
-    writers = shards_per_replica(workers.world_size, actor.fsdp_config.fsdp_size)
-    checkpoint.check_complete(folder, workers.world_size, writers, actor.checkpoint.save_contents, teacher)
+    folder, teachers = checkpoint.begin(root, step), _held_teachers(trainer)
+    with checkpoint.writing(folder, root, step):
+        workers.save_checkpoint(str(folder / "actor"), None, step)
+        for name in teachers:
+            workers.save_teacher(str(folder / teacher_folder(name)), name)
+        torch.save(trainer.train_dataloader.state_dict(), folder / "data.pt")
+        state.global_step = step
+        state.rollbacks = max(state.rollbacks, record.rollbacks(trainer.run_dir))
+        state.write(folder)
+        actor = trainer.config.actor_rollout_ref.actor
+        writers = shards_per_replica(workers.world_size, actor.fsdp_config.fsdp_size)
+        checkpoint.check_complete(folder, workers.world_size, writers, actor.checkpoint.save_contents, teachers)
     saved = set(checkpoint.steps(root))
     kept = best.best_step({at: share for at, share in best.validations(trainer.run_dir).items() if at in saved})
     return checkpoint.commit(folder, root, step, trainer.config.trainer.max_actor_ckpt_to_keep, kept)
@@ -61,13 +63,19 @@ def load(trainer: OPDTrainer) -> None:
     explicit = settings.resume_mode == "resume_path"
     folder = Path(settings.resume_from_path).absolute() if explicit else _root(trainer) / f"global_step_{step}"
     trainer.state = TrainerState.read(folder)
-    if _holds_teacher(trainer):
-        workers.load_teacher(str(folder / "teacher"))
-    version = trainer.state.teacher_version
-    told = f"resumed from {folder}: step {step}, teacher version {version} (age {step - version} steps)"
+    for name in _held_teachers(trainer):
+        workers.load_teacher(str(folder / teacher_folder(name)), name)
+    told = f"resumed from {folder}: step {step}"
+    for name in trainer.opd.teacher_weights or [""]:
+        version, whose = trainer.state.version(name), f" {name}" if name else ""
+        told += f", teacher{whose} version {version} (age {step - version} steps)"
     saved, _ = shard_files(folder / "actor", MODEL)
     if saved != workers.world_size:
         told += f"; {saved} trainer ranks saved it, {workers.world_size} go on"
+    if (since := record.rollbacks(trainer.run_dir) - trainer.state.rollbacks) > 0:
+        factor = trainer.opd.alarms.rollback_lr**since
+        workers.scale_lr(factor)
+        told += f"; learning rate x {factor:g}, because an alarm brought the run back here"
     trainer.log.note(told)
 
 
@@ -75,7 +83,12 @@ def _root(trainer: OPDTrainer) -> Path:
     return Path(trainer.config.trainer.default_local_dir).absolute()
 
 
-def _holds_teacher(trainer: OPDTrainer) -> bool:
-    """Whether a checkpoint of this step holds a teacher: not the initial weights, and a later step reads it."""
-    moved = trainer.opd.needs_teacher_engine and trainer.state.teacher_version > 0
-    return moved and trainer.opd.schedule(trainer.global_steps + 1)[0] > 0
+def _held_teachers(trainer: OPDTrainer) -> list[str]:
+    """The teachers' weights that a checkpoint of this step holds: those that a later step reads and nobody else has.
+
+    Initial weights are where the run got them. Of an adapter they are nowhere, since its A begins at random.
+    """
+    if trainer.opd.schedule(trainer.global_steps + 1)[0] == 0:
+        return []
+    moving = {name for name, view in trainer.adapters.items() if view.opd.teacher.kind.moves}
+    return [name for name in trainer.opd.teacher_weights if name in moving or trainer.state.version(name) > 0]

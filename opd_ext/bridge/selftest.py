@@ -18,6 +18,8 @@ from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 
 from opd_ext.bridge.engine import OPDEngine
+from opd_ext.bridge.teachers import LESSON, Tutor
+from opd_ext.config.checks import external_models
 from opd_ext.files import write_whole
 from opd_ext.objective.head import divergence_head
 from opd_ext.tokens.ends import named_ends
@@ -34,27 +36,37 @@ ALIKE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}  # of t
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A rollout as plain lists; the sampler's log-probs and the teacher's prompt where there are such."""
+    """A rollout as plain lists; the sampler's log-probs and the teacher's prompt where there are such.
+
+    ``lesson`` is the place of its teacher among several.
+    """
 
     prompt: list[int]
     response: list[int]
     mask: list[int]
     sampled: list[float] | None = None
     teacher_prompt: list[int] | None = None
+    lesson: int = 0
 
 
 def choose(batch: KVBatchMeta, fields: Sequence[str]) -> list[Probe]:
-    """The two shortest rollouts of a batch that have a response and, if any has, a teacher."""
+    """The two shortest rollouts of a batch, of each teacher's, that have a response and, if any has, a teacher."""
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
     columns = {name: [row.tolist() for row in data[name].unbind()] for name in fields}
-    found = []
+    found: dict[int, list[Probe]] = {}
     for i, response in enumerate(columns["responses"]):
         teacher = columns["teacher_input_ids"][i] if columns.get("has_teacher", [False] * (i + 1))[i] else None
         sampled = columns["rollout_log_probs"][i][:LENGTH] if "rollout_log_probs" in columns else None
         shown = None if teacher is None else teacher[: len(teacher) - len(response)]
-        found.append(Probe(columns["prompts"][i], response[:LENGTH], columns["loss_mask"][i][:LENGTH], sampled, shown))
-    found = [probe for probe in found if probe.response]
-    return sorted(found, key=lambda p: (p.teacher_prompt is None, len(p.prompt) + len(p.teacher_prompt or ())))[:2]
+        prompt, mask = columns["prompts"][i], columns["loss_mask"][i][:LENGTH]
+        lesson = columns[LESSON][i] if LESSON in columns else 0
+        if response:
+            found.setdefault(lesson, []).append(Probe(prompt, response[:LENGTH], mask, sampled, shown, lesson))
+    return [probe for _, probes in sorted(found.items()) for probe in sorted(probes, key=_shortest)[:2]]
+
+
+def _shortest(probe: Probe) -> tuple[bool, int]:
+    return probe.teacher_prompt is None, len(probe.prompt) + len(probe.teacher_prompt or ())
 
 
 @torch.no_grad()
@@ -69,11 +81,16 @@ def examine(student: OPDEngine, probes: Sequence[Probe]) -> dict[str, Any]:
         found: dict[str, Any] = {"tolerance": tolerance, "alike": ALIKE[weight.dtype]}
         found |= _head_and_packing(student, weight, [(probe.prompt + probe.response)[:LENGTH] for probe in probes])
         if found["packing"] > tolerance:
-            for engine in filter(None, (student, student.teacher)):
+            for engine in (student, *(tutor.engine(student) for tutor in student.tutors)):
                 engine.alone = True
-        found["alone"] = student.alone
+        found |= {"alone": student.alone, "shared_by": student.ulysses_sequence_parallel_size}
         rows = _rows(student, [p.prompt + p.response for p in probes], [p.response for p in probes])
-        return found | _sampler(student, weight, rows, probes) | _teacher(student, weight, rows, probes)
+        found |= _sampler(student, weight, rows, probes)
+        for i, tutor in enumerate(student.tutors):
+            mine = [(row, probe) for row, probe in zip(rows, probes, strict=True) if probe.lesson == i]
+            said = _teacher(student, tutor, weight, mine)
+            found |= {"teachers": found.get("teachers", {}) | {tutor.name: said}} if tutor.name else said
+        return found
 
 
 def _head_and_packing(student: OPDEngine, weight: torch.Tensor, sequences: list[list[int]]) -> dict[str, float]:
@@ -105,18 +122,27 @@ def _sampler(
 
 
 def _teacher(
-    student: OPDEngine, weight: torch.Tensor, rows: list[torch.Tensor], probes: Sequence[Probe]
+    student: OPDEngine, tutor: Tutor, weight: torch.Tensor, probes: Sequence[tuple[torch.Tensor, Probe]]
 ) -> dict[str, float]:
-    """Mean reverse KL of student and teacher: on the student's own input, and on the teacher's."""
-    taught = [(row, probe) for row, probe in zip(rows, probes, strict=True) if probe.teacher_prompt is not None]
+    """Mean reverse KL of student and teacher: on the student's own input, and on the teacher's.
+
+    ``probes`` come with the student's rows, and are this teacher's.
+    """
+    taught = (
+        []
+        if tutor.served or tutor.foreign
+        else [(row, probe) for row, probe in probes if probe.teacher_prompt is not None]
+    )
     found: dict[str, float] = {}
     for name in ("equal_input", "teacher_input") if taught else ():
         prompts = [p.prompt if name == "equal_input" else p.teacher_prompt or [] for _, p in taught]
         ids = [prompt + p.response for prompt, (_, p) in zip(prompts, taught, strict=True)]
-        theirs = student.kind.output(student, student.teacher, _batch(ids, [p.response for _, p in taught]))
+        responses = [p.response for _, p in taught]
+        theirs = tutor.kind.output(student, tutor.own, _batch(ids, responses))
+        their_rows = student.whole_rows(theirs.rows, [len(response) for response in responses])
         apart = [
             _divergence(student, row, weight, their, theirs.head)
-            for (row, _), their in zip(taught, theirs.rows, strict=True)
+            for (row, _), their in zip(taught, their_rows, strict=True)
         ]
         rest = torch.cat([each[1:] for each in apart])
         found |= {
@@ -139,7 +165,8 @@ def _batch(sequences: Sequence[list[int]], responses: Sequence[list[int]]) -> Te
 
 
 def _rows(engine: OPDEngine, sequences: Sequence[list[int]], responses: Sequence[list[int]]) -> list[torch.Tensor]:
-    return engine.response_hidden_states(_batch(sequences, responses))
+    found = engine.response_hidden_states(_batch(sequences, responses))
+    return engine.whole_rows(found, [len(response) for response in responses])
 
 
 def _log_prob(
@@ -173,19 +200,23 @@ def run(trainer: Any, batch: KVBatchMeta, taught: bool) -> None:
     opd, model = trainer.opd, trainer.config.actor_rollout_ref.model.path
     if not opd.selftest or trainer.tested:
         return
-    trainer.tested, placed = True, taught and opd.teacher.backend == "engine"
-    fields = ["prompts", "responses", "loss_mask", *(["has_teacher", "teacher_input_ids"] if placed else [])]
+    trainer.tested, placed = True, taught and "engine" in opd.backends
+    fields = ["prompts", "responses", "loss_mask", *(["has_teacher", "teacher_input_ids", LESSON] if placed else [])]
     if trainer.config.actor_rollout_ref.rollout.calculate_log_probs:
         fields.append("rollout_log_probs")
     if not (probes := choose(batch, fields)):
         return
     found = trainer.actor_rollout_wg.selftest(probes)[0]
     found["ends"] = named_ends(model, trainer.tokenizer)
-    if opd.teacher.path:
-        found["ends"] |= {f"teacher's {who}": ids for who, ids in named_ends(opd.teacher.path).items()}
-    found["equal_weights"] = trainer.global_steps == 1 and not opd.teacher.path
-    served = opd.distils and opd.teacher.backend == "server"
-    found["untaught"] = "its server scores tokens alone" if served else "there is none in this step"
+    for path in external_models(opd, foreign=False).values():  # another tokenizer's end is translated
+        found["ends"] |= {f"teacher's {who}": ids for who, ids in named_ends(path).items()}
+    for view in opd.views:
+        said = found["teachers"][view.name] if view.name else found
+        said["equal_weights"] = trainer.global_steps == 1 and not view.opd.teacher.path
+        served = opd.distils and view.opd.teacher.backend == "server"
+        said["untaught"] = "its server scores tokens alone" if served else "there is none in this step"
+        if view.opd.teacher.foreign:
+            said["untaught"] = "it reads tokens of its own, and no distribution can be compared"
     lines, warnings, stop = report(found)
     result = found | {"lines": lines, "warnings": warnings, "stop": stop}
     write_whole(trainer.run_dir / "selftest.json", json.dumps(result, indent=2) + "\n")
@@ -200,7 +231,8 @@ def report(found: dict[str, Any]) -> tuple[list[str], list[str], str | None]:
 
     Args:
         found: of :func:`examine`; ``ends``, token ids that end a response by who names them; ``equal_weights``, so that
-            nothing may lie between student and teacher on equal input; ``untaught``, why no teacher was asked.
+            nothing may lie between student and teacher on equal input; ``untaught``, why no teacher was asked. Of
+            several teachers the last two, and what was found of each, stand in ``teachers``, by name.
     """
     lines, warnings = [_head_line(found), *_compared(found), _ends_line(found["ends"])], []
     if found["packing"] > found["tolerance"]:
@@ -208,10 +240,13 @@ def report(found: dict[str, Any]) -> tuple[list[str], list[str], str | None]:
             f"The model reads its neighbours in a pack (log-probs move by {found['packing']:.2g} nats): every sequence "
             "takes a pass of its own in this run, which is exact and slower."
         )
-    if "equal_input" in found and found["equal_weights"] and abs(found["equal_input"]) > found["alike"]:
+    for name, said in found.get("teachers", {"": found}).items():
+        if "equal_input" not in said or not said["equal_weights"] or abs(said["equal_input"]) <= found["alike"]:
+            continue
+        whose = f"Teacher {name}".rstrip()
         warnings.append(
-            f"Teacher and student should be equal and are {found['equal_input']:.2g} nats apart on equal input: look "
-            "at the dtypes and attention of both."
+            f"{whose} and student should be equal and are {said['equal_input']:.2g} nats apart on equal input: look at "
+            "the dtypes and attention of both."
         )
     if found.get("sampler", 0.0) > SAMPLER * found["tolerance"]:
         warnings.append(
@@ -223,7 +258,13 @@ def report(found: dict[str, Any]) -> tuple[list[str], list[str], str | None]:
     if theirs and not theirs & own:
         warnings.append("Student and teacher end a response with different tokens: responses may grow until cut.")
     stop = None
-    if found["head"] > found["tolerance"]:
+    if found["head"] > found["tolerance"] and found["shared_by"] > 1:
+        stop = (
+            f"Log-probs of a sequence that {found['shared_by']} ranks share are {found['head']:.2g} nats from those of "
+            "the model alone: its attention cannot be shared, or it changes logits after the head; set "
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1."
+        )
+    elif found["head"] > found["tolerance"]:
         stop = (
             f"The model's own log-probs are {found['head']:.2g} nats from those of its lm_head: it changes logits "
             "after the head, which the loss would not see; choose another model, or opd.selftest=false."
@@ -233,6 +274,7 @@ def report(found: dict[str, Any]) -> tuple[list[str], list[str], str | None]:
 
 def _head_line(found: dict[str, Any]) -> str:
     own = ", each in a pass of its own" if found["alone"] else ""
+    own += f", shared by {found['shared_by']} ranks" if found["shared_by"] > 1 else ""
     return (
         f"self-test, head: {found['head']:.1e} nats from the model's own log-probs; a sequence in a pack is "
         f"{found['packing']:.1e} from itself alone{own}"
@@ -240,18 +282,22 @@ def _head_line(found: dict[str, Any]) -> str:
 
 
 def _compared(found: dict[str, Any]) -> list[str]:
-    teacher = f"self-test, teacher: not asked, {found['untaught']}"
-    if "equal_input" in found:
-        expected = ", 0 expected" if found["equal_weights"] else ""
-        teacher = (
-            f"self-test, teacher: {found['equal_input']:.1e} nats from the student on equal input{expected}; with its "
-            f"own prompt {found['teacher_input_token0']:.2g} on the first token, {found['teacher_input_rest']:.2g} on "
-            "the rest"
-        )
+    teachers = [_teacher_line(name, said) for name, said in found.get("teachers", {"": found}).items()]
     sampler = "not compared: set actor_rollout_ref.rollout.calculate_log_probs"
     if "sampler" in found:
         sampler = f"{found['sampler']:.1e} nats from the trainer's log-probs"
-    return [teacher, f"self-test, sampler: {sampler}"]
+    return [*teachers, f"self-test, sampler: {sampler}"]
+
+
+def _teacher_line(name: str, found: dict[str, Any]) -> str:
+    whose = f"self-test, teacher {name}".rstrip()
+    if "equal_input" not in found:
+        return f"{whose}: not asked, {found['untaught']}"
+    expected = ", 0 expected" if found["equal_weights"] else ""
+    return (
+        f"{whose}: {found['equal_input']:.1e} nats from the student on equal input{expected}; with its own prompt "
+        f"{found['teacher_input_token0']:.2g} on the first token, {found['teacher_input_rest']:.2g} on the rest"
+    )
 
 
 def _ends_line(ends: dict[str, list[int]]) -> str:

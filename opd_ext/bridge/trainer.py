@@ -6,7 +6,7 @@ student, refresh the teacher on schedule, save, sync the weights to vLLM. Everyt
 (placement, data loading, generation, rewards, weight sync) is inherited, and a step without a teacher is verl's own.
 """
 
-import math
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,26 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
-from opd_ext import files
-from opd_ext.bridge import datasets, discovery, evaluation, failures, old_policy, rollouts, saving, selftest
+from opd_ext import files, recorded
+from opd_ext.bridge import datasets, discovery, evaluation, failures, old_policy, rollouts, saving, schedule, selftest
 from opd_ext.bridge.advantages import weigh_advantages
-from opd_ext.bridge.console import RunLog
+from opd_ext.bridge.console import ALARM, RunLog
 from opd_ext.bridge.inputs import tool_schemas
-from opd_ext.bridge.teacher_inputs import neutralise_padding, plan_teacher_inputs, put_teacher_inputs, without_rows
+from opd_ext.bridge.liveness import Liveness, guarded, impatient, processes
+from opd_ext.bridge.teacher_inputs import (
+    neutralise_padding,
+    plan_teacher_inputs,
+    put_teacher_inputs,
+    without_rows,
+)
+from opd_ext.bridge.teachers import LESSON, STUDENT_SPANS, TEACHER_SPANS
+from opd_ext.bridge.watch import Watch
 from opd_ext.bridge.worker import OPDWorker
 from opd_ext.checkpoints.layout import TrainerState
 from opd_ext.config import schema
+from opd_ext.config.checks import external_models
 from opd_ext.config.old_policy import Source, old_log_probs, updates
-from opd_ext.context import build_context
+from opd_ext.config.teachers import adapter_weights, model_weights, trains_adapter, whose
 from opd_ext.objective.metrics import means
 from opd_ext.seeds import Copies
 from opd_ext.teacher.vocabulary import check_same_ids
@@ -53,20 +62,21 @@ class OPDTrainer(PPOTrainerSync):
 
     def __init__(self, config: DictConfig):
         self.opd = schema.load(config.opd)
-        self.teacher = self.opd.teacher.kind
         self.run_dir = Path(self.opd.run_dir)
         self.tested = False  # see opd_ext.bridge.selftest
         self._names = (0, 0, Copies())  # step, prompts named in it, which of them are equal
         # The base class branches on this string; the queue, the replay buffer and resume must behave as in `sync`.
         config.trainer.v1.trainer_mode = "sync"
-        if self.opd.teacher.path and self.opd.needs_teacher_engine:
-            with open_dict(config):
-                config.actor_rollout_ref.teacher_path = self.opd.teacher.path
+        self.models, self.adapters = model_weights(self.opd, config), adapter_weights(self.opd, config)
+        with open_dict(config):  # by which the workers build them
+            config.actor_rollout_ref.teacher_paths = {name: v.opd.teacher.path for name, v in self.models.items()}
+            config.actor_rollout_ref.teacher_adapters = {n: v.opd.teacher.kind.moves for n, v in self.adapters.items()}
         self.full_steps = 0  # in a row, whose pairs were all too long
         super().__init__(config)
         self.state = TrainerState(
             method=self.opd.method,
-            context=str(self.opd.context) if self.opd.context.present else "",
+            context=schedule.contexts(self.opd),
+            teacher_weights={view.name: view.weights for view in self.opd.views if view.name and view.weights},
             grader=str(config.reward.custom_reward_function.path),
         )
 
@@ -74,20 +84,23 @@ class OPDTrainer(PPOTrainerSync):
 
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
-        if self.opd.teacher.path:
-            check_same_ids(self.tokenizer, self.opd.teacher.path)
+        for key, path in external_models(self.opd, foreign=False).items():
+            check_same_ids(self.tokenizer, path, key)
         self.stops = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
-        self.context = build_context(self.opd.context, self.tokenizer)
+        self.desks = schedule.desks(self.opd, self.tokenizer, self.stops)
+        self.foreign = any(desk.foreign is not None for desk in self.desks)
         self.tools = tool_schemas(self.config)
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
+        counted, self.filtered = datasets.counts(self.train_dataset, self.val_dataset, self.config.data)
         datasets.complete(self.train_dataset, self.val_dataset)
         self.total_training_steps = datasets.settle_steps(self.config, self.train_dataset, self.total_training_steps)
         self.log = RunLog(self.run_dir, self.total_training_steps)
         self.protocol = evaluation.protocol(self)
-        counted = datasets.counts(self.train_dataset, self.val_dataset)
         self.log.say(f"{counted}; loading the models and starting vLLM")
+        if self.filtered >= ALARM:
+            self.log.note("ALARM, lost: prompts that were dropped", "bold red")
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -95,9 +108,12 @@ class OPDTrainer(PPOTrainerSync):
         return buffer
 
     def _init_resource_pool_mgr(self) -> None:
-        """Place our worker where verl places its own, with a reference engine if the teacher has its own weights."""
+        """Place our worker where verl places its own, with a reference engine if a teacher is a model of its own.
+
+        verl's reference policy of a LoRA student is the student without its adapter, and needs none.
+        """
         super()._init_resource_pool_mgr()
-        needs_ref = self.opd.needs_teacher_engine or self.use_reference_policy
+        needs_ref = self.models or (self.use_reference_policy and not trains_adapter(self.config))
         role = Role.ActorRolloutRef if needs_ref else Role.ActorRollout
         self.role_worker_mapping = {role: ray.remote(OPDWorker)}
         self.mapping.pop(Role.ActorRollout, None)
@@ -125,7 +141,8 @@ class OPDTrainer(PPOTrainerSync):
 
     def take(self, partition: str, prompts: int) -> tuple[KVBatchMeta, dict]:
         """The finished rollouts of so many prompts, and what verl's buffer says of them."""
-        return failures.sample(self.replay_buffer, self.agent_loop_manager, self.global_steps, partition, prompts)
+        with impatient(self.replay_buffer, self.opd.rollout.silence_seconds):
+            return failures.sample(self.replay_buffer, self.agent_loop_manager, self.global_steps, partition, prompts)
 
     def account(self, rows: list[dict], wanted: int, prefix: str) -> dict[str, float]:
         """None is missing, and those that failed are counted and told; see :func:`opd_ext.bridge.failures.account`."""
@@ -148,6 +165,13 @@ class OPDTrainer(PPOTrainerSync):
         rows = rollouts.read_rows(batch, self.tokenizer, self.opd.rollout.train_tokens, self.stops)
         wanted = sample_batch_size * self.config.actor_rollout_ref.rollout.n
         metrics.update(rollouts.summarise(rows, "rollout") | self.account(rows, wanted, "rollout"))
+        if self.opd.horizon.limited:
+            metrics["rollout/horizon"] = self.opd.horizon.tokens(self.global_steps, self.opd.rollout.train_tokens)
+        recorded.write(
+            self.run_dir,
+            self.global_steps,
+            rollouts.read_tokens(batch, self.config.actor_rollout_ref.rollout.calculate_log_probs),
+        )
         weight, gate = self.opd.schedule(self.global_steps)
         taught = False
         if weight > 0:
@@ -159,11 +183,11 @@ class OPDTrainer(PPOTrainerSync):
         if self._found(rows):
             return batch
         if untrained:
-            self._refresh_teacher(metrics, updates=0)
+            schedule.refresh(self, metrics, updates=0)
             return batch
         batch = self._balance_batch(batch, metrics)
-        if taught and self.opd.teacher.backend == "engine":
-            neutralise_padding(batch, self.tokenizer.eos_token_id, self.opd.credit.annotates)
+        if taught and "engine" in self.opd.backends:
+            neutralise_padding(batch, self.tokenizer.eos_token_id, self.opd.credit.annotates, self.foreign)
         selftest.run(self, batch, taught)
         old = self._old_log_probs(batch)
         if old in ("pass", "sampler"):
@@ -186,9 +210,9 @@ class OPDTrainer(PPOTrainerSync):
                 batch = self._update_alone(batch, metrics, old)
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
             # Of a teacher without weights of its own nothing moves, so nobody need be asked.
-            updates = self.actor_rollout_wg.count_updates()[0] if self.opd.needs_teacher_engine else 0
-            self._refresh_teacher(metrics, updates)
-        self._guard_teacher(metrics)
+            updates = self.actor_rollout_wg.count_updates()[0] if self.opd.teacher_weights else 0
+            schedule.refresh(self, metrics, updates)
+        schedule.guard(self, metrics)
         return batch
 
     def _add_teacher_inputs(self, batch: KVBatchMeta, rows: list[dict], metrics: dict) -> tuple[KVBatchMeta, bool]:
@@ -198,20 +222,21 @@ class OPDTrainer(PPOTrainerSync):
         one it stays and trains without a teacher. The length tag, by which verl balances ranks, becomes student +
         teacher tokens.
         """
-        if self.opd.teacher.backend == "server":  # verl's servers have scored every rollout as it was finished
+        if self.opd.backends == {"server"}:  # verl's servers have scored every rollout as it was finished
             flags = tu.get_tensordict({"has_teacher": torch.ones(len(batch.keys), dtype=torch.bool)})
             tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=flags)
             return batch, True
         inputs, planned = plan_teacher_inputs(
             rows,
             batch,
-            self.context,
+            self.desks,
             self.tokenizer,
             OmegaConf.to_container(self.config.data.apply_chat_template_kwargs),
             self.tools,
             self.opd.max_pair_length,
             self.global_steps,
-            self.opd.divergence.active_spans if self.opd.credit.annotates else None,
+            self.opd.credit.moves_spans,
+            functools.partial(whose, self.opd),
         )
         metrics.update(planned)
         dropped = [i for i, shown in enumerate(inputs) if shown.too_long and not self.opd.policy.present]
@@ -220,12 +245,14 @@ class OPDTrainer(PPOTrainerSync):
         if len(dropped) == len(batch.keys):  # a skipped step, whose rows verl clears
             return batch, False
         batch = without_rows(batch, dropped)
-        inputs = [shown for i, shown in enumerate(inputs) if i not in set(dropped)]
+        kept = [i for i in range(len(inputs)) if i not in set(dropped)]
+        inputs = [inputs[i] for i in kept]
         taught = any(shown.ids is not None for shown in inputs)
         if taught:
             for tag, shown in zip(batch.tags, inputs, strict=True):
                 tag["seq_len"] += len(shown.ids or ())
-            put_teacher_inputs(batch, inputs, self.tokenizer.eos_token_id)
+            lengths = [rows[i]["response_tokens"] for i in kept]
+            put_teacher_inputs(batch, inputs, self.tokenizer.eos_token_id, lengths if self.foreign else None)
         return batch, taught
 
     def _mini_batches(self) -> int:
@@ -252,9 +279,12 @@ class OPDTrainer(PPOTrainerSync):
 
     def _update_alone(self, batch: KVBatchMeta, metrics: dict, old: Source) -> KVBatchMeta:
         """A step without a teacher: verl's own, with the names of its metrics added to ours."""
-        batch = self._update_actor(batch, metrics)
+        with old_policy.without_whole_entropies(self.config, old):
+            batch = self._update_actor(batch, metrics)
         if old == "update":
             old_policy.report(self, batch, metrics)
+            if self.config.actor_rollout_ref.actor.calculate_entropy:  # of its only step, so of the same policy
+                metrics.setdefault("actor/entropy_loss", metrics["actor/entropy"])
         for name in ("loss", "grad_norm", "lr"):
             metrics[f"opd/{name}"] = metrics[f"actor/{name}"]
         if "actor/entropy" in metrics:  # verl does not compute it where the sampler's log-probs are the old ones
@@ -271,8 +301,9 @@ class OPDTrainer(PPOTrainerSync):
     ) -> KVBatchMeta:
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         mini_batch_size = actor.ppo_mini_batch_size * rollout.n
-        served = self.opd.teacher.backend == "server"
-        batch.fields = [*_UPDATE_FIELDS, "teacher_logprobs" if served else "teacher_input_ids"]
+        spans = [STUDENT_SPANS, TEACHER_SPANS] if self.foreign else []
+        sources = {"engine": ["teacher_input_ids", LESSON, *spans], "server": ["teacher_logprobs"]}
+        batch.fields = [*_UPDATE_FIELDS, *(name for where in sorted(self.opd.backends) for name in sources[where])]
         if rollout.calculate_log_probs:
             batch.fields.append("rollout_log_probs")
         if old in ("pass", "sampler"):
@@ -300,7 +331,8 @@ class OPDTrainer(PPOTrainerSync):
         batch.fields = None
         if old == "update":
             old_policy.report(self, batch, metrics)
-        metrics.update({f"opd/{name}": float(value) for name, value in means(output).items()})
+        said = {name: float(value) for name, value in means(output).items()}
+        metrics.update({name if name.startswith("teacher/") else f"opd/{name}": said[name] for name in said})
         metrics.update({name: float(value) for name, value in output.items() if name.startswith("actor/")})
         if "opd/teacher_entropy" in metrics:  # absent if no token of the batch is distilled
             metrics["opd/entropy_diff"] = metrics["opd/distilled_student_entropy"] - metrics["opd/teacher_entropy"]
@@ -315,39 +347,6 @@ class OPDTrainer(PPOTrainerSync):
     def _dp_size(self) -> int:
         return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
 
-    # ------------------------------------------------------------------ teacher
-
-    def _refresh_teacher(self, metrics: dict, updates: int) -> None:
-        """After the optimiser step, before saving and weight sync; used from the next step on (released CRISP code).
-
-        Not if no step will use it any more. ``updates`` are the optimiser steps of the batch: verl skips those whose
-        gradient is not finite, and a batch that nothing trains on has none.
-        """
-        if not self.opd.teacher.present:
-            return
-        step = self.global_steps
-        metrics["teacher/version"] = float(self.teacher.version(step, self.state.teacher_version))
-        metrics["teacher/age"] = step - 1 - metrics["teacher/version"]
-        used_again = self.opd.schedule(step + 1)[0] > 0
-        share = self.teacher.share(step, updates) if used_again else 0.0
-        if share > 0:
-            self.actor_rollout_wg.refresh_teacher(share)
-            self.state.teacher_version = step
-        metrics["teacher/refreshed"] = float(share > 0)
-
-    def _guard_teacher(self, metrics: dict) -> None:
-        """Stop on a teacher that predicts next to nothing: its weights were lost on the way.
-
-        Raises:
-            RuntimeError: the mean entropy is close to that of the uniform distribution.
-        """
-        share = metrics.get("opd/teacher_entropy", 0.0) / math.log(len(self.tokenizer))
-        if self.opd.max_teacher_entropy is not None and share > self.opd.max_teacher_entropy:
-            raise RuntimeError(
-                f"The teacher's entropy is {share:.0%} of log V at step {self.global_steps}: its weights are not those "
-                "of a trained model. Check the model path or the checkpoint, or raise opd.max_teacher_entropy."
-            )
-
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self) -> None:
@@ -361,12 +360,16 @@ class OPDTrainer(PPOTrainerSync):
         files.drop_lines_after(self.run_dir / "metrics.jsonl", self.global_steps)
         if self.global_steps > 0:
             saving.load(self)
+        self.watch = Watch(self)
 
     # ------------------------------------------------------------------ validation and metrics
 
     def fit(self, agent_loop_manager: Any) -> None:
         self.log.say("the stack is up")
-        super().fit(agent_loop_manager)
+        graders = self.reward_loop_manager.reward_loop_worker_handles
+        replicas = self.llm_server_manager.get_replicas()
+        with guarded(Liveness(processes(agent_loop_manager, graders, replicas, self.actor_rollout_wg))):
+            super().fit(agent_loop_manager)
 
     def _validate(self) -> dict[str, float]:
         return evaluation.validate(self)
@@ -374,5 +377,7 @@ class OPDTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int):
         metrics.update({f"timing_s/{name}": seconds for name, seconds in timing_raw.items()})
         metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
+        metrics["data/filtered"] = self.filtered
         trained = {name: value for name, value in metrics.items() if not name.startswith(evaluation.PREFIXES)}
+        trained |= self.watch.look(self.global_steps, trained, validated=len(trained) < len(metrics))
         self.log.record("train", self.global_steps, trained)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's hybrid worker with a teacher: the ``ref`` engine of the same process holds the teacher's weights."""
 
+import copy
 import dataclasses
-import functools
 import platform
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
@@ -18,8 +17,10 @@ from verl.workers.config import HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from opd_ext.bridge import checkpoint, old_policy, selftest
-from opd_ext.bridge import engine as _engine  # noqa: F401  (registers OPDEngine in this process)
+from opd_ext.bridge.adapters import TeacherAdapter, local_parts, trained_tensors
 from opd_ext.bridge.cpu_platform import init_process_group, own_socket
+from opd_ext.bridge.engine import OPDEngine  # which registers itself in this process
+from opd_ext.bridge.teachers import Tutor
 from opd_ext.checkpoints.layout import TEACHER, shard_name
 from opd_ext.checkpoints.reshard import load_teacher
 from opd_ext.config.schema import OPDConfig
@@ -31,8 +32,7 @@ _SHARED_MODEL_SETTINGS = ("override_config", "use_shm", "trust_remote_code", "us
 
 def _local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """This rank's part of every parameter and persistent buffer, by name (aliases, not copies)."""
-    tensors = _distinct_tensors(module)
-    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    return local_parts(_distinct_tensors(module))
 
 
 def _distinct_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -105,13 +105,31 @@ class OPDWorker(ActorRolloutRefWorker):
     def __init__(self, config: Any, role: str, distillation_config: Any = None, **kwargs: Any):
         # With teacher servers verl would put its own distillation loss in the place of the policy loss.
         super().__init__(config, role, distillation_config=None, **kwargs)
-        if path := config.get("teacher_path"):
-            self.ref_worker_cls = functools.partial(OPDTrainingWorker, model_path=path)
+        # Engines with weights of their own, by the name of these weights; without a teacher verl's reference alone.
+        self.teachers: dict[str, TrainingWorker] = {}
+        self.teacher_paths: dict[str, str | None] = dict(config.get("teacher_paths") or {"": None})
+        # In their place beside a LoRA student, by whether they ever move.
+        self.teacher_adapters: dict[str, bool] = dict(config.get("teacher_adapters") or {})
+        self.adapters: dict[str, TeacherAdapter] = {}
+        self.ref_worker_cls = self._build_teachers
+
+    def _build_teachers(self, config: TrainingWorkerConfig) -> TrainingWorker:
+        """An engine per set of weights, all configured as verl configures its reference; the first takes its place."""
+        for name, path in self.teacher_paths.items():
+            own = copy.deepcopy(config) if len(self.teacher_paths) > 1 else config
+            self.teachers[name] = OPDTrainingWorker(own, path)
+        first, *others = self.teachers.values()
+        for worker in others:  # verl loads the first
+            worker.reset()
+        return first
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Build the engines and the rollout, whose weights travel over a socket of this run's own on a CPU."""
         super().init_model()
+        # Before a checkpoint is loaded: what has not moved so far is the adapter as it was built.
+        for name, moves in self.teacher_adapters.items():
+            self.adapters[name] = TeacherAdapter(self.actor.engine, moves)
         if get_device_name() == "cpu":
             self.rollout.zmq_handle = own_socket(self.rollout.zmq_handle)
 
@@ -120,11 +138,14 @@ class OPDWorker(ActorRolloutRefWorker):
         """verl's pass, or what the update has just computed of the same rows by the weights before it."""
         if not old_policy.is_current(data):
             return super().compute_log_prob(data)
-        return tu.get_tensordict(self.actor.engine.recall(), {"metrics": {}}).cpu()
+        kept = self.actor.engine.recall()
+        if not self.actor.engine.is_mp_src_rank_with_outputs():  # of ranks that share sequences the first one speaks
+            return None
+        return tu.get_tensordict(kept, {"metrics": {}}).cpu()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def configure(self, opd: OPDConfig, token_classes: dict[str, list[int]], temperature: float) -> bool:
-        """Give the student's engine its loss and its teacher.
+        """Give the student's engine its loss and its teachers.
 
         Args:
             opd: the five places; plain values, so that they travel without the user's modules.
@@ -135,13 +156,32 @@ class OPDWorker(ActorRolloutRefWorker):
             Whether a pass of training is another than one without: the student drops out at random.
         """
         opd.import_external_libs()
-        objective, engine = opd.objective(temperature, token_classes), self.actor.engine
-        engine.objective = objective
-        engine.kind = opd.teacher.kind
-        engine.teacher = self.ref.engine if self.ref is not None else None
-        for worker in filter(None, (self.actor, self.ref)):
-            worker.engine.module.get_output_embeddings().fp32 = objective.fp32
+        engine = self.actor.engine
+        engine.tutors = tuple(
+            Tutor(
+                view.opd.teacher.kind,
+                None if view.weights is None else self._own(view.weights),
+                view.opd.objective(temperature, token_classes),
+                view.name,
+                view.weight,
+                view.opd.teacher.backend == "server",
+                view.opd.teacher.foreign,
+            )
+            for view in opd.views
+        )
+        for worker in (self.actor, *self.teachers.values()):
+            worker.engine.module.get_output_embeddings().fp32 = engine.objective.fp32
         return old_policy.drops_out(engine.module)
+
+    def _own(self, name: str) -> OPDEngine | TeacherAdapter:
+        """What holds a set of weights of a teacher."""
+        return self.adapters[name] if name in self.adapters else self.teachers[name].engine
+
+    def _tensors(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The student's tensors that a set of a teacher's weights goes after, and that set, by name (aliases)."""
+        if name in self.adapters:
+            return trained_tensors(self.actor.engine.module), self.adapters[name].weights
+        return _distinct_tensors(self.actor.engine.module), _distinct_tensors(self.teachers[name].engine.module)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def selftest(self, probes: list[selftest.Probe]) -> dict[str, Any]:
@@ -156,34 +196,46 @@ class OPDWorker(ActorRolloutRefWorker):
         return count
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def refresh_teacher(self, rate: float = 1.0) -> None:
-        """Move the teacher towards the student, shard by shard: teacher += rate (student - teacher); 1 copies.
+    def refresh_teacher(self, rate: float = 1.0, name: str = "") -> None:
+        """Move a teacher's weights towards the student, shard by shard: they += rate (student - they); 1 copies.
 
-        Both engines are sharded over the same ranks by the same rule, so no communication is needed.
+        ``name`` is that of the weights, where there are several.
+
+        Both are sharded over the same ranks by the same rule, so no communication is needed.
         """
-        student, teacher = (_local_shards(worker.engine.module) for worker in (self.actor, self.ref))
+        student, teacher = map(local_parts, self._tensors(name))
         if rate == 1.0:
             copy_shards(student, teacher)
         else:
             ema_shards(student, teacher, rate)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def save_teacher(self, folder: str) -> None:
-        """Write this rank's teacher shards to ``folder``."""
-        if _is_replica(self.ref.engine.device_mesh):
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the student's learning rate, now and for the rest of its schedule."""
+        engine = self.actor.engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] = group.get("initial_lr", group["lr"] / factor) * factor
+        engine.lr_scheduler.base_lrs = [rate * factor for rate in engine.lr_scheduler.base_lrs]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_teacher(self, folder: str, name: str = "") -> None:
+        """Write this rank's shards of a teacher to ``folder``; ``name`` as in :meth:`refresh_teacher`."""
+        holder = self.actor if name in self.adapters else self.teachers[name]
+        if _is_replica(holder.engine.device_mesh):
             return
         path = _shard_file(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_local_shards(self.ref.engine.module), path)
+        torch.save(local_parts(self._tensors(name)[1]), path)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def load_teacher(self, folder: str) -> None:
-        """Restore this rank's teacher weights from ``folder``, however many ranks wrote them.
+    def load_teacher(self, folder: str, name: str = "") -> None:
+        """Restore this rank's weights of a teacher from ``folder``, however many ranks wrote them.
 
         Raises:
             CheckpointError: they are incomplete, or of another model.
         """
-        load_teacher(_distinct_tensors(self.ref.engine.module), Path(folder))
+        load_teacher(self._tensors(name)[1], Path(folder))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def leave_token(self, folder: str) -> str:

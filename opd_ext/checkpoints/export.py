@@ -38,7 +38,7 @@ def export(
     run: Path,
     step: str | None = None,
     out: Path | None = None,
-    teacher: bool = False,
+    teacher: bool | str | None = None,
     adapter: bool = False,
     dtype: str | None = None,
     force: bool = False,
@@ -49,8 +49,8 @@ def export(
         run: a run folder, or that of one fine-tuning of a pipeline.
         step: a number or ``best`` (validation); None: the newest.
         out: the folder to make; by default ``<run>/export/step_<N>``.
-        teacher: its weights in place of the student's.
-        adapter: a LoRA student as a PEFT adapter; else it is merged into its base, in fp32.
+        teacher: a teacher's weights in place of the student's: the name of one of several; empty, or true: of the one.
+        adapter: what a LoRA run trained, or its teacher, as a PEFT adapter; else it is merged into its base, in fp32.
         dtype: of the weights, one of :data:`DTYPES`; None: as vLLM had them in training, of a fine-tuning as saved.
         force: replace what ``out`` holds.
 
@@ -64,14 +64,15 @@ def export(
         raise CheckpointError(f"--dtype {dtype} does not exist; choose one of: {', '.join(DTYPES)}.")
     source = find(run, step)
     lora = is_lora(source)
-    if adapter and (teacher or not lora):
-        what = "the teacher" if teacher else "this run"
-        raise CheckpointError(f"--adapter needs a LoRA adapter, and {what} has none: leave it out.")
-    shards = source.check_teacher() if teacher else None
-    what = "teacher" if teacher else "adapter" if adapter else "student"
+    name = "" if teacher is True else teacher if teacher is not False else None
+    if adapter and not lora:
+        raise CheckpointError("--adapter needs a LoRA adapter, and this run has none: leave it out.")
+    shards = None if name is None else source.check_teacher(name)
+    whose = None if name is None else f"teacher {name}".rstrip()
+    what = " ".join(filter(None, (whose, "adapter"))) if adapter else whose or "student"
     dtype = dtype or _rollout_dtype(source) or _saved_dtype(source)
-    name = f"step_{source.step}" + ("" if what == "student" else f"-{what}")
-    out = (out or run / "export" / name).expanduser().absolute()
+    folder_name = f"step_{source.step}" + ("" if what == "student" else f"-{what.replace(' ', '-')}")
+    out = (out or run / "export" / folder_name).expanduser().absolute()
     said = record(source, what, dtype)
     console = terminal()
     if out.exists() and not force:
@@ -82,9 +83,9 @@ def export(
     with redirect_stderr(StringIO()), beside(out) as folder:
         shutil.copytree(source.template, folder, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
         if adapter:
-            count = _write_adapter(source, folder, getattr(torch, dtype))
+            count = _write_adapter(source, shards, folder, getattr(torch, dtype))
         else:
-            count = _write_model(source, shards, lora and not teacher, folder, getattr(torch, dtype))
+            count = _write_model(source, shards, lora, folder, getattr(torch, dtype))
         write_whole(folder / RECORD, said)
         for file in folder.iterdir():
             file.chmod(0o644 if file.is_file() else 0o755)  # safetensors keeps files to their owner
@@ -107,10 +108,7 @@ def _write_model(source: Source, teacher: Path | None, lora: bool, folder: Path,
             source.template, dtype=dtype, trust_remote_code=_trusted(source), attn_implementation=_KERNEL
         )
     else:
-        student = Shards(source.folder / "actor", MODEL)
-        shards: Mapping[str, Sharded] = student
-        if teacher is not None:
-            shards = Shards(teacher, TEACHER, {name: (student[name].shape, student[name].dim) for name in student})
+        shards = _shards(source, teacher, lora)
         model = _peft_model(source, shards).merge_and_unload() if lora else _model(source, shards, dtype)
     model.to(dtype)
     model.config.dtype = dtype
@@ -120,11 +118,20 @@ def _write_model(source: Source, teacher: Path | None, lora: bool, folder: Path,
     return _read_back(source, model, folder, dtype)
 
 
-def _write_adapter(source: Source, folder: Path, dtype: torch.dtype) -> int:
+def _shards(source: Source, teacher: Path | None, lora: bool) -> Mapping[str, Sharded]:
+    """The student's weights, or a teacher's: of a LoRA run an adapter, whose base is the student's."""
+    student = Shards(source.folder / "actor", MODEL)
+    if teacher is None:
+        return student
+    own = Shards(teacher, TEACHER, {name: (student[name].shape, student[name].dim) for name in student})
+    return {**student, **own} if lora else own
+
+
+def _write_adapter(source: Source, teacher: Path | None, folder: Path, dtype: torch.dtype) -> int:
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    model = _peft_model(source, Shards(source.folder / "actor", MODEL))
+    model = _peft_model(source, _shards(source, teacher, lora=True))
     model.to(dtype)
     model.peft_config["default"].base_model_name_or_path = source.model.get("path")
     model.save_pretrained(folder, save_embedding_layers=False)  # verl adapts none; `auto` would ask the hub

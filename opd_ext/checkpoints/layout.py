@@ -3,13 +3,16 @@
 
 ``global_step_<N>/actor/`` is verl's: ``model_``, ``optim_`` and ``extra_state_world_size_<W>_rank_<R>.pt`` of every
 rank, ``fsdp_config.json`` and ``huggingface/`` (config and tokenizer). Of replicas (HSDP: the same weights on several
-groups of ranks) only the first writes weights and moments. ``teacher/`` holds ``world_size_<W>_rank_<R>.pt``.
+groups of ranks) only the first writes weights and moments. ``teacher/`` holds ``world_size_<W>_rank_<R>.pt``; of
+several teachers each set of weights that has moved is in ``teachers/<name>/``. Beside a LoRA student a teacher that
+moves is an adapter, by the names of the student's, and is there from the first checkpoint on.
 """
 
 import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 from opd_ext.files import write_whole
@@ -31,10 +34,24 @@ class TrainerState:
 
     global_step: int = 0
     teacher_version: int = 0  # the student version that the teacher was last refreshed from; 0: the initial model
+    teacher_versions: dict[str, int] = dataclasses.field(default_factory=dict)  # of several: by the name of the weights
+    teacher_weights: dict[str, str] = dataclasses.field(default_factory=dict)  # teacher -> name of the weights it has
     method: str = ""
     context: str = ""  # what the teacher reads, e.g. "instruction:v2"
     grader: str = ""
+    rollbacks: int = 0  # of the run when it was saved: its learning rate is that of as many
     attempts: int = 0  # rollouts sampled so far, where a run stops at the first success
+
+    def version(self, weights: str) -> int:
+        """The student version that weights were last refreshed from; their name is empty if they are the only ones."""
+        return self.teacher_versions.get(weights, 0) if weights else self.teacher_version
+
+    def refreshed(self, weights: str, step: int) -> None:
+        """A set of weights is now that of ``step``."""
+        if weights:
+            self.teacher_versions[weights] = step
+        else:
+            self.teacher_version = step
 
     @classmethod
     def read(cls, folder: Path) -> "TrainerState":
@@ -94,12 +111,20 @@ def shards_per_replica(world_size: int, fsdp_size: int) -> int:
     return fsdp_size if 0 < fsdp_size < world_size else world_size
 
 
-def missing_files(folder: Path, world_size: int, writers: int, contents: list[str], teacher: bool) -> list[str]:
-    """What a checkpoint in ``folder`` lacks: shards of weights, moments and RNG, and of a teacher.
+def teacher_folder(weights: str) -> Path:
+    """Where a checkpoint holds a set of a teacher's weights; the name is empty if it is the only one."""
+    return Path("teachers", weights) if weights else Path("teacher")
+
+
+def missing_files(
+    folder: Path, world_size: int, writers: int, contents: list[str], teachers: Collection[str]
+) -> list[str]:
+    """What a checkpoint in ``folder`` lacks: shards of weights, moments and RNG, and of teachers.
 
     Args:
         writers: ranks that write weights and moments, the first of all.
         contents: verl's ``checkpoint.save_contents``.
+        teachers: names of the teachers' weights that it is to hold.
     """
     counts = {MODEL: ("model", writers), OPTIMISER: ("optimizer", writers), EXTRA: ("extra", world_size)}
     wanted = [
@@ -108,6 +133,6 @@ def missing_files(folder: Path, world_size: int, writers: int, contents: list[st
         if content in contents
         for rank in range(count)
     ]
-    if teacher:
-        wanted += [Path("teacher") / shard_name(TEACHER, world_size, rank) for rank in range(writers)]
+    for name in teachers:
+        wanted += [teacher_folder(name) / shard_name(TEACHER, world_size, rank) for rank in range(writers)]
     return [str(name) for name in wanted if not (folder / name).is_file()]

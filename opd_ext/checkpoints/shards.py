@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from opd_ext.checkpoints.layout import CheckpointError, shard_files
+from opd_ext.errors import in_brief
 
 
 class Sharded:
@@ -133,7 +134,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle, zip and torch each raise what they like
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise CheckpointError(f"{path} cannot be read: {in_brief(error)}") from error
     finally:
         log.setLevel(level)
 

@@ -43,16 +43,27 @@ class Source:
         """verl's section of the student's model."""
         return self.config.get("actor_rollout_ref", {}).get("model", {})
 
-    def check_teacher(self) -> Path:
-        """The folder of the teacher's shards.
+    def check_teacher(self, name: str = "") -> Path:
+        """The folder of a teacher's shards; ``name`` is that of one of several.
 
         Raises:
             CheckpointError: there is none, and where the teacher's weights are instead.
         """
-        folder = self.folder / "teacher"
+        section = self.config.get("opd") or {}
+        teacher, weights = section.get("teacher") or {}, name
+        if teachers := section.get("teachers"):
+            if name not in teachers:
+                raise CheckpointError(
+                    f"This run has several teachers: name one of {', '.join(teachers)}, as in --teacher "
+                    f"{next(iter(teachers))}."
+                )
+            teacher = ({} if "weights" in teachers[name] else teacher) | teachers[name]
+            weights = TrainerState.read(self.folder).teacher_weights.get(name, name)
+        elif name:
+            raise CheckpointError(f"This run has one teacher at most: leave {name} out.")
+        folder = self.folder / layout.teacher_folder(weights)
         if folder.is_dir():
             return folder
-        teacher = self.config.get("opd", {}).get("teacher", {})
         kind, path = teacher.get("weights"), self.model.get("path")
         if self.fine_tuned or kind in (None, "none"):
             why = "this run has no teacher"
@@ -60,7 +71,7 @@ class Source:
             why = "the teacher of this run is the student itself: leave --teacher out"
         elif teacher.get("path"):
             why = f"the teacher of this run is {teacher['path']}, which does not change"
-        elif TrainerState.read(self.folder).teacher_version == 0:
+        elif TrainerState.read(self.folder).version(weights) == 0:
             why = f"the teacher of step {self.step} is still the initial model, {path}"
         else:
             why = f"the teacher of step {self.step} was not saved, since no later step reads it"

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``opd data``: data sets, and models that go with them."""
 
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from opd_ext.cli.app import app, refused
+from opd_ext.data.catalogue import SETS, find
 
 data = typer.Typer(help="Build data sets and the models that go with them.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -19,10 +22,24 @@ def default_world() -> Path:
     return home() / "tinymath"
 
 
+class Level(str, Enum):
+    """The miniature world's levels."""
+
+    first = "first"
+    long = "long"
+
+
 @data.command()
 def tinymath(
-    out: Annotated[Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/tinymath")] = None,
-    models: Annotated[str, typer.Option(help="models to have, separated by commas")] = "base,large,diffusion",
+    level: Annotated[Level, typer.Argument(help="first: short sums; long: chains of steps that hang together")] = (
+        Level.first
+    ),
+    out: Annotated[
+        Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/tinymath, or tinymath_long")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="models to have, separated by commas", show_default="all of the level")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace what is there already")] = False,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="train the models from nothing (minutes), compare with the shipped ones")
@@ -31,10 +48,12 @@ def tinymath(
 ) -> None:
     """Make the miniature world: arithmetic problems and the small models that come with the package. No download."""
     from opd_ext.tinymath.build import WorldError, build
+    from opd_ext.tinymath.levels import LEVELS
 
-    names = [name.strip() for name in models.split(",") if name.strip()]
+    world = LEVELS[level.value]
+    names = None if models is None else [name.strip() for name in models.split(",") if name.strip()]
     try:
-        build(out or default_world(), names, force, rebuild=rebuild, threads=threads)
+        build(out or default_world().with_name(world.name), names, force, rebuild=rebuild, threads=threads, level=world)
     except (ValueError, WorldError) as error:
         raise refused("data tinymath", error) from None
 
@@ -112,3 +131,63 @@ def math(
         )
     except (ValueError, OSError) as error:
         raise refused("data math", error) from None
+
+
+PUBLISHED = "Published data sets: from the hub, or from a file of yours; docs/data.md"
+
+
+@data.command("list", rich_help_panel=PUBLISHED)
+def list_sets() -> None:
+    """Show the published sets: splits and rows, where they come from, licence, and which recipe uses them."""
+    from opd_ext.data.listing import show
+
+    show()
+
+
+def _published(name: str) -> Callable[..., None]:
+    """The command of a set."""
+
+    def prepare_set(
+        source: Annotated[
+            Path | None,
+            typer.Option("--from", help="file or folder instead of the hub: parquet, jsonl, json or csv, also .gz"),
+        ] = None,
+        split: Annotated[list[str] | None, typer.Option(help="of the set; again for another")] = None,
+        out: Annotated[
+            Path | None, typer.Option(help="folder", file_okay=False, show_default=f"$OPD_HOME/data/{name}")
+        ] = None,
+        count: Annotated[int | None, typer.Option(help="so many rows of each split, the first")] = None,
+        prompt: Annotated[str, typer.Option(help="wording of maths: dapo, boxed, opsd", show_default="the set's")] = "",
+        eval_suffix: Annotated[
+            bool, typer.Option("--eval-suffix", help="evaluation prompts end with DAPO's reminder, as training prompts")
+        ] = False,
+        teacher_prompt: Annotated[
+            str | None, typer.Option(help="evaluation prompts as a teacher reads them, e.g. v2")
+        ] = None,
+        drop_bad: Annotated[
+            bool, typer.Option("--drop-bad", help="leave out rows whose reference the grader cannot read")
+        ] = False,
+        force: Annotated[bool, typer.Option("--force", help="replace files that have other content")] = False,
+    ) -> None:
+        from opd_ext.data.prepare import Wording, prepare
+
+        try:
+            prepare(
+                find(name),
+                source,
+                out,
+                splits=split or (),
+                count=count,
+                wording=Wording(prompt, eval_suffix, teacher_prompt),
+                drop_bad=drop_bad,
+                force=force,
+            )
+        except (ValueError, OSError) as error:
+            raise refused(f"data {name}", error) from None
+
+    return prepare_set
+
+
+for _set in SETS.values():
+    _splits = ", ".join(split.name for split in _set.splits)
+    data.command(_set.name, help=f"{_set.title}. Splits: {_splits}.", rich_help_panel=PUBLISHED)(_published(_set.name))

@@ -8,6 +8,9 @@ import typer
 
 from opd_ext.cli.app import app, refused
 
+_DRY_RUN = "print the stages, what is done, and what they need, and stop"
+_JSON = "of a dry run: print the plan as plain values: bytes, seconds, tokens"
+
 
 @app.command(name="eval", context_settings={"ignore_unknown_options": True})
 def evaluate(
@@ -32,7 +35,8 @@ def evaluate(
         Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_RUNS/eval-MODEL")
     ] = None,
     force: Annotated[str | None, typer.Option(help="throw away what this stage made, make it again")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the stages and what is done, and stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN)] = False,
+    json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
     cfg: Annotated[bool, typer.Option("--cfg", help="print the composed configuration and stop")] = False,
 ) -> None:
     """Evaluate a model or a run: mean@n, pass@k, majority, lengths, intervals. Again, it goes on where it stopped."""
@@ -47,7 +51,7 @@ def evaluate(
     numbers = {"sampling.n": n, "count": count}
     options |= {"scale": scale} | {key: None if value is None else str(value) for key, value in numbers.items()}
     try:
-        run(model, options, [*([f"run_dir={out}"] if out else []), *(overrides or [])], force, dry_run, cfg)
+        run(model, options, [*([f"run_dir={out}"] if out else []), *(overrides or [])], force, dry_run, cfg, json)
     except (CheckpointError, ConfigError, LaunchError, StageError, TableError) as error:
         raise refused("eval", error) from None
 
@@ -62,6 +66,7 @@ def discover(
     budget: Annotated[int, typer.Option(help="attempts per search")] = 512,
     attempts: Annotated[int, typer.Option(help="attempts between two updates")] = 16,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check a search and print its plan, and stop")] = False,
+    json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
 ) -> None:
     """Search for a right answer to one question, learning from failures (test-time self-distillation)."""
     from opd_ext.errors import ConfigError
@@ -70,7 +75,7 @@ def discover(
 
     try:
         if dry_run:
-            plan_search(data_file, row, budget, attempts, overrides or [])
+            plan_search(data_file, row, budget, attempts, overrides or [], seeds, json)
         else:
             search(data_file, row, out, seeds, budget, attempts, overrides=overrides or [])
     except (ConfigError, SearchError) as error:
@@ -85,7 +90,8 @@ def _add_pipeline(name: str, text: str) -> None:
         until: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
         only: Annotated[str | None, typer.Option(help="run this stage alone")] = None,
         force: Annotated[str | None, typer.Option(help="throw away what this stage made, make it again")] = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="print the stages and what is done, and stop")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN)] = False,
+        json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
         cfg: Annotated[bool, typer.Option("--cfg", help="print the composed configuration and stop")] = False,
         config_dir: Annotated[
             list[Path] | None, typer.Option(exists=True, file_okay=False, help="a folder with recipes of your own")
@@ -99,7 +105,7 @@ def _add_pipeline(name: str, text: str) -> None:
         from opd_ext.tokens.tables import TableError
 
         try:
-            run(name, overrides or [], until, only, force, dry_run, cfg, config_dir or [])
+            run(name, overrides or [], until, only, force, dry_run, cfg, config_dir or [], json)
         except (ConfigError, LaunchError, MergeError, StageError, TableError) as error:
             raise refused(name, error) from None
 

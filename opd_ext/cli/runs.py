@@ -8,6 +8,8 @@ import typer
 
 from opd_ext.cli.app import app, refused
 
+_STAGED = ("discover", "eval", "sft", "ssd", "t3s")  # commands that plan themselves, by --dry-run
+
 
 @app.command(
     add_help_option=False,  # --help, too, is for the training parser to answer
@@ -28,13 +30,25 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="print plain values: bytes, seconds, tokens")] = False,
     config_dir: Annotated[list[Path] | None, typer.Option(help="folder with presets of yours", file_okay=False)] = None,
 ) -> None:
-    """Say what a run needs: memory and seconds per GPU and phase, disk, hours. Takes the words of `opd train`."""
+    """Say what a run needs: memory and seconds per GPU and phase, disk, hours. Takes the words of `opd train`.
+
+    After ssd, t3s, sft, eval or discover it takes the words of that command: its --dry-run.
+    """
     from opd_ext.config.overrides import from_words
     from opd_ext.errors import ConfigError
     from opd_ext.train import plan as planned
 
     given = {"gpu": gpu, "mean_response": mean_response}
-    assumed = [f"opd.plan.{name}={value}" for name, value in given.items() if value is not None]
+    given = {name: value for name, value in given.items() if value is not None}
+    first, *rest = words or [""]
+    if first in _STAGED:
+        key, length = "opd.plan" if first == "discover" else "plan", "mean_response"
+        names = {length: "mean_val_response" if first == "eval" else length}
+        rest += [f"{key}.{names.get(name, name)}={value}" for name, value in given.items()]
+        rest += [f"--config-dir={folder}" for folder in config_dir or []]
+        command = typer.main.get_group(app).commands[first]
+        command.main([*rest, "--dry-run", *(["--json"] if json else [])], f"opd {first}")
+    assumed = [f"opd.plan.{name}={value}" for name, value in given.items()]
     try:
         planned([*from_words(words or [], config_dir or []), *assumed], config_dir or [], json)
     except ConfigError as error:

@@ -62,14 +62,14 @@ def stateful_layer(config: Any) -> str | None:
     return min((kind for kind in map(str, kinds) if any(part in kind for part in _STATEFUL)), default=None)
 
 
-def check_offload(config: Any, model: Any, name: str) -> None:
+def check_offload(tied: bool, model: Any, name: str) -> None:
     """Refuse verl's activation offload beside checkpointing where the head is a unit of FSDP's own.
 
     verl then wraps ``lm_head`` into a reentrant checkpoint. Its recomputation, in the backward pass, comes after the
     forward pass has taken the loss out of the head, and finds logits in place of it. A tied head is no unit of its own.
 
     Args:
-        config: of transformers.
+        tied: head and embedding are one matrix.
         model: verl's section ``actor_rollout_ref.model``.
         name: of the model, for the sentence.
 
@@ -78,7 +78,7 @@ def check_offload(config: Any, model: Any, name: str) -> None:
     """
     if not (model.enable_activation_offload and model.enable_gradient_checkpointing):
         return
-    if not getattr(config.get_text_config(), "tie_word_embeddings", False):
+    if not tied:
         raise ConfigError(
             "actor_rollout_ref.model.enable_activation_offload=true with enable_gradient_checkpointing=true computes "
             f"the head of {name} (not tied to the embedding) again without the loss in it: set the former to false."

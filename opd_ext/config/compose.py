@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd_ext import home
 from opd_ext.config import processor as _processor  # noqa: F401  (its resolver)
-from opd_ext.config.overrides import check_folders, keys_of, quoted, readable
+from opd_ext.config.overrides import check_folders, check_groups, keys_of, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError
 
@@ -33,14 +33,21 @@ def compose_config(overrides: list[str], config_dirs: Sequence[Path] = ()) -> Di
     """
     home.settle()
     check_folders(config_dirs)
+    check_groups(overrides, config_dirs)
     search_path = _search_path(config_dirs)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
             config = compose("opd", overrides=[search_path, *(_addable(readable(each)) for each in overrides)])
+        if not isinstance(config.opd.run_dir, str) or not config.opd.run_dir.strip():
+            raise ConfigError(f"opd.run_dir={config.opd.run_dir} must be a text: name a folder.")
         config.opd.run_dir = str(Path(config.opd.run_dir).expanduser().absolute())  # what follows from it included
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides, "opd train", known=_known_keys) from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # Hydra's, of a group to which something else than a name is given
+        raise ConfigError(f"The configuration does not compose: {error}; write KEY=VALUE.") from None
     return config
 
 

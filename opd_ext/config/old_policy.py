@@ -11,11 +11,6 @@ Source = Literal["nobody", "sampler", "update", "pass"]
 """nobody reads them · the sampler's stand for them · the update's own, detached · a pass of their own in front of it"""
 
 
-def sequence_parallel(section: DictConfig) -> int:
-    """Ranks that share a sequence (Ulysses), of ``actor_rollout_ref.actor`` or ``.ref``; verl takes either key."""
-    return max(section.ulysses_sequence_parallel_size, section.fsdp_config.ulysses_sequence_parallel_size)
-
-
 def updates(config: DictConfig) -> int:
     """Optimiser steps on a batch of rollouts."""
     actor = config.actor_rollout_ref.actor
@@ -28,13 +23,22 @@ def old_log_probs(config: DictConfig, opd: OPDConfig, steps: int) -> Source:
     In front of its only step the policy is the one that the step starts from: a pass would compute, by the same
     weights, what the update computes anyway.
     """
-    read = opd.distils and (opd.divergence.sampled or opd.credit.reads_old_log_probs)
+    read = opd.distils and (opd.samples_tokens or opd.credit.reads_old_log_probs)
     if not opd.policy.present and not (read and steps > 1):
         return "nobody"
     correction = config.algorithm.rollout_correction
     if correction and correction.bypass_mode:
         return "sampler"
     return "pass" if steps > 1 or _read_before_the_update(config) else "update"
+
+
+def whole_entropies(config: DictConfig, old: Source) -> bool:
+    """Whether verl's own update computes entropies of whole logits: for a bonus, or for a metric.
+
+    Where the update keeps old log-probs it keeps entropies, too, of a few rows at a time, and the metric is theirs.
+    """
+    actor = config.actor_rollout_ref.actor
+    return bool(actor.entropy_coeff != 0 or (actor.calculate_entropy and old != "update"))
 
 
 def sampler_cap(config: DictConfig) -> float | None:
@@ -51,14 +55,13 @@ def _read_before_the_update(config: DictConfig) -> bool:
     return (
         algorithm.use_kl_in_reward
         or "optimal_token_baseline" in algorithm.adv_estimator
-        or (ref.rollout.calculate_log_probs and _corrects_beyond_tokens(config))
+        or (ref.rollout.calculate_log_probs and corrects_beyond_tokens(config))
         or ref.actor.shuffle  # the order of rows would be lost
         or ref.model.use_fused_kernels
-        or sequence_parallel(ref.actor) > 1
     )
 
 
-def _corrects_beyond_tokens(config: DictConfig) -> bool:
+def corrects_beyond_tokens(config: DictConfig) -> bool:
     """Whether the sampler is corrected for by more than a capped weight of each token, which the loss itself can make.
 
     Rejection needs the whole batch, and so does a normalised weight; a weight of sequences, or one with a lower

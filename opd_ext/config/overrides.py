@@ -2,7 +2,7 @@
 """What a user types on a command line, as overrides in Hydra's grammar."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,12 @@ def from_words(words: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> 
             joined[-1] += f"={word}"  # --method crisp
         else:
             joined.append(word)
-    return [_as_choice(word.removeprefix("--"), config_dirs) for word in joined]
+    found = [_as_choice(word.removeprefix("--"), config_dirs) for word in joined]
+    for group in ("method", "recipe"):
+        words = [word for word, name in zip(joined, found, strict=True) if name == f"{group}={word}"]
+        if len(words) > 1:
+            raise ConfigError(f"{' and '.join(words)} are {len(words)} {group}s, and a run has one: choose one.")
+    return found
 
 
 def _check_option(word: str) -> None:
@@ -63,6 +68,23 @@ def _as_choice(word: str, config_dirs: Sequence[str | Path]) -> str:
     if word not in names and (meant := did_you_mean(word, names)):
         raise ConfigError(f"{group}={word} does not exist.{meant}")
     return f"{group}={word}" if word in names else word
+
+
+def check_groups(overrides: Iterable[str], config_dirs: Sequence[str | Path] = ()) -> None:
+    """Raises ConfigError for a group of presets that gets no name or several, and for a section that is none."""
+    folders = (_PRESETS, *map(Path, config_dirs))
+    groups = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if not re.fullmatch(r"\w+", key):
+            continue
+        if key in groups and not re.fullmatch(r"[\w./-]+", value):
+            raise ConfigError(f"{override} names no {key}: write the name of one, {key}=NAME.")
+        if key in _SECTIONS and not value.startswith("{"):
+            raise ConfigError(f"{override} replaces a whole section: set the keys below it, {key}.KEY=VALUE.")
+
+
+_SECTIONS = ("opd", "data", "trainer", "actor_rollout_ref", "algorithm", "reward", "ray_kwargs", "transfer_queue")
 
 
 def check_folders(config_dirs: Sequence[str | Path]) -> None:

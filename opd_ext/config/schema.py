@@ -6,18 +6,22 @@ A wrong key, value or type becomes one sentence (:class:`ConfigError`) before Ra
 
 import dataclasses
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd_ext.alarms.config import AlarmsConfig
 from opd_ext.config.assumptions import PlanConfig
 from opd_ext.config.overrides import keys_of
 from opd_ext.config.refusals import refusal
+from opd_ext.config.teachers import NamedTeacher, View, completed, same_weights
 from opd_ext.context.config import ContextConfig
 from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.config import CreditConfig
+from opd_ext.credit.horizon import HorizonConfig
 from opd_ext.divergence.config import DivergenceConfig, DivergenceTerm
 from opd_ext.errors import ABSENT, ConfigError, one_of
 from opd_ext.objective.objective import DENOMINATORS, Objective
@@ -51,12 +55,14 @@ class HeadConfig:
 
 @dataclass
 class RolloutConfig:
-    """Limits of generation per phase (tokens) and the polling of finished rollouts (seconds)."""
+    """Limits of generation per phase (tokens), of waiting for it (seconds), and what a rollout that fails does."""
 
     train_tokens: int = 8192  # new tokens at most, per training rollout
     val_tokens: int = 8192  # new tokens at most, per validation rollout
     failed: str = "stop"  # a rollout that raises (grader, tool, agent loop): stop: ends the run; zero: scores 0
     poll_interval: float = 0.05  # seconds between looks into the replay buffer (verl: 2.0)
+    grading_seconds: float = 600.0  # that the reward function may take for one rollout; then it has failed
+    silence_seconds: float = 3600.0  # without one rollout that arrives while some are awaited; then the run ends
 
 
 @dataclass
@@ -68,10 +74,12 @@ class OPDConfig:
 
     run_dir: str = "runs/opd"  # config, metrics, generations, checkpoints, report
     method: str = "crisp"  # name of the preset in config/method that is composed; runs are compared by it
+    control: str | None = None  # name of the preset in config/control that is composed; an arm of `opd compare`
     scale: str = "cpu_tiny"  # name of the preset in config/scale that is composed
     device: str = "cuda"  # what trains: cpu | cuda (set by the scale)
     world: str | None = None  # folder of the data sets of a world (config/world), the miniature world's models included
-    seed: int = 1  # decides data order and, with step, prompt and session, the seed of every rollout request
+    seed: int = 1
+    """Decides data order, a LoRA's first A, and with step, prompt and session every request's seed."""
     world_lib: str | None = None  # what the world of a scale registers, imported like external_lib
     external_lib: Any = None  # Python module(s) to import in every process: your own @register_... classes
     console: str = "table"  # table: one readable row per step; full: also everything verl, Ray and vLLM print
@@ -88,6 +96,7 @@ class OPDConfig:
     """A score: the run ends at the first rollout that reaches it (test-time self-distillation)."""
     stop_on_collapse: float | None = 0.5
     """A share: a validation with less of the best accuracy, beyond chance, ends the run; null: off."""
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)  # signs of trouble, and what a run does about them
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(weights=ABSENT))
     """First place: whose weights teach; null: nobody's."""
     context: ContextConfig = field(default_factory=lambda: ContextConfig(kind=ABSENT))
@@ -95,8 +104,13 @@ class OPDConfig:
     divergence: DivergenceConfig = field(default_factory=lambda: DivergenceConfig(kind=ABSENT))
     """Third place: what is compared, on what support; null: no distillation term."""
     credit: CreditConfig = field(default_factory=CreditConfig)  # fourth place: which tokens count, and how much
+    horizon: HorizonConfig = field(default_factory=HorizonConfig)
+    """How many tokens of a response train, from its first on; e.g. {start: 0.1, end: 0.3, steps: 100, stop: true}"""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(loss=ABSENT))
     """Fifth place: the RL term that goes along; null: none."""
+    teachers: dict[str, NamedTeacher] = field(default_factory=dict)
+    """Several teachers by name, in place of the one; each row has the one that its key names."""
+    teacher_key: str | None = None  # with teachers, what of a row names its own: data_source, or a field of extra_info
     head: HeadConfig = field(default_factory=HeadConfig)  # the chunked LM head
     rollout: RolloutConfig = field(default_factory=RolloutConfig)  # limits of generation
     plan: PlanConfig = field(default_factory=PlanConfig)  # what `opd plan` reckons with; a run does not read it
@@ -130,12 +144,63 @@ class OPDConfig:
     @property
     def distils(self) -> bool:
         """Whether there is a teacher at all; GRPO and CISPO have none."""
-        return self.divergence.present
+        return bool(self.teachers) or self.divergence.present
 
     @property
-    def needs_teacher_engine(self) -> bool:
-        """Whether the teacher has weights of its own, and has them here: a served one is elsewhere."""
-        return self.teacher.kind.own_weights and self.teacher.backend == "engine"
+    def views(self) -> tuple[View, ...]:
+        """The teachers, each with the settings that a run with it alone would have; one where nobody names several."""
+        alone: list[tuple[str, OPDConfig, float]] = [("", self, 1.0)]
+        if self.teachers:
+            alone = [
+                (
+                    name,
+                    dataclasses.replace(
+                        self,
+                        teacher=teacher,
+                        context=teacher.context,
+                        divergence=teacher.divergence,
+                        teachers={},
+                        teacher_key=None,
+                    ),
+                    teacher.weight,
+                )
+                for name, teacher in self.teachers.items()
+            ]
+        found: list[View] = []
+        for name, opd, weight in alone:
+            weights = None
+            if opd.teacher.holds_weights:
+                shared = [v for v in found if v.weights is not None and same_weights(v.opd.teacher, opd.teacher)]
+                weights = str(shared[0].weights) if shared else name
+            found.append(View(name, opd, weight, weights))
+        return tuple(found)
+
+    @property
+    def teacher_weights(self) -> dict[str, View]:
+        """The sets of weights that teachers have of their own here, by name, and the first teacher that has each.
+
+        A set is a model, or beside a LoRA student an adapter: :func:`opd_ext.config.teachers.adapter_weights`.
+        """
+        found: dict[str, View] = {}
+        for view in self.views:
+            if view.weights is not None:
+                found.setdefault(view.weights, view)
+        return found
+
+    @property
+    def samples_tokens(self) -> bool:
+        """Whether a divergence looks at the sampled token alone, and so at log-probs before the update."""
+        return any(view.opd.divergence.sampled for view in self.views)
+
+    @property
+    def active_spans(self) -> set[int]:
+        """Labels of the annotated spans that have a divergence, with any teacher."""
+        return set().union(*(view.opd.divergence.active_spans for view in self.views))
+
+    @property
+    def backends(self) -> set[str]:
+        """Where teachers are asked: engine, server."""
+        return {view.opd.teacher.backend for view in self.views} if self.distils else set()
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Weight of the distillation term and gate of the policy term on spans, at a step that counts from 1."""
@@ -153,6 +218,8 @@ class OPDConfig:
             surrogate=self.divergence.surrogate,
             credit=self.credit.kind,
             credit_args=dict(self.credit.args),
+            placement=self.credit.token_placement,
+            prefix=self.credit.prefix,
             importance_cap=self.credit.importance_cap,
             rollout_cap=self.credit.rollout_cap,
             shapings=self.policy.shapings,
@@ -185,14 +252,24 @@ def load(section: DictConfig) -> OPDConfig:
     """
     content: Any = OmegaConf.to_container(section)
     for name, (kind, choice) in _PLACES.items():
+        if not isinstance(content.get(name) or {}, dict):
+            raise ConfigError(f"opd.{name}={content[name]} must be a section: did you mean opd.{name}.{choice}?")
         empty = {} if kind is CreditConfig else {choice: ABSENT}  # there is always a credit
         content[name] = {choice: getattr(kind(), choice), **(content.get(name) or empty)}
         _collect_options(content[name], kind)
-    for name in SPAN_LABELS:
-        _collect_options(content["divergence"].get(name), DivergenceTerm)
+    completed(content)
+    for teacher in content["teachers"].values():
+        _collect_options(teacher, NamedTeacher)
+        _collect_options(teacher["context"], ContextConfig)
+        _collect_options(teacher["divergence"], DivergenceConfig)
+    for divergence in (content["divergence"], *(teacher["divergence"] for teacher in content["teachers"].values())):
+        for name in SPAN_LABELS:
+            _collect_options(divergence.get(name), DivergenceTerm)
     if content["credit"].get("annotator") is None:
         content["credit"].pop("annotator", None)
     _collect_options(content["credit"].get("annotator"), AnnotatorConfig)
+    for key, value in _no_switches(OPDConfig, content, "opd."):
+        raise ConfigError(f"{key}={value} must be true or false.")
     try:
         opd: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OPDConfig), content))
     except OmegaConfBaseException as error:
@@ -200,6 +277,16 @@ def load(section: DictConfig) -> OPDConfig:
         keys: Any = OmegaConf.to_container(OmegaConf.structured(OPDConfig))
         raise refusal(error, (), "opd train", known=lambda: keys_of(keys, "opd.")) from None
     return opd
+
+
+def _no_switches(kind: Any, content: dict[str, Any], section: str) -> Iterator[tuple[str, Any]]:
+    """Fields that are true or false, and something else in ``content``: OmegaConf would take 7 for true."""
+    for name, hint in get_type_hints(kind).items():
+        value = content.get(name)
+        if hint is bool and name in content and not isinstance(value, bool):
+            yield f"{section}{name}", value
+        elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            yield from _no_switches(hint, value, f"{section}{name}.")
 
 
 def _collect_options(section: dict[str, Any] | None, kind: type) -> None:

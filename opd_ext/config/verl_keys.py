@@ -4,22 +4,30 @@
 from omegaconf import DictConfig
 
 from opd_ext.config.assumptions import check_gpus
-from opd_ext.config.old_policy import sequence_parallel
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.sequence_parallel import check_sequence_parallel, sequence_parallel
+from opd_ext.config.teachers import model_weights, trains_adapter
 from opd_ext.errors import ConfigError, one_of, positive
 
 
-def check_teacher(opd: OPDConfig, config: DictConfig) -> None:
-    """The reference engine as the teacher, verl's teacher servers, the initial model beside adapters."""
+def check_teacher(opd: OPDConfig, config: DictConfig, backends: set[str]) -> None:
+    """The reference engine as the teacher, verl's teacher servers, the initial model beside adapters.
+
+    Args:
+        opd: as a run with this teacher alone would have it.
+        backends: of all teachers of the run.
+    """
     model_dtypes = [config.actor_rollout_ref[part].fsdp_config.model_dtype for part in ("ref", "actor")]
-    if opd.teacher.kind.accumulates and model_dtypes[0] != model_dtypes[1]:
+    # A teacher's adapter is kept in float32, whatever the model's dtype is.
+    whole = opd.teacher.path is not None or not trains_adapter(config)
+    if opd.teacher.kind.accumulates and whole and model_dtypes[0] != model_dtypes[1]:
         raise ConfigError(
             f"opd.teacher.weights={opd.teacher.weights} accumulates small changes: set "
             f"actor_rollout_ref.ref.fsdp_config.model_dtype to {model_dtypes[1]}, the student's."
         )
     if opd.teacher.backend == "server":
         _check_server(opd, config)
-    elif config.distillation.enabled:
+    elif config.distillation.enabled and "server" not in backends:
         raise ConfigError("distillation.enabled=true starts verl's teacher servers: set opd.teacher.backend=server.")
     if opd.divergence.extrapolation != 1.0:
         _check_extrapolation(opd, config)
@@ -49,6 +57,9 @@ def _check_server(opd: OPDConfig, config: DictConfig) -> None:
         "opd.policy (null)": opd.policy.present,
         "distillation.enabled=false (true)": not config.distillation.enabled,
     }
+    served = config.distillation.teacher_models if config.distillation.enabled else None
+    path = served.teacher_model.model_path if served is not None and len(served) == 1 else opd.teacher.path
+    wrong[f"opd.teacher.path={opd.teacher.path} ({path}, which the servers have)"] = path != opd.teacher.path
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise ConfigError(f"opd.teacher.backend=server cannot serve {found[0]}: the value it needs is in brackets.")
 
@@ -148,6 +159,15 @@ def check_lengths(opd: OPDConfig, config: DictConfig) -> None:
     """Prompt, response and pair fit into each other and into one micro-batch."""
     data, rollout = config.data, config.actor_rollout_ref.rollout
     one_of("opd.rollout.failed", opd.rollout.failed, ("stop", "zero"))
+    batched, sequences = rollout.max_num_batched_tokens, rollout.max_num_seqs
+    if batched is not None and batched < sequences:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.max_num_batched_tokens={batched} must be at least max_num_seqs={sequences}: "
+            "vLLM decodes a token of each sequence at a time."
+        )
+    positive("opd.rollout.poll_interval", opd.rollout.poll_interval)
+    positive("opd.rollout.grading_seconds", opd.rollout.grading_seconds)
+    positive("opd.rollout.silence_seconds", opd.rollout.silence_seconds)
     if not data.filter_overlong_prompts:
         raise ConfigError(
             "data.filter_overlong_prompts=false would cut prompts that are too long on the left, question and all, for "
@@ -207,11 +227,14 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
         raise ConfigError(f"actor_rollout_ref.actor.ppo_epochs={actor.ppo_epochs} must be 1: rollouts train once.")
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     _check_shards(opd, config, ranks)
+    check_sequence_parallel(opd, config, ranks)
     _check_gpus(opd, config)
-    if actor.ppo_mini_batch_size * rollout.n % ranks:
+    size = sequence_parallel(actor)
+    if actor.ppo_mini_batch_size * rollout.n % (ranks // size):
+        groups = f"{ranks // size} groups of {size}" if size > 1 else f"{ranks}"
         raise ConfigError(
             f"actor_rollout_ref.actor.ppo_mini_batch_size x rollout.n = {actor.ppo_mini_batch_size * rollout.n} must "
-            f"be divisible by the {ranks} trainer ranks."
+            f"be divisible by the {groups} trainer ranks."
         )
     if data_too_small := config.data.train_batch_size % actor.ppo_mini_batch_size:
         raise ConfigError(
@@ -223,25 +246,14 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
 
 
 def _check_memory_savers(opd: OPDConfig, config: DictConfig) -> None:
-    """What verl splits or fuses: where the loss is verl's own it works, and the chunked head has no place for it."""
+    """What verl fuses: where the loss is verl's own it works, and the chunked head has no place for it."""
     model = config.actor_rollout_ref.model
     if model.use_liger:
         raise ConfigError(
             "actor_rollout_ref.model.use_liger=true is not supported: liger-kernel replaces the model's forward pass "
             "and is not among the pinned packages; set it to false."
         )
-    used = []
-    for part in ("actor", "ref"):
-        section = config.actor_rollout_ref[part]
-        size = sequence_parallel(section)
-        if size > 1 and opd.distils:
-            raise ConfigError(
-                f"actor_rollout_ref.{part}.ulysses_sequence_parallel_size={size} is not supported: teacher and student "
-                "prompts differ in length, so their slices of a packed sequence do not align; set it to 1."
-            )
-        used += [f"actor_rollout_ref.{part}.ulysses_sequence_parallel_size={size}"] if size > 1 else []
     if model.use_fused_kernels:
-        used.append("actor_rollout_ref.model.use_fused_kernels=true")
         if opd.distils:
             raise ConfigError(
                 "actor_rollout_ref.model.use_fused_kernels must be false: the chunked head replaces them."
@@ -251,17 +263,18 @@ def _check_memory_savers(opd: OPDConfig, config: DictConfig) -> None:
                 "actor_rollout_ref.model.use_fused_kernels=true would pass by opd.head.fp32=true: set one of them to "
                 "false."
             )
-    if used and opd.selftest:
-        raise ConfigError(
-            f"{used[0]} leaves no whole logits for the test in front of the first update: set opd.selftest=false."
-        )
+        if opd.selftest:
+            raise ConfigError(
+                "actor_rollout_ref.model.use_fused_kernels=true leaves no whole logits for the test in front of the "
+                "first update: set opd.selftest=false."
+            )
 
 
 def _check_shards(opd: OPDConfig, config: DictConfig, ranks: int) -> None:
     """A teacher that moves is refreshed shard by shard, so both engines cut their weights alike (HSDP, too)."""
     sizes = [config.actor_rollout_ref[part].fsdp_config.fsdp_size for part in ("actor", "ref")]
     actor, ref = (size if 0 < size < ranks else ranks for size in sizes)
-    if opd.needs_teacher_engine and opd.teacher.path is None and actor != ref:
+    if any(view.opd.teacher.path is None for view in model_weights(opd, config).values()) and actor != ref:
         raise ConfigError(
             f"actor_rollout_ref.actor.fsdp_config.fsdp_size={sizes[0]} must be actor_rollout_ref.ref.fsdp_config."
             f"fsdp_size={sizes[1]}: the teacher is refreshed shard by shard; set both alike."
@@ -269,7 +282,7 @@ def _check_shards(opd: OPDConfig, config: DictConfig, ranks: int) -> None:
 
 
 def _check_gpus(opd: OPDConfig, config: DictConfig) -> None:
-    opd.plan.check()
+    opd.plan.check("opd.plan")
     served, trainer = config.distillation, config.trainer
     servers = (served.nnodes, served.n_gpus_per_node) if served.enabled and served.nnodes else None
     if opd.device == "cuda":
@@ -280,7 +293,7 @@ _HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "word_embeddings")
 
 
 def _check_lora(opd: OPDConfig, model: DictConfig) -> None:
-    """Adapters train in the student alone; the model without them is a teacher that costs no memory."""
+    """One adapter by verl's own keys, merged for vLLM, and not on the head, which the loss reads by itself."""
     if model.lora.rank > 0 or model.lora_adapter_path is not None:
         raise ConfigError(
             "LoRA is configured by actor_rollout_ref.model.lora_rank, without lora.rank and adapter path."
@@ -294,14 +307,9 @@ def _check_lora(opd: OPDConfig, model: DictConfig) -> None:
         )
     if adapters and not model.lora.merge:
         raise ConfigError("LoRA needs actor_rollout_ref.model.lora.merge=true: vLLM receives merged weights.")
-    teacher = opd.teacher.kind
-    if teacher.needs_adapter and not adapters:
-        raise ConfigError(
-            f"opd.teacher.weights={opd.teacher.weights} is the model without its adapter: set "
-            "actor_rollout_ref.model.lora_rank, or weights=frozen."
-        )
-    if adapters and not teacher.teaches_adapters:
-        raise ConfigError(
-            f"opd.teacher.weights={opd.teacher.weights} with LoRA is not supported; choose base (the initial model, "
-            "which the adapter leaves untouched), live or external."
-        )
+    for view in opd.views:
+        teacher, weights = view.opd.teacher.kind, f"{view.key}.weights={view.opd.teacher.weights}"
+        if teacher.needs_adapter and not adapters:
+            raise ConfigError(
+                f"{weights} is the model without its adapter: set actor_rollout_ref.model.lora_rank, or weights=frozen."
+            )

@@ -21,17 +21,19 @@ class Number:
     above: bool = False  # `low` itself is refused
     null: bool = False
     off: int | None = None  # a value below `low` that switches the thing off
+    below: float = math.inf  # this itself is refused
 
     def takes(self, value: Any) -> bool:
         if value is None:
             return self.null
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return False
-        if self.whole and value != int(value):
+        if self.whole and not isinstance(value, int):
             return False
         if self.off is not None and value == self.off:
             return True
-        return (value > self.low if self.above else value >= self.low) and value <= self.high
+        enough = value > self.low if self.above else value >= self.low
+        return enough and value <= self.high and value < self.below
 
     def __str__(self) -> str:
         words = ["a whole number" if self.whole else "a number"]
@@ -39,6 +41,8 @@ class Number:
             words.append(f"above {self.low}" if self.above else f"of at least {self.low}")
         if self.high < math.inf:
             words.append(f"and at most {self.high}")
+        if self.below < math.inf:
+            words.append(f"and below {self.below}")
         words += [f"or {self.off} for off"] if self.off is not None else []
         return " ".join([*words, *(["or null"] if self.null else [])])
 
@@ -56,13 +60,48 @@ class Choice:
         return " or ".join({True: "true", False: "false", None: "null"}.get(value, str(value)) for value in self.values)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two numbers, each as ``each`` says."""
+
+    each: Number
+
+    def takes(self, value: Any) -> bool:
+        return isinstance(value, (list, tuple, ListConfig)) and len(value) == 2 and all(map(self.each.takes, value))
+
+    def __str__(self) -> str:
+        return f"two numbers, each {self.each}"
+
+
+class Section:
+    """Keys with values, or null."""
+
+    def takes(self, value: Any) -> bool:
+        return value is None or isinstance(value, DictConfig)
+
+    def __str__(self) -> str:
+        return "a section, such as {enable_thinking: false}"
+
+
+class Text:
+    """A text of one character or more."""
+
+    def takes(self, value: Any) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    def __str__(self) -> str:
+        return "a text"
+
+
 COUNT = Number(1, whole=True)
 EVERY = Number(1, whole=True, off=-1)
 SHARE = Number(0, 1, above=True)
 SWITCH = Choice((True, False))
+_STORED = Choice(("fp32", "float32", "bf16", "bfloat16", "fp16", "float16"))
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
-VALUES: Mapping[str, Number | Choice] = {
+VALUES: Mapping[str, Number | Choice | Pair | Section | Text] = {
+    "actor_rollout_ref.model.path": Text(),
     "opd.seed": Number(0, 2**32 - 1, whole=True),
     "trainer.v1.trainer_mode": Choice(("opd",)),
     "trainer.nnodes": COUNT,
@@ -85,17 +124,34 @@ VALUES: Mapping[str, Number | Choice] = {
     "data.dataloader_num_workers": Number(0, whole=True),
     "data.seed": Number(0, 2**32 - 1, whole=True),
     "data.shuffle": SWITCH,
+    "data.filter_overlong_prompts_workers": Number(1, whole=True, null=True),
+    "data.apply_chat_template_kwargs": Section(),
     f"{_ACTOR}.optim.lr": Number(0),
     f"{_ACTOR}.optim.weight_decay": Number(0),
     f"{_ACTOR}.optim.clip_grad": Number(0, above=True, null=True),
     f"{_ACTOR}.optim.lr_warmup_steps": Number(0, whole=True, off=-1),
     f"{_ACTOR}.optim.lr_warmup_steps_ratio": Number(0, 1),
+    f"{_ACTOR}.optim.lr_scheduler_type": Choice(("constant", "cosine")),
+    f"{_ACTOR}.optim.min_lr_ratio": Number(0, 1, null=True),
+    f"{_ACTOR}.optim.betas": Pair(Number(0, below=1)),
     f"{_ACTOR}.ppo_mini_batch_size": COUNT,
     f"{_ACTOR}.ppo_max_token_len_per_gpu": COUNT,
     f"{_ACTOR}.ppo_epochs": COUNT,
     f"{_ACTOR}.clip_ratio": Number(0),
+    f"{_ACTOR}.clip_ratio_low": Number(0, null=True),
+    f"{_ACTOR}.clip_ratio_high": Number(0, null=True),
+    f"{_ACTOR}.clip_ratio_c": Number(1, above=True),
+    f"{_ACTOR}.fsdp_config.model_dtype": _STORED,
+    "actor_rollout_ref.ref.fsdp_config.model_dtype": _STORED,
+    "algorithm.rollout_correction.rollout_is": Choice((None, "token", "sequence")),
     "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": COUNT,
     "actor_rollout_ref.model.lora_rank": Number(0, whole=True),
+    "actor_rollout_ref.model.lora_alpha": Number(0, above=True),
+    f"{_ROLLOUT}.dtype": Choice(("auto", "bfloat16", "float16", "float32", "half", "float")),
+    f"{_ROLLOUT}.mode": Choice(("async",)),
+    f"{_ROLLOUT}.load_format": Choice(("auto", "dummy", "hf", "safetensors", "pt", "fastsafetensors", "sharded_state")),
+    "data.truncation": Choice(("error", "left", "right", "middle")),
+    "global_profiler.tool": Choice((None, "nsys", "npu", "torch", "torch_memory", "precision_debugger")),
     f"{_ROLLOUT}.n": COUNT,
     f"{_ROLLOUT}.temperature": Number(0, above=True),
     f"{_ROLLOUT}.top_p": SHARE,

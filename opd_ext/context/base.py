@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from opd_ext.registry import Registry
 
@@ -28,10 +28,16 @@ class TeacherContext:
         ending: what the teacher's prompt ends with, in front of the response. None: what its template opens an answer
             with; ``student``: what the student's does, so that the first token is taught no difference of templates;
             ``text:...``: these characters behind the template's own, say ``text:<think>``.
+        shows: the keys of a sample, dotted, that hold what the teacher is shown of *this* problem beyond the student's
+            messages; empty if it is shown the same for all. None: the class does not say, and then no control can
+            replace it.
+        agrees: keys in which another sample must agree before its ``shows`` can stand for this one's.
     """
 
     thinking: bool | None = None
     ending: str | None = None
+    shows: ClassVar[tuple[str, ...] | None] = None
+    agrees: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.thinking is not None and not isinstance(self.thinking, bool):
@@ -52,6 +58,7 @@ class TeacherContext:
                   without special tokens;
                 * ``group``: all samples of the prompt, this one included, each with ``session``, ``score`` and
                   ``response``;
+                * ``batch``: the samples of the step, this one included;
                 * ``types``, ``correct``: the annotator's diagnostic types and the outcome they belong to.
 
         Returns:

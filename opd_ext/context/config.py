@@ -5,6 +5,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from opd_ext.context.another import ANOTHER, OWN, AnotherProblem
 from opd_ext.context.base import NoContext, TeacherContext, context_names, get_context
 from opd_ext.errors import ABSENT, ConfigError, check_options, check_types, one_of
 
@@ -15,6 +16,8 @@ class ContextConfig:
 
     kind: str = "same"  # a registered context: same, instruction, solution, feedback, label, ...
     args: dict[str, Any] = field(default_factory=dict)  # options of the context; write them beside `kind`
+    problem: str = OWN
+    """A control: own | another (what is shown of a problem is another problem's)."""
 
     @property
     def present(self) -> bool:
@@ -27,6 +30,7 @@ class ContextConfig:
             ConfigError: one sentence.
         """
         one_of("opd.context.kind", self.kind, context_names())
+        one_of("opd.context.problem", self.problem, (OWN, ANOTHER))
         options = {entry.name for entry in dataclasses.fields(get_context(self.kind))} - {"tokenizer"}
         check_options("opd.context", f"kind={self.kind}", self.args, options)
         check_types("opd.context", get_context(self.kind), self.args)
@@ -37,7 +41,7 @@ class ContextConfig:
 
     def __str__(self) -> str:
         shown = self.args.get("text")
-        return f"{self.kind}:{shown}" if shown else self.kind
+        return (f"{self.kind}:{shown}" if shown else self.kind) + (" of another problem" * (self.problem == ANOTHER))
 
 
 def build_context(config: ContextConfig, tokenizer: Any = None) -> TeacherContext:
@@ -55,4 +59,5 @@ def build_context(config: ContextConfig, tokenizer: Any = None) -> TeacherContex
         return NoContext()
     kind = get_context(config.kind)
     wants_tokenizer = any(option.name == "tokenizer" for option in dataclasses.fields(kind))
-    return kind(**config.args, **({"tokenizer": tokenizer} if wants_tokenizer else {}))
+    context = kind(**config.args, **({"tokenizer": tokenizer} if wants_tokenizer else {}))
+    return AnotherProblem(context, config.kind) if config.problem == ANOTHER else context

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from opd_ext.context import prompts
 from opd_ext.context.base import TeacherContext, copy_messages, last_user_message, register_context, sample_index
@@ -19,6 +19,8 @@ from opd_ext.context.base import TeacherContext, copy_messages, last_user_messag
 @dataclass(frozen=True)
 class SameContext(TeacherContext):
     """The student's own messages: distillation from other weights, or the zero-loss check with equal ones."""
+
+    shows: ClassVar = ()
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         return copy_messages(sample)
@@ -40,6 +42,7 @@ class InstructionContext(TeacherContext):
             question is then ``extra_info["question"]``, without what the student's prompt asks for besides.
     """
 
+    shows: ClassVar = ()
     text: str = "v2"
     strip_suffix: bool = True
     template: str | None = None
@@ -78,6 +81,7 @@ class SolutionContext(TeacherContext):
             and more characters (``text:...``, say ``text:<think>``).
     """
 
+    shows: ClassVar = ("extra_info.solution",)
     thinking: bool | None = None
     ending: str | None = None
 
@@ -102,6 +106,8 @@ class LabelContext(TeacherContext):
         ending: of the teacher's prompt: null, ``student`` or ``text:...``, as in ``solution``.
     """
 
+    shows: ClassVar = ("types",)
+    agrees: ClassVar = ("correct",)
     thinking: bool | None = None
     ending: str | None = None
 

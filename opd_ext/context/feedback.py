@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from opd_ext.context import prompts
 from opd_ext.context.base import TeacherContext, copy_messages, last_user_message, register_context
@@ -69,6 +69,7 @@ class FeedbackContext(TeacherContext):
             written, so that the request after them and the assistant's header are never lost.
     """
 
+    shows: ClassVar = ("group", "feedback")
     success_threshold: float = 0.5
     failures_only: bool = False
     include_solution: bool = True

@@ -7,6 +7,7 @@ from typing import Any
 from opd_ext.credit.annotate import annotator_names, get_annotator
 from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.credits import credit_names, get_credit
+from opd_ext.credit.placement import OWN, PREFIX, RANDOM, placement_names
 from opd_ext.credit.schedule import trace_schedule
 from opd_ext.errors import ABSENT, ConfigError, check_options, one_of, parameters, positive
 
@@ -21,6 +22,9 @@ class CreditConfig:
     decay: int = 30  # steps in which it then falls to 0
     importance_cap: float | None = None  # cap of current to old policy (SDPO: 2)
     rollout_cap: float | None = None  # cap of old policy to rollout engine (IW-OPD: 5)
+    placement: str = OWN
+    """A control of where credit lies: own | flat (its mean) | random (other tokens) | prefix (the first ones)."""
+    prefix: float = 0.1  # placement=prefix: the share of a response's tokens, from its first on, that count
     inactive_span: str = "nonspan"  # spans of a class without divergence: nonspan (plain policy term) | literal (gated)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)  # who marks spans, if anybody
     args: dict[str, Any] = field(default_factory=dict)  # options of the credit; write them beside `kind`
@@ -46,6 +50,7 @@ class CreditConfig:
             ConfigError: one sentence.
         """
         one_of("opd.credit.kind", self.kind, credit_names())
+        self._check_placement()
         one_of("opd.credit.inactive_span", self.inactive_span, ("nonspan", "literal"))
         check_options("opd.credit", f"kind={self.kind}", self.args, parameters(get_credit(self.kind), skip=1))
         positive("opd.credit.weight", self.weight, zero=True)
@@ -64,9 +69,33 @@ class CreditConfig:
         except ValueError as error:
             raise ConfigError(f"opd.credit.{error}.") from None
 
+    def _check_placement(self) -> None:
+        one_of("opd.credit.placement", self.placement, placement_names())
+        positive("opd.credit.prefix", self.prefix, at_most=1)
+        if self.kind == "uniform" and self.placement not in (OWN, PREFIX):
+            raise ConfigError(
+                f"opd.credit.placement={self.placement} changes nothing with kind=uniform: all tokens count alike."
+            )
+        if self.kind == "spans" and self.placement not in (OWN, RANDOM):
+            raise ConfigError(
+                f"opd.credit.placement={self.placement} does not go with kind=spans, which has places and no weights: "
+                "set placement=random."
+            )
+
+    @property
+    def token_placement(self) -> str:
+        """What the objective does with credits; spans are moved as spans, before it sees them."""
+        return OWN if self.kind == "spans" else self.placement
+
+    @property
+    def moves_spans(self) -> bool:
+        return self.kind == "spans" and self.placement == RANDOM
+
     def __str__(self) -> str:
         options = ", ".join(f"{name} {value}" for name, value in self.args.items())
         parts = [self.kind + (f"({options})" if options else "")]
+        if self.placement != OWN:
+            parts.append(f"placed {self.placement}" + (f" {self.prefix:g}" if self.placement == PREFIX else ""))
         if self.annotates:
             parts.append(f"annotator {self.annotator.kind}")
         caps = {"importance": self.importance_cap, "rollout": self.rollout_cap}

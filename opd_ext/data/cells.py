@@ -74,6 +74,6 @@ def plain(value: Any) -> str:
 
 
 def level(value: Any) -> int | None:
-    """The first number in it: ``Level 5`` is 5."""
-    digits = re.search(r"\d+", plain(value))
+    """The first number in it: ``Level 5`` is 5. None below 0, which no set has."""
+    digits = re.search(r"(?<![-\d])\d+", plain(value))
     return int(digits[0]) if digits else None

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from opd_ext.data.tables import schema, write_tables
 from opd_ext.rewards.gym import task as verifier
-from opd_ext.terminal import terminal
+from opd_ext.terminal import LOG_WIDTH, terminal
 
 REQUEST = 'Think step by step. Then write "Answer: " and the final answer, alone on the last line.'
 """What a question asks for besides, unless told otherwise: the line that the grader reads."""
@@ -97,7 +97,7 @@ def prepare(
             row["extra_info"]["index"] = index
         tables[out / f"{split}.parquet"] = pa.Table.from_pylist(found, schema=SCHEMA)
     status = write_tables(tables, force)
-    _print(rows, status, console or terminal())
+    _print(rows, status, console or terminal(LOG_WIDTH))
     return {split: out / f"{split}.parquet" for split in sizes}
 
 

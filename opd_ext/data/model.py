@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from opd_ext.errors import in_brief
 from opd_ext.files import beside, put_in_place, write_whole
 from opd_ext.home import home
 from opd_ext.progress import Progress
@@ -78,6 +79,8 @@ def fetch(source: str, out: Path | None = None, force: bool = False, dtype: str 
             raise ModelError(f"{path} is a model already: name it where a model is asked for, and leave --out out.")
         console.print(f"{path} is a model already; nothing to do", highlight=False, soft_wrap=True)
         return path.absolute()
+    if source not in WHEELS and path.suffix != ".gguf" and source.startswith((".", "~", "/")):
+        raise ModelError(f"{source}: no such folder here; name one that holds a model, a GGUF file, or a hub id.")
     if source not in WHEELS and path.suffix != ".gguf":
         return _from_hub(source, out)
     if source not in WHEELS and not path.is_file():
@@ -114,7 +117,7 @@ def convert(file: Path, folder: Path, dtype: str = "bfloat16") -> None:
             progress.update(advance=1)
             model = transformers.AutoModelForCausalLM.from_pretrained(dtype=getattr(torch, dtype), **options)
         except Exception as error:  # gguf, tokenizers and transformers each raise what they like
-            raise ModelError(f"{file} cannot be read as a model: {' '.join(str(error).split())[:300]}") from None
+            raise ModelError(f"{file} cannot be read as a model: {in_brief(error, 300)}") from None
         progress.update(advance=1)
     _mend(tokenizer, model, fields)
     _check_round_trip(tokenizer, file)
@@ -172,7 +175,7 @@ def _from_hub(source: str, out: Path | None) -> Path:
         files = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         return Path(snapshot_download(source, local_dir=out, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{source} cannot be had from the hub: {' '.join(str(error).split())[:200]}") from None
+        raise ModelError(f"{source} cannot be had from the hub: {in_brief(error)}") from None
 
 
 def _unpacked(wheel: Wheel, folder: Path) -> Path:

@@ -111,6 +111,7 @@ class DivergenceConfig(DivergenceTerm):
     ratio_clip: float = 0.2  # sampled only: PPO's clip of current to old policy
     dual_clip: float = 3.0  # sampled only: PPO's second clip, for negative advantages
     extrapolation: float = 1.0  # sampled only; ExOPD: beyond 1, past the teacher as seen from the initial model
+    constant_advantage: float | None = None  # sampled only; a control: every token's, in place of the teacher's
 
     @property
     def present(self) -> bool:
@@ -148,7 +149,9 @@ class DivergenceConfig(DivergenceTerm):
     @property
     def surrogate(self) -> Surrogate | None:
         """Of the objective: what takes the place of branches on the sampled token."""
-        return Surrogate(self.ratio_clip, self.dual_clip, self.extrapolation) if self.sampled else None
+        if not self.sampled:
+            return None
+        return Surrogate(self.ratio_clip, self.dual_clip, self.extrapolation, self.constant_advantage)
 
     def check(self) -> None:
         """Refuse what cannot work, whatever the other places say.
@@ -162,6 +165,8 @@ class DivergenceConfig(DivergenceTerm):
         if any(term.support == "sampled" for term in self.terms.values()):
             raise ConfigError("opd.divergence.key and .error compare distributions: set their support to full or topk.")
         sampled = self.support == "sampled"
+        if self.constant_advantage is not None:
+            self._check_constant()
         if self.gradient == "policy" and not sampled:
             raise ConfigError(
                 f"opd.divergence.gradient=policy with support={self.support} has zero expected gradient, because "
@@ -173,11 +178,21 @@ class DivergenceConfig(DivergenceTerm):
                 "set gradient=policy, or support=full."
             )
 
+    def _check_constant(self) -> None:
+        if not self.sampled:
+            raise ConfigError(
+                f"opd.divergence.constant_advantage with support={self.support} replaces nothing: a divergence of "
+                "distributions has no advantages; it is for support=sampled."
+            )
+        if self.constant_advantage == 0 or self.extrapolates:
+            raise ConfigError("opd.divergence.constant_advantage must not be 0, and needs extrapolation=1.")
+
     def __str__(self) -> str:
         if self.terms:
             return "; ".join(f"{term} on {name} spans" for name, term in self.terms.items())
         extrapolated = f", extrapolated by {self.extrapolation:g}" if self.extrapolation != 1.0 else ""
-        return super().__str__() + extrapolated
+        constant = f", every advantage {self.constant_advantage:g}" if self.constant_advantage is not None else ""
+        return super().__str__() + extrapolated + constant
 
 
 @dataclasses.dataclass(frozen=True)

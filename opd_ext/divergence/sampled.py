@@ -101,9 +101,11 @@ class Surrogate:
 
     The advantage is ``log p_T - log p_S`` of the sampled token, constant; ``clip`` and ``dual_clip`` bound the ratio
     of current to old policy, which is 1 while there is one optimiser step per batch. With another
-    ``extrapolation`` than 1 it starts from a reference (ExOPD).
+    ``extrapolation`` than 1 it starts from a reference (ExOPD). ``constant`` is a control: the advantage of every
+    token, whatever the teacher says (arXiv 2608.31046).
     """
 
     clip: float = 0.2
     dual_clip: float = 3.0
     extrapolation: float = 1.0
+    constant: float | None = None

@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One [N] tensor per output, and the gradients that were asked for."""
+    """One [N] tensor per output, and the gradients that were asked for; that of the weight is as wide as its sum."""
 
     values: dict[Output, Tensor]
     d_hidden: Float[Tensor, "N H"] | None
@@ -179,14 +179,25 @@ class _Projection:
         return project(self.hidden[chunk], self.operand, self.dtype, out=self.buffer[: chunk.stop - chunk.start])
 
 
-def run_chunks(plan: Plan, terms: Computation, inputs: Inputs, upstream: dict[Output, Float[Tensor, " N"]]) -> Result:
-    """Values of ``terms`` for all rows and, where ``upstream`` [N] is given, d_hidden and d_weight."""
+def run_chunks(
+    plan: Plan,
+    terms: Computation,
+    inputs: Inputs,
+    upstream: dict[Output, Float[Tensor, " N"]],
+    total: Float[Tensor, "V H"] | None = None,
+) -> Result:
+    """Values of ``terms`` for all rows and, where ``upstream`` [N] is given, d_hidden and d_weight.
+
+    ``total``, in the dtype of :func:`gradient_dtype`, is what d_weight is added to, in place.
+    """
     hidden, weight = inputs.student
     n, vocabulary, device = hidden.shape[0], weight.shape[0], hidden.device
-    wide = torch.float64 if plan.matmul_dtype == torch.float64 else torch.float32
+    wide = gradient_dtype(plan)
     values = {name: torch.empty(n, dtype=wide, device=device) for name in terms.outputs}
     d_hidden = torch.zeros_like(hidden) if upstream and plan.grad_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=wide) if upstream and plan.grad_weight else None
+    d_weight = total
+    if d_weight is None and upstream and plan.grad_weight:
+        d_weight = torch.zeros_like(weight, dtype=wide)
     chunk_rows, block_rows = _rows(plan.chunk_size, vocabulary, device.type)
     student = _Projection(inputs.student, plan.matmul_dtype, chunk_rows)
     read = inputs.teacher if terms.needs_teacher() else None
@@ -215,7 +226,12 @@ def run_chunks(plan: Plan, terms: Computation, inputs: Inputs, upstream: dict[Ou
                 d_hidden[chunk] = z @ student.weight
             if chunk_active and d_weight is not None:
                 _accumulate(d_weight, z, student.rows(chunk))
-    return Result(values, d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+    return Result(values, d_hidden, d_weight)
+
+
+def gradient_dtype(plan: Plan) -> torch.dtype:
+    """In which values are computed, and products are added up to the gradient of a weight."""
+    return torch.float64 if plan.matmul_dtype == torch.float64 else torch.float32
 
 
 def _block(

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from opd_ext.divergence.divergences import get_divergence
 from opd_ext.objective.chunks import Comparison, Computation, Inputs, Output, Plan, Side, run_chunks
+from opd_ext.objective.shares import Share
 
 Mode = Literal["forward", "recompute"]
 
@@ -51,6 +52,15 @@ class HeadOutput(NamedTuple):
         if missing := [name for name in names if getattr(self, name) is None]:
             raise ValueError(f"This pass of the head has no {missing[0]}, which the loss is made of.")
         return tuple(getattr(self, name) for name in names)
+
+    def shared(self, share: Share, token_weight: Float[Tensor, " _N"] | None) -> HeadOutput:
+        """Of all ranks' rows what this is of one rank's; ``token_weight`` is of all rows (collective)."""
+        names = [name for name, value in self._asdict().items() if name != "loss" and value is not None]
+        found = dict(zip(names, share.whole(*self.need(*names)), strict=True))
+        loss = self.loss
+        if loss is not None and token_weight is not None:
+            loss = share.total(loss, _weighted_sum(found["divergence"], token_weight))
+        return self._replace(loss=loss, **found)
 
 
 def chunked_divergence(
@@ -123,6 +133,7 @@ def divergence_head(
     mode: Mode = "forward",
     with_entropy: bool = True,
     matmul_dtype: torch.dtype | None = None,
+    total: GradientSum | None = None,
 ) -> HeadOutput:
     """All per-token terms of one micro-batch; see :class:`HeadOutput` and the module's docstring.
 
@@ -142,6 +153,7 @@ def divergence_head(
         matmul_dtype: dtype of the products, ``hidden.dtype`` by default; float32 gives an fp32 head at the
             price of one float32 copy of the weights (on CUDA and from bfloat16 the student's alone, for its gradient;
             see :mod:`opd_ext.objective.products`). What follows the product is float32 in any case.
+        total: in mode ``forward``, what this pass shares the gradient of ``weight`` with; see :class:`GradientSum`.
 
     Raises:
         ValueError: for shapes that do not fit together, an unknown ``kind`` or ``mode``, or a mode that
@@ -167,7 +179,7 @@ def divergence_head(
     token_weight = None if token_weight is None else token_weight.detach()
     inputs = Inputs(student, teacher, labels).flat()
     if mode == "forward":
-        loss, *values = _GradientInForward.apply(plan, terms, token_weight, *inputs)
+        loss, *values = _GradientInForward.apply(plan, terms, token_weight, total, *inputs)
         return HeadOutput(loss, **_by_name(terms.outputs, values))
     found = _by_name(terms.outputs, _RecomputeInBackward.apply(plan, terms, *inputs))
     divergence = found["divergence"]
@@ -175,15 +187,36 @@ def divergence_head(
     return HeadOutput(loss, **found)
 
 
+class GradientSum:
+    """The gradient of one weight from several passes, in memory once, however many they are.
+
+    For passes of mode ``forward`` whose losses are added up, so that all of them get the same gradient from above: the
+    first returns the sum in backward, the others nothing.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, terms: Computation, token_weight: Float[Tensor, " N"], *inputs: Any
+        ctx: Any,
+        plan: Plan,
+        terms: Computation,
+        token_weight: Float[Tensor, " N"],
+        total: GradientSum | None,
+        *inputs: Any,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         upstream: dict[Output, Tensor] = {"divergence": token_weight} if plan.grad_hidden or plan.grad_weight else {}
-        result = run_chunks(plan, terms, Inputs.of(*inputs), upstream)
-        ctx.save_for_backward(result.d_hidden, result.d_weight)
+        mine = total or GradientSum()
+        ctx.total, ctx.dtype = (mine if mine.value is None else None), inputs[1].dtype
+        result = run_chunks(plan, terms, Inputs.of(*inputs), upstream, mine.value)
+        mine.value = result.d_weight
+        if total is None and result.d_weight is not None:  # nothing will be added, so it need not be wide
+            mine.value = result.d_weight.to(ctx.dtype)
+        ctx.save_for_backward(result.d_hidden)
         values = tuple(result.values[name] for name in terms.outputs)
         ctx.mark_non_differentiable(*values)
         return _weighted_sum(result.values["divergence"], token_weight), *values
@@ -193,8 +226,10 @@ class _GradientInForward(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         d_hidden = d_weight = None
         if grad_loss is not None:
-            d_hidden, d_weight = (None if d is None else d * grad_loss.to(d.dtype) for d in ctx.saved_tensors)
-        return None, None, None, d_hidden, d_weight, None, None, None
+            (d_hidden,) = (None if d is None else d * grad_loss.to(d.dtype) for d in ctx.saved_tensors)
+            if ctx.total is not None and ctx.total.value is not None:
+                d_weight = ctx.total.value.to(ctx.dtype) * grad_loss.to(ctx.dtype)
+        return None, None, None, None, d_hidden, d_weight, None, None, None
 
 
 class _RecomputeInBackward(torch.autograd.Function):
@@ -212,8 +247,10 @@ class _RecomputeInBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = {name: g for name, g in zip(ctx.terms.outputs, grads, strict=True) if g is not None}
         terms = ctx.terms.restricted_to(tuple(upstream))
-        result = run_chunks(ctx.plan, terms, Inputs.of(*ctx.saved_tensors), upstream)
-        return None, None, result.d_hidden, result.d_weight, None, None, None
+        inputs = Inputs.of(*ctx.saved_tensors)
+        _, d_hidden, d_weight = run_chunks(ctx.plan, terms, inputs, upstream)
+        d_weight = None if d_weight is None else d_weight.to(inputs.student.weight.dtype)
+        return None, None, d_hidden, d_weight, None, None, None
 
 
 def _weighted_sum(divergence: Float[Tensor, " N"], token_weight: Float[Tensor, " N"]) -> Float[Tensor, ""]:

@@ -21,13 +21,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from opd_ext.credit.credits import CreditInputs, get_credit
+from opd_ext.credit.placement import OWN, get_placement
 from opd_ext.divergence.config import Branch
 from opd_ext.divergence.sampled import Surrogate, clipped_surrogate, sampled_advantage
 from opd_ext.errors import present
+from opd_ext.objective.byte_spans import SpanScores
 from opd_ext.objective.chunks import Side
-from opd_ext.objective.head import HeadOutput, Mode, divergence_head
+from opd_ext.objective.head import GradientSum, HeadOutput, Mode, divergence_head
 from opd_ext.objective.metrics import _COUNT, _SUM, masked_sums, position_buckets, token_class_masks
 from opd_ext.objective.reduction import Reduction, token_weights
+from opd_ext.objective.shares import Share
 from opd_ext.policy.shapings import PolicyInputs, Shaping, replaces_divergence
 from opd_ext.ratios import importance_clip
 from opd_ext.spans import SPAN_LABELS
@@ -55,6 +58,10 @@ class MicroBatch:
         distillation_weight: of the distillation term at this step (`opd.credit.weight`, annealed).
         gate: what the annealing leaves to the policy term on annotated spans.
         known_ids: ids below this have a row in the teacher's head; a token beyond is not distilled. None: all have.
+        reduced: what the reduction says of each token, where that is known already: of a part of a micro-batch.
+        byte_spans: what a teacher of another tokenizer says; tokens in no span are not distilled.
+        share: whose row each token is, where ranks share the batch. Hidden states are then this rank's rows alone;
+            everything here is of all tokens, and so are the terms that come out.
     """
 
     labels: Int[Tensor, " N"]
@@ -73,6 +80,9 @@ class MicroBatch:
     distillation_weight: float = 1.0
     gate: float = 1.0
     known_ids: int | None = None
+    reduced: Float[Tensor, " N"] | None = None
+    byte_spans: SpanScores | None = None
+    share: Share | None = None
 
     @functools.cached_property
     def sizes(self) -> list[int]:
@@ -96,13 +106,15 @@ class MicroBatch:
     def distilled(self) -> Bool[Tensor, " N"]:
         """Trained tokens of samples that have a teacher."""
         mask = self.mask.bool() if self.known_ids is None else self.mask.bool() & (self.labels < self.known_ids)
+        if self.byte_spans is not None:
+            mask = mask & self.byte_spans.covered
         return mask if self.sample_mask is None else mask & self.sample_mask.bool()[self.sample]
 
 
 Shape = Callable[[Float[Tensor, " N"]], Float[Tensor, " N"]]
 """Advantages -> advantages."""
 
-PolicyTerm = Callable[[Float[Tensor, " N"], Float[Tensor, " N"], "Shape | None"], Float[Tensor, ""]]
+PolicyTerm = Callable[[Float[Tensor, " N"], Float[Tensor, " N"], Shape | None], Float[Tensor, ""]]
 """(log_prob, entropy, shape of the advantages) -> the policy loss of this micro-batch, scaled like ours.
 
 Without a shape the advantages stay as they are.
@@ -113,6 +125,8 @@ class Terms(NamedTuple):
     """The loss, which is differentiable, and what its metrics are made of, detached.
 
     ``divergence``, ``teacher_log_prob``, ``teacher_entropy`` and ``credit`` mean something where ``distilled`` is true.
+    The distillation term is the sum of ``weight`` (reduction, annealing, credit, caps; 0 where nothing is distilled)
+    times ``per_token`` (the divergence, or the surrogate's loss).
     """
 
     loss: Float[Tensor, ""]
@@ -124,6 +138,8 @@ class Terms(NamedTuple):
     teacher_entropy: Float[Tensor, " N"] | None = None
     credit: Float[Tensor, " N"] | None = None
     clipped: Float[Tensor, " N"] | None = None
+    weight: Float[Tensor, " N"] | None = None
+    per_token: Float[Tensor, " N"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +150,7 @@ class Objective:
         branches: divergences; more than one only with different span labels.
         surrogate: takes the place of the branches in losses on the sampled token.
         credit, credit_args: a registered credit and its options.
+        placement, prefix: where the credits of a response lie, see :mod:`opd_ext.credit.placement`.
         importance_cap: cap of ``exp(logp - old_logp)`` on the distillation term (SDPO: 2); None: off.
         rollout_cap: cap of ``exp(old_logp - rollout_logp)`` (IW-OPD: 5, SDPO: 2); None: off.
         shapings: what the advantages of the policy term go through where a teacher is at hand.
@@ -151,6 +168,8 @@ class Objective:
     surrogate: Surrogate | None = None
     credit: str = "uniform"
     credit_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    placement: str = OWN
+    prefix: float = 0.1
     importance_cap: float | None = None
     rollout_cap: float | None = None
     shapings: tuple[Shaping, ...] = ()
@@ -164,6 +183,11 @@ class Objective:
     token_classes: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
 
     @property
+    def clips(self) -> bool:
+        """Whether a bound takes vocabulary entries their gradient, so that their share is reported."""
+        return any(branch.kind_args.get("entry_clip") is not None for branch in self.branches)
+
+    @property
     def extrapolates(self) -> bool:
         """Whether the loss needs a reference beside the teacher (ExOPD)."""
         return self.surrogate is not None and self.surrogate.extrapolation != 1.0
@@ -171,69 +195,97 @@ class Objective:
     def __call__(
         self,
         batch: MicroBatch,
-        hidden: Float[Tensor, "N H"],
+        hidden: Float[Tensor, "_n H"],
         weight: Float[Tensor, "V H"],
-        teacher_hidden: Float[Tensor, "N Ht"] | None = None,
+        teacher_hidden: Float[Tensor, "_n Ht"] | None = None,
         teacher_weight: Float[Tensor, "_VT Ht"] | None = None,
         policy: PolicyTerm | None = None,
-        reference_hidden: Float[Tensor, "N H"] | None = None,
+        reference_hidden: Float[Tensor, "_n H"] | None = None,
     ) -> Terms:
-        """Loss and per-token terms of one micro-batch.
+        """Loss and per-token terms of one micro-batch; of several teachers: :func:`opd_ext.objective.lessons.taught`.
 
         Args:
-            hidden, teacher_hidden: rows that predict the response tokens. No teacher: the policy term alone.
+            hidden, teacher_hidden: rows that predict the response tokens, n = N unless ranks share the batch. No
+                teacher: the policy term alone.
             weight, teacher_weight: vocabulary projections.
             policy: the policy term, or None.
             reference_hidden: rows of the reference that a surrogate extrapolates from; its head is ``weight``.
         """
         student, teacher = Side(hidden, weight), Side.given(teacher_hidden, teacher_weight)
+        return self.finished(batch, self.distilled(batch, student, teacher, policy is None, reference_hidden), policy)
+
+    def distilled(
+        self,
+        batch: MicroBatch,
+        student: Side,
+        teacher: Side | None,
+        alone: bool,
+        reference_hidden: Float[Tensor, "_n H"] | None = None,
+        total: GradientSum | None = None,
+    ) -> Terms:
+        """The distillation term; ``alone``: no policy term follows. ``total``: see the head."""
         if reference_hidden is not None:
             with torch.no_grad():
-                reference = self._head(Side(reference_hidden, weight), None, labels=batch.labels, mode="recompute")
+                reference = self._head(batch, Side(reference_hidden, student.weight), None, mode="recompute")
             batch = dataclasses.replace(batch, reference_log_prob=reference.student_log_prob)
-        if teacher is None and batch.teacher_log_prob is None:
-            terms = self._without_teacher(batch, student)
-        elif self.surrogate is None and self.branches[0].label is not None:
-            terms = self._on_spans(
-                batch, student, present(teacher, "Spans are compared by the teacher's hidden states.")
-            )
-        else:
-            terms = self._everywhere(batch, student, teacher, policy is None)
+        if teacher is None and batch.teacher_log_prob is None and batch.byte_spans is None:
+            return self._without_teacher(batch, student)
+        if self.surrogate is None and self.branches[0].label is not None:
+            both = present(teacher, "Spans are compared by the teacher's hidden states.")
+            return self._on_spans(batch, student, both, total or GradientSum())
+        return self._everywhere(batch, student, teacher, alone, total)
+
+    def finished(self, batch: MicroBatch, terms: Terms, policy: PolicyTerm | None) -> Terms:
+        """``terms`` with the policy term, if there is one; all but the loss are detached."""
         if policy is not None:
             shape = self._shape(batch, terms) if self.shapings else None
             if shape is not None and any(replaces_divergence(shaping.name) for shaping in self.shapings):
-                terms = terms._replace(loss=terms.student_log_prob.sum() * 0.0)
+                terms = terms._replace(
+                    loss=terms.student_log_prob.sum() * 0.0, weight=torch.zeros_like(batch.mask).float()
+                )
             policy_loss = policy(terms.student_log_prob, terms.student_entropy, shape)
             terms = terms._replace(loss=terms.loss + policy_loss)
         found = {name: term for name, term in terms._asdict().items() if name != "loss" and term is not None}
         return terms._replace(**{name: term.detach() for name, term in found.items()})
 
     def scores(
-        self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], labels: Int[Tensor, " N"]
+        self,
+        hidden: Float[Tensor, "_n H"],
+        weight: Float[Tensor, "V H"],
+        labels: Int[Tensor, " N"],
+        share: Share | None = None,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Log-probs of the labels and entropies in nats, as the loss itself sees them."""
-        out = self._head(Side(hidden, weight), None, labels=labels, mode="recompute")
+        """Log-probs of the labels and entropies in nats, as the loss itself sees them; ``share`` as in a batch."""
+        out = self._shared_head(share, Side(hidden, weight), None, labels=labels, mode="recompute")
         log_prob, entropy = out.need("student_log_prob", "student_entropy")
         return log_prob, entropy
 
     # ------------------------------------------------------------------ the forms
 
     def _without_teacher(self, batch: MicroBatch, student: Side) -> Terms:
-        out = self._head(student, None, labels=batch.labels, mode="recompute")
+        out = self._head(batch, student, None, mode="recompute")
         log_prob, entropy = out.need("student_log_prob", "student_entropy")
         # A loss of 0 that still reaches every parameter: all ranks must run the same backward pass.
         return Terms(log_prob.sum() * 0.0, log_prob, entropy, torch.zeros_like(batch.mask, dtype=torch.bool))
 
-    def _everywhere(self, batch: MicroBatch, student: Side, teacher: Side | None, alone: bool) -> Terms:
-        """One divergence, or the surrogate, for all tokens."""
+    def weighs_beforehand(self, alone: bool) -> bool:
+        """Whether the weight of every token is known before the pass, which then forms the gradient."""
         known = getattr(get_credit(self.credit), "known_beforehand", False)
-        if alone and known and self.surrogate is None and not (self.importance_cap or self.rollout_cap):
-            return self._at_once(batch, student, teacher)
+        return bool(alone and known and self.surrogate is None and not (self.importance_cap or self.rollout_cap))
+
+    def _everywhere(
+        self, batch: MicroBatch, student: Side, teacher: Side | None, alone: bool, total: GradientSum | None
+    ) -> Terms:
+        """One divergence, or the surrogate, for all tokens."""
+        if self.weighs_beforehand(alone):
+            return self._at_once(batch, student, teacher, total)
         branch = None if self.surrogate else self.branches[0]
-        out = self._head(student, teacher, labels=batch.labels, branch=branch, mode="recompute")
+        out = self._head(batch, student, teacher, branch=branch, mode="recompute")
         if batch.teacher_log_prob is not None:
             out = out._replace(teacher_log_prob=batch.teacher_log_prob)
         log_prob, entropy = out.need("student_log_prob", "student_entropy")
+        if (spans := batch.byte_spans) is not None:
+            out = out._replace(teacher_log_prob=spans.shared(spans.log_prob), teacher_entropy=spans.entropy)
         distilled, weights = batch.distilled(), self._weights(batch)
         credit = self._credit(batch, out) * self._caps(batch, log_prob)
         if self.surrogate is None:
@@ -242,11 +294,13 @@ class Objective:
         else:
             (teacher_log_prob,) = out.need("teacher_log_prob")
             divergence = log_prob - teacher_log_prob
+            if spans is not None:
+                divergence = spans.shared(spans.total(log_prob)) - teacher_log_prob
             per_token = _surrogate_loss(self.surrogate, batch, log_prob, teacher_log_prob)
         # Where nothing is distilled the terms mean nothing and may be infinite; 0 * inf would be NaN.
-        loss = (weights * credit * torch.where(distilled, per_token, 0.0)).sum()
+        weights, per_token = weights * credit, torch.where(distilled, per_token, 0.0)
         return Terms(
-            loss,
+            (weights * per_token).sum(),
             log_prob,
             entropy,
             distilled,
@@ -255,13 +309,21 @@ class Objective:
             out.teacher_entropy,
             credit,
             out.clipped,
+            weights,
+            per_token,
         )
 
-    def _at_once(self, batch: MicroBatch, student: Side, teacher: Side | None) -> Terms:
+    def _at_once(self, batch: MicroBatch, student: Side, teacher: Side | None, total: GradientSum | None) -> Terms:
         """One divergence for all tokens, whose weights are known: the head forms the gradient within its pass."""
         weights = self._weights(batch) * self._credit(batch, None)
         out = self._head(
-            student, teacher, labels=batch.labels, branch=self.branches[0], token_weight=weights, mode="forward"
+            batch,
+            student,
+            teacher,
+            branch=self.branches[0],
+            token_weight=weights,
+            mode="forward",
+            total=total,
         )
         loss, log_prob, entropy = out.need("loss", "student_log_prob", "student_entropy")
         return Terms(
@@ -273,40 +335,50 @@ class Objective:
             out.teacher_log_prob if batch.teacher_log_prob is None else batch.teacher_log_prob,
             out.teacher_entropy,
             clipped=out.clipped,
+            weight=weights,
+            per_token=out.divergence,
         )
 
-    def _on_spans(self, batch: MicroBatch, student: Side, teacher: Side) -> Terms:
+    def _on_spans(self, batch: MicroBatch, student: Side, teacher: Side, total: GradientSum) -> Terms:
         """A divergence per class of annotated tokens: only their rows meet the teacher."""
         terms = self._without_teacher(batch, student)
         weights = self._weights(batch) * self._caps(batch, terms.student_log_prob)
         values = {name: torch.zeros_like(weights) for name in ("divergence", "teacher_log_prob", "teacher_entropy")}
         # Micro-batches report the same quantities whether or not they have a marked row: verl lines up their lists.
-        if any(branch.kind_args.get("entry_clip") is not None for branch in self.branches):
+        if self.clips:
             values["clipped"] = torch.zeros_like(weights)
         loss, distilled = terms.loss, terms.distilled
         for branch in self.branches:
             rows = (batch.distilled() & (batch.span_label == branch.label)).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
-            out = self._head(
-                Side(student.hidden[rows], student.weight),
-                Side(teacher.hidden[rows], teacher.weight),
+            share, own = (None, rows) if batch.share is None else batch.share.pick(rows)
+            out = self._shared_head(
+                share,
+                Side(student.hidden[own], student.weight),
+                Side(teacher.hidden[own], teacher.weight),
                 labels=batch.labels[rows],
                 branch=branch,
                 token_weight=weights[rows],
                 mode="forward",
+                total=total,
             )
             loss = loss + out.need("loss")[0]
             distilled = distilled.index_fill(0, rows, True)
             for name, value in values.items():
                 if (found := getattr(out, name)) is not None:
                     value[rows] = found.to(value.dtype)
-        return terms._replace(loss=loss, distilled=distilled, **values)
+        weights = torch.where(distilled, weights, 0.0)
+        return terms._replace(loss=loss, distilled=distilled, weight=weights, per_token=values["divergence"], **values)
 
     # ------------------------------------------------------------------ pieces
 
-    def _head(
+    def _head(self, batch: MicroBatch, student: Side, teacher: Side | None, **options: Any) -> HeadOutput:
+        return self._shared_head(batch.share, student, teacher, labels=batch.labels, **options)
+
+    def _shared_head(
         self,
+        share: Share | None,
         student: Side,
         teacher: Side | None,
         *,
@@ -314,26 +386,36 @@ class Objective:
         mode: Mode,
         branch: Branch | None = None,
         token_weight: Float[Tensor, " N"] | None = None,
+        total: GradientSum | None = None,
     ) -> HeadOutput:
+        """The head on this rank's rows; labels and weights are of all rows, and so is what comes back."""
         teacher_hidden, teacher_weight = teacher or (None, None)
-        return divergence_head(
+        out = divergence_head(
             student.hidden,
             student.weight,
             teacher_hidden,
             teacher_weight,
-            labels=labels,
-            token_weight=token_weight,
+            labels=labels if share is None else labels[share.own],
+            token_weight=token_weight if share is None or token_weight is None else token_weight[share.own],
             kind=branch.kind if branch else None,
             kind_args=branch.kind_args if branch else None,
             temperature=self.temperature,
             chunk_size=self.chunk_size,
             mode=mode,
             matmul_dtype=torch.float32 if self.fp32 else None,
+            total=total,
         )
+        return out if share is None else out.shared(share, token_weight)
 
     def _weights(self, batch: MicroBatch) -> Float[Tensor, " N"]:
         """Reduction times annealing, 0 where nothing is distilled."""
-        weights = token_weights(
+        return self.reduced(batch) * batch.distilled() * batch.distillation_weight
+
+    def reduced(self, batch: MicroBatch) -> Float[Tensor, " N"]:
+        """What the reduction alone makes of every token."""
+        if batch.reduced is not None:
+            return batch.reduced
+        return token_weights(
             batch.mask,
             self.reduction,
             num_tokens=batch.num_tokens,
@@ -342,18 +424,20 @@ class Objective:
             dp_size=batch.dp_size,
             sequence_lens=batch.lengths,
         )
-        return weights * batch.distilled() * batch.distillation_weight
 
     def _credit(self, batch: MicroBatch, out: HeadOutput | None) -> Float[Tensor, " N"]:
         """The registered credit; it sees whole responses, so their packing does not matter."""
         found = {} if out is None else out._asdict()
         if batch.old_log_probs is not None:
             found["student_log_prob"] = batch.old_log_probs
+        if (spans := batch.byte_spans) is not None and (own := found.get("student_log_prob")) is not None:
+            found["student_log_prob"] = spans.shared(spans.total(own))  # as the teacher's: only spans are comparable
         found["span_label"] = batch.span_label
         names = [name for name in CreditInputs._fields if name != "mask" and found.get(name) is not None]
         inputs = {name: batch.padded(found[name].detach()) for name in names}
-        credit = get_credit(self.credit)(CreditInputs(batch.padded(batch.mask), **inputs), **self.credit_args)
-        return batch.packed(credit)
+        mask, labels = batch.padded(batch.mask), batch.padded(batch.labels)
+        credit = get_credit(self.credit)(CreditInputs(mask, **inputs), **self.credit_args)
+        return batch.packed(get_placement(self.placement)(credit, mask, labels, self.prefix))
 
     def _caps(self, batch: MicroBatch, log_prob: Float[Tensor, " N"]) -> Float[Tensor, " N"] | float:
         """Truncated importance weights: current to old policy, old policy to rollout engine."""
@@ -398,8 +482,13 @@ class Objective:
 
     # ------------------------------------------------------------------ metrics
 
-    def sums(self, batch: MicroBatch, terms: Terms) -> dict[str, float]:
-        """Sums and counts over tokens; add them over micro-batches and ranks, then :func:`means`."""
+    def sums(
+        self, batch: MicroBatch, terms: Terms, taught: Mapping[str, Bool[Tensor, " N"]] | None = None
+    ) -> dict[str, float]:
+        """Sums and counts over tokens; add them over micro-batches and ranks, then :func:`means`.
+
+        ``taught``: by the name of each of several teachers, the tokens that are its to teach.
+        """
         everywhere = {"": torch.ones_like(batch.mask, dtype=torch.bool)}
         classes = token_class_masks(batch.labels, self.token_classes)
         if batch.span_label is not None:
@@ -418,6 +507,13 @@ class Objective:
         }
         if batch.rollout_log_probs is not None:
             parts["rollout_gap"] = ((terms.student_log_prob - batch.rollout_log_probs).abs(), batch.mask, everywhere)
+        for name, tokens in (taught or {}).items():
+            own = terms.distilled & tokens
+            parts |= {
+                f"teacher/{name}/divergence": (terms.divergence, own, everywhere),
+                f"teacher/{name}/entropy": (terms.teacher_entropy, own, everywhere),
+                f"teacher/{name}/token_share": (own.double(), terms.distilled, everywhere),
+            }
         found: dict[str, Tensor] = {}
         for name, (values, mask, where) in parts.items():
             if values is None:
@@ -442,6 +538,11 @@ def _surrogate_loss(
 ) -> Float[Tensor, " N"]:
     """The clipped policy-gradient term whose advantage is the teacher's log-ratio on the sampled token."""
     old = log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
-    clip, dual_clip, extrapolation = dataclasses.astuple(surrogate)
-    advantage = sampled_advantage(old, teacher_log_prob, batch.reference_log_prob, extrapolation)
+    clip, dual_clip, extrapolation, constant = dataclasses.astuple(surrogate)
+    if (spans := batch.byte_spans) is not None:
+        teacher_log_prob = spans.as_tokens(old)
+    if constant is None:
+        advantage = sampled_advantage(old, teacher_log_prob, batch.reference_log_prob, extrapolation)
+    else:
+        advantage = torch.full_like(old, constant)
     return clipped_surrogate(log_prob, old, advantage, clip, clip, dual_clip).loss

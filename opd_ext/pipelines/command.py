@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``opd sft``, ``opd ssd`` and ``opd t3s``: settings, stages, report."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from opd_ext.pipelines.settings import (
     check_trainable,
     compose_pipeline,
     missing_inputs,
+    plain,
 )
 from opd_ext.pipelines.sft import pipeline as sft_pipeline
 from opd_ext.pipelines.sft.config import SFTConfig
@@ -28,6 +30,9 @@ from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.stages import Pipeline
 from opd_ext.pipelines.t3s import pipeline as t3s_pipeline
 from opd_ext.pipelines.t3s.config import T3SConfig
+from opd_ext.plan.machines import GiB
+from opd_ext.plan.stages import Place
+from opd_ext.plan.stages_page import WIDTH, PlannedStage, StagesPlan
 from opd_ext.report.after import after_run
 from opd_ext.terminal import terminal
 
@@ -47,6 +52,7 @@ def run(
     dry_run: bool,
     cfg: bool,
     config_dirs: Sequence[Path] = (),
+    as_json: bool = False,
 ) -> None:
     """Run what is left of a pipeline, and write its report once all of it is there.
 
@@ -56,6 +62,7 @@ def run(
         dry_run: print the stages and what is done, or, where inputs are not here, what is missing, and stop.
         cfg: print the configuration and stop.
         config_dirs: folders with further recipes and presets.
+        as_json: of a dry run, print the plan alone, as plain values.
 
     Raises:
         ConfigError, LaunchError, MergeError, StageError, TableError: one sentence each.
@@ -64,19 +71,28 @@ def run(
     if cfg:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return
-    console = terminal()
+    console = terminal(WIDTH)
     check_trainable(config)
     if dry_run and (missing := _missing(config)):
+        pipeline = module.build(config, seen=False)[0]
+        if as_json:
+            print(json.dumps(planned(config, pipeline, seen=False).as_json(), indent=2))
+            return
         console.print(f"run folder: {config.run_dir}", soft_wrap=True, highlight=False)
-        console.print(overview(module.build(config, seen=False)[0], "not looked at"))
+        console.print(overview(pipeline, "not looked at"))
+        planned(config, pipeline, seen=False).print(console)
         told = "; ".join(sentence.rstrip(".") for sentence in missing)
         console.print(f"Missing here, so nothing was looked at: {told}.", soft_wrap=True, highlight=False)
         return
     _check(config)
     pipeline, steps = module.build(config)
+    if dry_run and as_json:
+        print(json.dumps(planned(config, pipeline).as_json(), indent=2))
+        return
     console.print(f"run folder: {config.run_dir}", soft_wrap=True, highlight=False)
     if dry_run:
         console.print(overview(pipeline))
+        planned(config, pipeline).print(console)
         return
     work(config, pipeline, until, only, force)
     if all(state == "done" for _, state, _ in pipeline.overview()):
@@ -125,6 +141,14 @@ def _missing(config: PipelineConfig) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     return []
+
+
+def planned(config: SampledConfig, pipeline: Pipeline, seen: bool = True) -> StagesPlan:
+    """Memory, seconds and disk of the stages; ``seen``: what is done has been looked at."""
+    done = {name for name, state, _ in pipeline.overview() if state == "done"} if seen else set()
+    stages = [PlannedStage(name, name in done, work) for name, work in pipeline.work.items()]
+    cache = float(config.environment.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GiB
+    return StagesPlan(stages, Place(config.device, config.plan, plain(config.vllm), cache))
 
 
 def overview(pipeline: Pipeline, said: str = "") -> Table:

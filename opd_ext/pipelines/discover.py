@@ -22,6 +22,7 @@ from rich.table import Table
 
 from opd_ext.estimators import discovery_at_k
 from opd_ext.files import write_whole
+from opd_ext.plan.page import WIDTH
 from opd_ext.progress import track
 from opd_ext.report.after import after_run
 from opd_ext.terminal import terminal
@@ -83,8 +84,18 @@ def discover(
     return times
 
 
-def plan_search(data: Path, row: int, budget: int, attempts_per_step: int, overrides: Sequence[str] = ()) -> None:
+def plan_search(
+    data: Path,
+    row: int,
+    budget: int,
+    attempts_per_step: int,
+    overrides: Sequence[str] = (),
+    seeds: int = 1,
+    as_json: bool = False,
+) -> None:
     """Check one search as a run is checked and print what it would do; no search is started, no folder made.
+
+    The plan is of one search that spends its whole budget; ``seeds`` of them follow each other.
 
     Raises:
         SearchError, ConfigError: one sentence.
@@ -92,11 +103,14 @@ def plan_search(data: Path, row: int, budget: int, attempts_per_step: int, overr
     from opd_ext.config.overrides import from_words
     from opd_ext.train import plan
 
-    _check_counts(1, budget, attempts_per_step)
+    _check_counts(seeds, budget, attempts_per_step)
     with tempfile.TemporaryDirectory() as folder:
         question = _write_question(data, row, Path(folder))
         steps = math.ceil(budget / attempts_per_step)
-        plan(from_words(_settings(question, steps, attempts_per_step, 1.0, overrides), []))
+        plan(from_words(_settings(question, steps, attempts_per_step, 1.0, overrides), []), as_json=as_json)
+    if not as_json:
+        said = f"The plan is of one search, which ends with its first success; {seeds} of them follow each other."
+        terminal(WIDTH).print(said, highlight=False, soft_wrap=True)
 
 
 def _check_counts(seeds: int, budget: int, attempts_per_step: int) -> None:

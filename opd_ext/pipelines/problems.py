@@ -2,8 +2,6 @@
 """From files in verl's format to prompts as token ids, and from sampled ids to grades."""
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -25,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from opd_ext.context import render as render_chat
 from opd_ext.errors import ConfigError
 from opd_ext.pipelines.settings import PromptsConfig, RewardConfig
+from opd_ext.rewards.load import load_function
 from opd_ext.tokens import texts
 
 _PER_PROCESS = 2_000  # responses from which another process pays for its start
@@ -141,15 +140,9 @@ def load_grader(settings: RewardConfig) -> Callable[..., Any]:
 
         return default_compute_score
     try:
-        if settings.path.startswith("pkg://"):
-            module = importlib.import_module(settings.path.removeprefix("pkg://"))
-        else:
-            spec = importlib.util.spec_from_file_location(Path(settings.path).stem, settings.path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        function = getattr(module, settings.name)
+        function = load_function(settings.path, settings.name)
         inspect.signature(function).bind("", "", "", None, **settings.kwargs)
-        if check := getattr(module, "check_machine", None):
+        if check := getattr(inspect.getmodule(function), "check_machine", None):
             check(**settings.kwargs)
         return partial(function, **settings.kwargs)
     except TypeError as error:

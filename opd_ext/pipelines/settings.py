@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd_ext import home
 from opd_ext.config import processor as _processor  # noqa: F401  (its resolver)
+from opd_ext.config.assumptions import Assumptions, check_devices
 from opd_ext.config.overrides import check_folders, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError, one_of, positive
@@ -60,7 +61,8 @@ class TrainConfig:
     tokens_per_gpu: int = 8192  # tokens in one micro-batch
     save_every: int = 25  # steps between checkpoints
     normalisation: str = "kept-token-mean"  # tokens that the loss is divided by: kept-token-mean | all-token-mean
-    ranks: int = 1  # data-parallel processes
+    ranks: int = 1  # data-parallel processes, over all nodes
+    nodes: int = 1  # nodes that share them, alike; more than one: of a Ray cluster
     verl: dict[str, Any] = field(default_factory=dict)  # any further key of verl's sft_trainer_engine.yaml
 
 
@@ -106,6 +108,7 @@ class SampledConfig:
     vllm: VLLMConfig = field(default_factory=VLLMConfig)  # the engines that sample
     reward: RewardConfig = field(default_factory=RewardConfig)  # the grader
     environment: dict[str, str] = field(default_factory=dict)  # of the processes that sample and train
+    plan: Assumptions = field(default_factory=Assumptions)  # what a plan reckons with; no stage reads it
 
     def check(self) -> None:
         """Refuse what cannot work; a pipeline adds what it knows.
@@ -118,6 +121,10 @@ class SampledConfig:
             raise ConfigError("model is missing: set it to a folder with a model, or its hub id.")
         positive("vllm.replicas", self.vllm.replicas)
         positive("vllm.shard", self.vllm.shard)
+        self.plan.check("plan")
+        if self.device == "cuda":
+            key = "vllm.replicas x vllm.tensor_parallel_size"
+            check_devices(self.plan, key, self.vllm.replicas * self.vllm.tensor_parallel_size)
 
     def check_limit(self, key: str, tokens: int) -> None:
         """A response must leave room for its prompt."""
@@ -142,6 +149,8 @@ class PipelineConfig(SampledConfig):
         if self.evaluate.wording is not None:
             self.evaluate.wording = check_wording("evaluate.wording", self.evaluate.wording)
         check_training("train", self.train)
+        if self.device == "cuda":
+            check_devices(self.plan, "train.ranks", self.train.ranks)
         if not self.evaluate.temperatures:
             raise ConfigError("evaluate.temperatures=[] must name at least one temperature.")
         for temperature in self.evaluate.temperatures:
@@ -276,10 +285,12 @@ def check_training(key: str, train: TrainConfig) -> None:
     """Refuse a fine-tuning that cannot work, ``key`` being where it stands."""
     one_of(f"{key}.schedule", train.schedule, ("constant", "cosine"))
     one_of(f"{key}.normalisation", train.normalisation, ("kept-token-mean", "all-token-mean"))
-    for name in ("steps", "save_every", "batch_size", "ranks"):
+    for name in ("steps", "save_every", "batch_size", "ranks", "nodes"):
         positive(f"{key}.{name}", getattr(train, name))
     if train.batch_size % train.ranks:
         raise ConfigError(f"{key}.batch_size={train.batch_size} must be a multiple of {key}.ranks={train.ranks}.")
+    if train.ranks % train.nodes:
+        raise ConfigError(f"{key}.ranks={train.ranks} must be a multiple of {key}.nodes={train.nodes}.")
     if rank := (train.verl.get("model") or {}).get("lora_rank", 0):
         raise ConfigError(
             f"{key}.verl.model.lora_rank={rank} is not supported, since adapters are neither sampled from nor merged "
@@ -291,7 +302,8 @@ def check_training(key: str, train: TrainConfig) -> None:
 
 def missing_inputs(config: PipelineConfig) -> list[str]:
     """A sentence for every file and folder that the configuration names and that is not on this machine."""
-    hint = "opd data tinymath makes the miniature world" if config.world else ""
+    level = " long" if config.world and config.world.endswith("_long") else ""
+    hint = f"opd data tinymath{level} makes the miniature world" if config.world else ""
     files = {"prompts.file": config.prompts.file, "evaluate.file": config.evaluate.file}
     files |= {"evaluate.select_file": config.evaluate.select_file} if config.evaluate.select_file else {}
     found = []

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from opd_ext.files import write_whole
 from opd_ext.moved import MOVED
+from opd_ext.plan.work import Work
 from opd_ext.terminal import terminal
 from opd_ext.tokens.tables import file_digest
 
@@ -39,8 +40,8 @@ class Stage:
 
     ``settings`` holds everything but the inputs that decides the outputs. ``after`` names the stages whose outputs it
     reads. ``outputs`` are relative to the run's folder; a folder counts with all it holds. ``owns`` (patterns) is what
-    else must go when the stage is made anew: state that an interrupted run goes on from. ``run`` may return numbers
-    worth remembering.
+    else must go when the stage is made anew: state that an interrupted run goes on from. ``work`` is what a plan
+    reckons with. ``run`` may return numbers worth remembering.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
     outputs: list[str]
     after: list[str] = field(default_factory=list)
     owns: list[str] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
 
 
 class Manifest:
@@ -131,6 +133,11 @@ class Pipeline:
                     raise StageError(f"Stage '{only}' comes after '{name}', which is not done; run that first.")
                 if name in (until, only):
                     return
+
+    @property
+    def work(self) -> dict[str, list[Work]]:
+        """What the stages do, as a plan sees it."""
+        return {name: stage.work for name, stage in self._stages.items()}
 
     def overview(self) -> list[tuple[str, str, list[str]]]:
         """(name, `done` | `begun` | `to do`, stages before it) of every stage."""

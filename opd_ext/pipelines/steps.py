@@ -15,6 +15,7 @@ from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
 from opd_ext.pipelines.settings import PipelineConfig, PromptsConfig, SampledConfig, TrainConfig, plain
 from opd_ext.pipelines.stages import Manifest, Stage
+from opd_ext.plan.work import Reading, Sampling, Training, Work, sampling
 from opd_ext.sampling.config import Decoding
 from opd_ext.sampling.jobs import Engines, Job, sample
 from opd_ext.tokens.ends import stop_ids
@@ -22,7 +23,15 @@ from opd_ext.tokens.finetuning import FineTuning, fine_tune
 from opd_ext.tokens.tables import PROMPTS, SAMPLES, TRAINING, TableError, read_table, write_table
 
 # What moves work between machines and processes, or makes it fit, but decides no result.
-_PLACEMENT = ("replicas", "tensor_parallel_size", "ranks", "tokens_per_gpu", "max_model_len", "gpu_memory_utilization")
+_PLACEMENT = (
+    "replicas",
+    "tensor_parallel_size",
+    "ranks",
+    "nodes",
+    "tokens_per_gpu",
+    "max_model_len",
+    "gpu_memory_utilization",
+)
 REFUSALS = (ConfigError, TableError)
 """How a stage says, before it has made anything, that its input will not do."""
 
@@ -128,6 +137,23 @@ class Steps(SamplingSteps):
 
     config: PipelineConfig
 
+    # ------------------------------------------------------------------ what a plan sees
+
+    def planned(self, model: str, n: int, limit: int, loads: int = 1) -> Sampling:
+        """``n`` responses of a model to each prompt that is trained on."""
+        p = self.config.prompts
+        return sampling(model, p.file, p.count, n, limit, p.template, self.config.plan.mean_response, loads)
+
+    @property
+    def trained_tokens(self) -> float:
+        """Mean tokens of a response that is trained on, as far as anybody can say beforehand."""
+        limit = self.config.train.max_length
+        return min(self.planned(str(self.config.model), 1, limit).mean, limit)
+
+    def reading(self, sequences: int, mean: float, passes: int, **further: int) -> Reading:
+        """Passes of the model that is trained, or of its checkpoints."""
+        return Reading(str(self.config.model), sequences, mean, passes, **further)
+
     # ------------------------------------------------------------------ fine-tuning
 
     def fine_tuning(self, name: str, samples: str, train: TrainConfig | None = None, **further: Any) -> FineTuning:
@@ -167,7 +193,8 @@ class Steps(SamplingSteps):
         content["train"] = {key: value for key, value in content["train"].items() if key not in _PLACEMENT}
         content["model"] = problems.fingerprint(task.model)
         outputs = [str(task.checkpoint(step).relative_to(self.folder)) for step in task.keep]
-        return Stage(f"train-{name}", run, content, outputs, list(after), owns=[f"train/{name}"])
+        work: list[Work] = [Training(task.model, task.train, self.trained_tokens, len(task.keep))]
+        return Stage(f"train-{name}", run, content, outputs, list(after), [f"train/{name}"], work)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -201,10 +228,22 @@ class Steps(SamplingSteps):
             owns = [f"evaluate/samples/{name}-{split}-*" for split in self.splits]
             stages.append(
                 Stage(
-                    f"evaluate-{name}", lambda name=name: self._evaluate(name, models), settings, outputs, after, owns
+                    f"evaluate-{name}",
+                    lambda name=name: self._evaluate(name, models),
+                    settings,
+                    outputs,
+                    after,
+                    owns,
+                    self._planned_evaluation(),
                 )
             )
         return stages
+
+    def _planned_evaluation(self) -> list[Work]:
+        e, mean = self.config.evaluate, self.config.plan.mean_val_response
+        n = e.n * len(e.temperatures)
+        model, files = str(self.config.model), self.splits.values()
+        return [sampling(model, s.file, s.count, n, e.max_tokens, s.template, mean) for s in files]
 
     def _evaluation_jobs(self, name: str, model: str, made_by: str | None) -> dict[tuple[str, float], Job]:
         e = self.config.evaluate

@@ -12,6 +12,7 @@ from opd_ext.pipelines import problems
 from opd_ext.pipelines.settings import TracedConfig
 from opd_ext.pipelines.stages import Stage
 from opd_ext.pipelines.steps import Steps
+from opd_ext.plan.work import Work
 from opd_ext.tokens.ends import stop_ids
 from opd_ext.tokens.tables import PROMPTS, SAMPLES, TableError, content_key, read_table, write_table
 
@@ -31,9 +32,10 @@ class TracedSteps(Steps):
             settings = {**choice, "column": config.traces_column}
             return [Stage("traces", self._given_traces, settings, [TRACES], ["prompts-train"])]
         asked = self.sampling_settings(config.teacher, config.traces, config.traces.n, config.traces.max_tokens)
+        work: list[Work] = [self.planned(str(config.teacher), config.traces.n, config.traces.max_tokens)]
         chosen = {**choice, "reward": config.reward.described()}
         return [
-            Stage("sample-teacher", self._sample_teacher, asked, [SAMPLED], ["prompts-train"]),
+            Stage("sample-teacher", self._sample_teacher, asked, [SAMPLED], ["prompts-train"], work=work),
             Stage("traces", self._chosen_traces, chosen, [TRACES], ["prompts-train", "sample-teacher"]),
         ]
 

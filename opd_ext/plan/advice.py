@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from opd_ext.plan.machines import GiB
-from opd_ext.plan.memory import generation, phases
+from opd_ext.plan.memory import generation, machine_uses, phases
 from opd_ext.plan.run import Run
 from opd_ext.plan.timing import Times, server, times
 
@@ -17,7 +17,12 @@ _ROLLOUT, _ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 
 def advice(run: Run, taken: Times) -> list[str]:
     """Sentences, the gravest first."""
-    return [*_overflows(run), *_cache(run), *_parallel(run, taken), *_validation(run, taken), *_head(run, taken)]
+    return [*grave(run), *_parallel(run, taken), *_validation(run, taken), *_head(run, taken)]
+
+
+def grave(run: Run) -> list[str]:
+    """Of what will end the run: memory that is not there."""
+    return [*_overflows(run), *_cache(run)]
 
 
 def _fits(run: Run, name: str) -> bool:
@@ -25,14 +30,25 @@ def _fits(run: Run, name: str) -> bool:
 
 
 def _overflows(run: Run) -> Iterator[str]:
+    if run.device == "cpu":
+        uses = machine_uses(run)
+        if sum(uses.values()) > FULL * run.machine.memory:
+            made = ", ".join(f"{name} {size / GiB:.1f}" for name, size in uses.items())
+            yield (
+                f"OUT OF MEMORY on this machine: {made} are {sum(uses.values()) / GiB:.1f} of "
+                f"{run.machine.memory / GiB:.1f} GiB; lower {_ACTOR}.ppo_max_token_len_per_gpu or "
+                "ray_kwargs.ray_init.runtime_env.env_vars.VLLM_CPU_KVCACHE_SPACE, or train a smaller model."
+            )
+        return
     for phase in phases(run):
         if phase.bytes <= FULL * run.machine.memory:
             continue
         remedies = [words for words, other in _remedies(run, phase.name) if _fits(other, phase.name)]
         when = " from step 2 on, when the optimiser's moments exist" if phase.name == "generation" else ""
+        other = "use more GPUs or a smaller model." if run.adapter else "use more GPUs, a smaller model or LoRA."
         yield (
             f"OUT OF MEMORY in {phase.name}{when}: {phase.bytes / GiB:.0f} of {run.machine.memory / GiB:.0f} GiB; "
-            + (f"set {' or '.join(remedies[:2])}." if remedies else "use more GPUs, a smaller model or LoRA.")
+            + (f"set {' or '.join(remedies[:2])}." if remedies else other)
         )
 
 
@@ -41,10 +57,11 @@ def _remedies(run: Run, phase: str) -> Iterator[tuple[str, Run]]:
     moments = replace(sharding, offloaded=sharding.offloaded | {"optimizer"})
     if phase in ("generation", "weight sync"):
         if run.vllm_share is not None:
+            together = 2 if run.tp < 2 and run.gpus_per_node % 2 == 0 else run.tp
             for share in (0.5, 0.4, 0.3):
-                smaller = replace(run, vllm_share=share, tp=max(run.tp, 2))
+                smaller = replace(run, vllm_share=share, tp=together)
                 if share < run.vllm_share and server(smaller).room > run.vllm_length and _fits(smaller, phase):
-                    tp = f" with {_ROLLOUT}.tensor_model_parallel_size=2" if run.tp < 2 else ""
+                    tp = f" with {_ROLLOUT}.tensor_model_parallel_size=2" if run.tp < together else ""
                     yield f"{_ROLLOUT}.gpu_memory_utilization={share}{tp}", smaller
                     break
         yield f"{_ACTOR}.fsdp_config.optimizer_offload=true", replace(run, sharding=moments)
@@ -56,17 +73,17 @@ def _remedies(run: Run, phase: str) -> Iterator[tuple[str, Run]]:
         pair = run.rank_pair
         smaller = replace(run, budget=pair, teacher_budget=pair, score_budget=pair)
         yield f"{_ACTOR}.ppo_max_token_len_per_gpu={pair}", smaller
-    if run.scorer is None and not run.sequence_parallel > 1:  # teacher and student differ in length: not with one
-        for ranks in (each for each in (2, 4, 8) if run.gpus_per_node % each == 0):
+    if run.sequence_parallel == 1:
+        shapes = (run.student, *run.teachers)
+        for ranks in (each for each in (2, 4, 8) if all(shape.shared_by(each) for shape in shapes)):
+            if run.gpus_per_node % ranks:
+                continue
             shared = replace(run, sequence_parallel=ranks)
             pair = shared.rank_pair
             smaller = replace(shared, budget=pair, score_budget=pair)
             if _fits(smaller, phase):
-                yield (
-                    f"{_ACTOR}.ulysses_sequence_parallel_size={ranks} with {_ACTOR}.ppo_max_token_len_per_gpu={pair} "
-                    "and opd.selftest=false",
-                    smaller,
-                )
+                keys = f"{_ACTOR}.ppo_max_token_len_per_gpu={pair}"
+                yield f"{_ACTOR}.ulysses_sequence_parallel_size={ranks} with {keys}", smaller
                 break
     yield f"{_ACTOR}.fsdp_config.offload_policy=true", replace(run, sharding=replace(sharding, streamed=True))
 
@@ -94,7 +111,7 @@ def _parallel(run: Run, taken: Times) -> Iterator[str]:
 
 
 def _validation(run: Run, taken: Times) -> Iterator[str]:
-    if not taken.total or taken.validating < _MUCH * taken.total or not run.validation:
+    if not run.steps or not taken.total or taken.validating < _MUCH * taken.total or not run.validation:
         return
     largest = max(run.validation, key=lambda each: each.samples)
     in_full = [sets for _, sets in run.meanwhile if sets == run.validation]

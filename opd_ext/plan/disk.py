@@ -15,8 +15,9 @@ def checkpoint_bytes(run: Run) -> dict[str, float]:
     weights = (run.student.parameters + run.adapter) * master
     moments = 2 * run.trained * master + STEP_COUNTER * run.trained_tensors * run.sharding.shards
     files = {"model": weights, "optimizer": moments}
-    if run.teacher is not None and run.moves:
-        files["teacher"] = run.teacher.parameters * run.teacher_sharding.master
+    if run.moving or run.teacher_adapters:
+        models = sum(shape.parameters for shape in run.moving) * run.teacher_sharding.master
+        files["teacher"] = models + run.held_adapters
     return files
 
 

@@ -75,10 +75,11 @@ def generation_s(server: Server, lengths: Sequence[int] | np.ndarray, replicas: 
     shares = [lengths[first::replicas] for first in range(min(replicas, len(lengths)))]
     # The last to finish has the longest response, or the most to write.
     slow = {id(share): share for key in (np.max, np.sum) for share in sorted(shares, key=key)[-REPLICAS // 2 :]}
-    return max((_written_s(server, share, prompt) for share in slow.values()), default=0.0)
+    return max((written_s(server, share, prompt) for share in slow.values()), default=0.0)
 
 
-def _written_s(server: Server, lengths: np.ndarray, prompt: int) -> float:
+def written_s(server: Server, lengths: np.ndarray, prompt: int) -> float:
+    """Seconds in which one server writes responses of ``lengths`` tokens that it is given at once."""
     room, next_up, seconds = server.room, 0, 0.0
     left = np.empty(0, dtype=int)  # tokens that the running sequences still need
     done = np.empty(0, dtype=int)  # that they have

@@ -16,9 +16,13 @@ CONTEXT = 1.5 * GiB  # CUDA context, NCCL's buffers, cuBLAS workspaces
 ASLEEP = 2.5 * GiB  # what a sleeping vLLM keeps: its context and its CUDA graphs
 GRAPHS = 1.0 * GiB  # of an awake one, outside the share that it was given
 PROCESS = 0.75 * GiB  # a CPU rank before it has a model: torch, verl, transformers
+# Of a run on a CPU, proportional set sizes that `benchmarks/memory.py` measured (results/memory_cpu_*.json).
+SAMPLER = 0.75 * GiB  # vLLM's worker besides weights and cache: torch, vLLM, what an engine step allocates
+OTHERS = 2.55 * GiB  # 36 processes: driver, Ray, task runner, queue, agent loop, grader, vLLM's server and engine core
 _BLOCK_COPIES = 6  # fp32 intermediates of a block of rows: softmax, divergence and their gradient
 _FORWARD_BLOCKS = 3  # of them without a gradient: logits, probabilities, their product
 _FORWARD_COPIES = 3  # of a layer's widest tensors, alive at a time without gradients
+_AT_WORK = 2  # layers whose activations are on the device under verl's offload: one computes, one travels
 _PREFETCHED = 2  # layers whose weights are gathered at a time
 
 
@@ -48,6 +52,18 @@ def phases(run: Run) -> list[Phase]:
     return found
 
 
+def machine_uses(run: Run) -> dict[str, float]:
+    """Bytes of a whole run on one CPU machine at its worst moment; vLLM does not sleep there.
+
+    What a trainer frees in pieces below 32 MiB, glibc keeps: the working tensors of an update are there twice. vLLM's
+    worker has its weights twice, as they came and packed for the processor's products, and receives them in a bucket.
+    """
+    phase = update(run)
+    working = phase.bytes - sum(states(run, gradients=True, updating=True)[0].values()) - PROCESS
+    sampler = 2 * run.student.parameters * run.vllm_width + run.tp * (run.cpu_cache + SAMPLER + run.bucket)
+    return {"trainer": run.ranks * (phase.bytes + working), "sampler": run.replicas * sampler, "others": OTHERS}
+
+
 # ---------------------------------------------------------------------- what stays
 
 
@@ -60,16 +76,19 @@ def states(run: Run, gradients: bool, updating: bool) -> tuple[dict[str, float],
     weights = (run.student.parameters + run.adapter) * master / shards
     trained = run.trained * master / shards
     here = {"student weights": weights, "gradients": trained if gradients else 0.0, "AdamW moments": 2 * trained}
-    if run.teacher is not None:
-        own = run.teacher_sharding
-        here["teacher weights"] = run.teacher.parameters * own.master / own.shards
+    if run.teachers:
+        own, parameters = run.teacher_sharding, sum(shape.parameters for shape in run.teachers)
+        here["teacher weights"] = parameters * own.master / own.shards
+    here["teacher adapters"] = run.held_adapters / shards
     away = []
+    if run.sharding.streamed or "weights" in run.sharding.offloaded:
+        away.append("teacher adapters")  # where the student's was when they were made
     if run.sharding.streamed:
         away += ["student weights", "gradients", "AdamW moments"]
     elif not updating:
         away += ["student weights"] if "weights" in run.sharding.offloaded else []
         away += ["AdamW moments"] if "optimizer" in run.sharding.offloaded else []
-    if run.teacher is not None and (run.teacher_sharding.streamed or "weights" in run.teacher_sharding.offloaded):
+    if run.teachers and (run.teacher_sharding.streamed or "weights" in run.teacher_sharding.offloaded):
         away.append("teacher weights")  # a forward-only engine streams what it is told to offload
     host = sum(here.pop(name) for name in away)
     return {name: size for name, size in here.items() if size}, host
@@ -112,11 +131,13 @@ def weight_sync(run: Run) -> Phase:
 def teacher_pass(run: Run) -> Phase:
     """Trunk alone, packed by the teacher's lengths; rows of the mini-batch gather."""
     scorer = run.scorer or run.student
-    sharding = run.teacher_sharding if run.teacher is not None else run.sharding
+    sharding = run.teacher_sharding if run.teachers else run.sharding
     here, host = states(run, gradients=False, updating=True)
-    here["teacher's rows and head"] = _rows(run) + scorer.head * sharding.compute
+    here["teacher's rows and head"] = _rows(run) + run.heads * sharding.compute
     here["gathered weights"] = _gathered(run, scorer, sharding.compute, trained=False)
     here["pass without gradients"] = run.teacher_budget * _forward(scorer, sharding.compute)
+    if run.teacher_adapters:  # meanwhile the teacher's is in its place
+        here["student's adapter"] = run.adapter * run.sharding.master / run.sharding.shards
     return Phase("teacher", here | _process(run), host)
 
 
@@ -169,13 +190,12 @@ def _update(run: Run, taught: bool) -> Phase:
     here, host = states(run, gradients=True, updating=True)
     compute, shape = run.sharding.compute, run.student
     if taught and run.teaches:
-        scorer = run.scorer or shape
-        here["teacher's rows and head"] = _rows(run) + scorer.head * compute
+        here["teacher's rows and head"] = _rows(run) + run.heads * compute
     layer = shape.saved(compute) * run.budget
-    if run.checkpointing:
-        here["layer inputs"] = run.budget * shape.layers * shape.hidden * compute
-    else:
-        here["activations"] = layer * shape.layers
+    use, kept = ("layer inputs", run.budget * shape.hidden * compute) if run.checkpointing else ("activations", layer)
+    layers = min(_AT_WORK, shape.layers) if run.offloads else shape.layers
+    here[use] = layers * kept
+    host += (shape.layers - layers) * kept
     here["gathered weights"] = _gathered(run, shape, compute, trained=True)
     head = _chunked_head(run) if taught else _dense_head(run)
     anew = run.budget * _layer_gradients(shape, compute) + (layer if run.checkpointing else 0)
@@ -196,9 +216,9 @@ def _forward(shape: ModelShape, compute: int) -> float:
 
 
 def _rows(run: Run) -> float:
-    """Hidden states of the teacher that predict the responses of a mini-batch, on one rank."""
+    """Hidden states of the teacher that predict the responses of a mini-batch, on one rank, which may share them."""
     scorer = run.scorer or run.student
-    return run.rank_responses * run.limit * scorer.hidden * run.sharding.compute
+    return run.rank_responses * run.limit * scorer.hidden * run.sharding.compute / run.sequence_parallel
 
 
 def _chunked_head(run: Run) -> float:

@@ -9,11 +9,14 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.teachers import adapter_weights
 from opd_ext.plan.advice import FULL, advice
 from opd_ext.plan.disk import checkpoint_bytes, on_disk
 from opd_ext.plan.machines import GiB
-from opd_ext.plan.memory import phases
+from opd_ext.plan.memory import machine_uses, phases
 from opd_ext.plan.run import Run, read_run, served_gpus
+from opd_ext.plan.shapes import UNKNOWN
+from opd_ext.plan.teachers import unsized
 from opd_ext.plan.timing import Times, times
 from opd_ext.report.methods import describe
 from opd_ext.terminal import terminal
@@ -37,7 +40,8 @@ def print_plan(
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     run = read_run(config, opd)
     if run is None:
-        console.print("Memory and time: no estimate, because a model is neither a folder here nor one known by name.")
+        told = " and ".join(unsized(config.actor_rollout_ref.model.path, opd))
+        console.print(f"Memory and time: no estimate, because {told} {UNKNOWN}.", highlight=False, soft_wrap=True)
     else:
         taken = times(run)
         console.print(_phases(run, taken))
@@ -60,6 +64,7 @@ def as_json(config: DictConfig, opd: OPDConfig) -> dict[str, Any]:
         "student": dataclasses.asdict(run.student),
         "machine": dataclasses.asdict(run.machine),
         "memory": {phase.name: phase.uses for phase in phases(run)},
+        "machine_memory": machine_uses(run) if run.device == "cpu" else None,
         "host_memory_per_gpu": {phase.name: phase.host for phase in phases(run)},
         "seconds": taken.phases | {"step": taken.step, "validation": taken.validation, "run": taken.total},
         "tokens_per_step": taken.tokens,
@@ -78,10 +83,14 @@ def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> T
     served = served_gpus(config, opd)
     more = f"; {served[0] * served[1]} more serve the teacher" if served else ""
     places = describe(opd)
+    weights = f"{places['teacher weights']} weights"
+    weights += ", an adapter on the student's base" if adapter_weights(opd, config) else ""
+    controlled = f", control {opd.control}" if opd.control else ""
     rows: list[tuple[str, Any]] = [
-        ("method", f"{opd.method}: divergence {places['divergence']}, credit {places['credit']}"),
-        ("teacher", f"{places['teacher weights']} weights, {places['teacher context']}" if opd.distils else "none"),
+        ("method", f"{opd.method}{controlled}: divergence {places['divergence']}, credit {places['credit']}"),
+        ("teacher", f"{weights}, {places['teacher context']}" if opd.distils else "none"),
         ("policy", places["policy"]),
+        *([("horizon", str(opd.horizon))] if opd.horizon.limited else []),
         ("model", config.actor_rollout_ref.model.path),
         (
             "devices",
@@ -152,6 +161,10 @@ def _whole(run: Run, taken: Times) -> Table:
     parts = " + ".join(f"{name} {part / GB:.1f}" for name, part in checkpoint.items())
     table.add_row("checkpoint", f"{sum(checkpoint.values()) / GB:.1f} GB ({parts}), {taken.checkpoint:.0f} s each")
     table.add_row("disk", f"{size / GB:.0f} GB: at most {count} checkpoints at a time, in {run.run_dir}")
+    if run.device == "cpu":
+        uses = machine_uses(run)
+        made = ", ".join(f"{name} {size / GiB:.1f}" for name, size in uses.items())
+        table.add_row("memory", f"{sum(uses.values()) / GiB:.1f} GiB of this machine ({made})")
     table.add_row("whole run", f"{taken.total / 3600:.1f} h, {taken.total / 3600 * run.gpus:.0f} GPU hours")
     return table
 
@@ -159,10 +172,12 @@ def _whole(run: Run, taken: Times) -> Table:
 def _assumed(run: Run) -> str:
     a = run.assumed
     unknown = [each.name for each in run.validation if not each.known]
+    shapes = dict.fromkeys([run.student, *run.teachers])
     parts = [
+        *(f"{shape.name}, which is not here, has the size of {shape.source}" for shape in shapes if shape.guessed),
         f"mean_response={run.mean:.0f} of {run.limit:,} tokens",
         "validation " + ", ".join(f"{each.name} {each.mean:.0f}" for each in run.validation),
-        f"mean_prompt={a.mean_prompt}",
+        f"mean_prompt={run.mean_prompt}",
         f"mfu_train={a.mfu_train:g}",
         f"mfu_forward={a.mfu_forward:g}",
         f"bandwidth_share={a.bandwidth_share:g}",

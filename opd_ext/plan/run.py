@@ -3,29 +3,31 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config.assumptions import PlanConfig
-from opd_ext.config.old_policy import old_log_probs, sequence_parallel, updates
+from opd_ext.config.old_policy import old_log_probs, updates, whole_entropies
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.sequence_parallel import sequence_parallel
+from opd_ext.config.teachers import adapter_weights, model_weights
+from opd_ext.data.catalogue import set_name
 from opd_ext.errors import ConfigError
 from opd_ext.plan.machines import Machine, machine
 from opd_ext.plan.shapes import DTYPE_BYTES, ModelShape, model_shape
+from opd_ext.plan.teachers import asked, models, moving, projections, prompt
 from opd_ext.protocol import ValidationConfig
 
 # Mean tokens of a response where nobody says: of a model that thinks, most of a short limit; of another a quarter.
 _THINKING, _THINKING_SHARE, _PLAIN_SHARE, _SHORT = 10_000, 0.8, 0.25, 950
-# Tokens of the teacher's prompt beyond the student's, by what it is shown.
-_SHOWN = {"same": 0, "instruction": 30, "label": 100, "feedback": 2200, "solution": 3700}
-# Problems of the validation sets of `opd data math`, and mean tokens of a response: thinking or not. Published and
+# Problems of validation sets of `opd data`, and mean tokens of a response: thinking or not. Published and
 # measured means of Qwen3-8B; AIME's of 2025 are longer.
 _SETS = {"math500": (500, 4900, 1100), "aime24": (30, 14_200, 5000), "aime25": (30, 16_300, 5700)}
-_UNKNOWN_ROWS = 500
+UNKNOWN_ROWS = 500  # of a file that is not here
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,18 @@ class Run:
     """A run as its memory, time and disk see it. Lengths are tokens; batches count over all ranks.
 
     Attributes:
-        student, teacher: models that the trainer's ranks hold; ``teacher`` only if it has weights of its own here.
-        scorer: the model that the teacher's pass runs through, if there is one: student, teacher or served.
+        student, teachers: models that the trainer's ranks hold; ``teachers`` are the sets of weights of their own here.
+        scorer: the largest model that a teacher's pass runs through, if there is one: student, teacher or served.
+        passes: model and mean prompt of every teacher that is asked here; each is taken to have as many rows.
+        heads: elements of the vocabulary projections that these passes leave beside the student's.
         served: nodes and GPUs per node of the teacher's servers; None: it has none.
         prompts, n, updates: of a step: prompts, responses of each, optimiser steps.
         limit, mean: of training responses.
+        mean_prompt: as assumed, but no longer than the settings let one be.
         pair: prompt and response at most, the student's or the teacher's.
         budget, teacher_budget, score_budget: tokens of a micro-batch in update, teacher pass, old log-probs, per rank.
         sequence_parallel: ranks that share the tokens of a sequence (Ulysses).
+        offloads: what layers keep for the backward pass waits in host memory, of all but the two that are at work.
         trained: parameters that have gradients.
         trained_tensors: tensors of them.
         adapter: parameters of a LoRA adapter, 0 without one.
@@ -80,7 +86,10 @@ class Run:
         teaches: a teacher's pass precedes an update.
         validations, validation: how often all sets are validated in full, and what that samples.
         meanwhile: how often fewer samples, or all of them, are validated between the first step and the last.
-        moves: the teacher's weights do not stay what they were, so a checkpoint holds them.
+        vllm_width: bytes of an element of vLLM's weights.
+        cpu_cache: bytes for keys and values of a replica on a CPU.
+        moving: teachers whose weights do not stay what they were, so that a checkpoint holds them.
+        teacher_adapters: those that are an adapter on the student's base and move; a checkpoint holds them, too.
     """
 
     device: str
@@ -89,8 +98,10 @@ class Run:
     nodes: int
     gpus_per_node: int
     student: ModelShape
-    teacher: ModelShape | None
+    teachers: tuple[ModelShape, ...]
     scorer: ModelShape | None
+    passes: tuple[tuple[ModelShape, int], ...]
+    heads: int
     served: tuple[int, int] | None
     sharding: Sharding
     teacher_sharding: Sharding
@@ -98,6 +109,8 @@ class Run:
     vllm_share: float | None
     vllm_sequences: int
     vllm_length: int
+    vllm_width: int
+    cpu_cache: float
     vllm_sleeps: bool
     bucket: float
     prompts: int
@@ -105,14 +118,15 @@ class Run:
     updates: int
     limit: int
     mean: float
+    mean_prompt: int
     thinks: bool
     pair: int
-    teacher_prompt: int
     budget: int
     teacher_budget: int
     score_budget: int
     sequence_parallel: int
     checkpointing: bool
+    offloads: bool
     trained: int
     trained_tensors: int
     adapter: int
@@ -124,7 +138,8 @@ class Run:
     dense_entropy: bool
     scores_old: bool
     teaches: bool
-    moves: bool
+    moving: tuple[ModelShape, ...]
+    teacher_adapters: int
     steps: int
     validations: int
     validation: tuple[Validation, ...]
@@ -133,6 +148,11 @@ class Run:
     saves: int
     kept: int | None
     run_dir: str
+
+    @property
+    def held_adapters(self) -> int:
+        """Bytes of the teachers' adapters, over all ranks that hold a copy together: in float32 or wider."""
+        return self.teacher_adapters * self.adapter * max(4, self.sharding.master)
 
     @property
     def ranks(self) -> int:
@@ -176,17 +196,21 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
     student = model_shape(model.path)
     if student is None:
         return None
-    ranks, teacher = trainer.nnodes * trainer.n_gpus_per_node, opd.teacher.path
-    external = model_shape(teacher) if teacher else None
-    if teacher and external is None and opd.needs_teacher_engine:
+    ranks = trainer.nnodes * trainer.n_gpus_per_node
+    taught = models(opd, student)
+    if taught is None:
         return None
-    served = served_gpus(config, opd)
+    served, adapters = served_gpus(config, opd), adapter_weights(opd, config)
     adapter, adapter_tensors = student.adapter(model.lora_rank, model.target_modules)
     steps, thinks = _steps(config), _thinks(config)
-    mean = opd.plan.mean_response or _mean(opd.rollout.train_tokens, thinks)
+    mean = opd.plan.mean_response or mean_response(opd.rollout.train_tokens, thinks)
+    limit = opd.rollout.train_tokens
+    if opd.horizon.stop:  # which a response that is shorter does not reach
+        horizons = [opd.horizon.tokens(step, limit) for step in range(1, steps + 1)]
+        mean, limit = sum(min(mean, tokens) for tokens in horizons) / steps, max(horizons)
     # verl's own loss, without the chunked head: of steps without a teacher, and so of all where there is none.
     dense = not opd.distils or not all(opd.schedule(step)[0] > 0 for step in (1, steps))
-    entropy = actor.calculate_entropy or actor.entropy_coeff != 0
+    old = old_log_probs(config, opd, updates(config))
     kept, every = trainer.max_actor_ckpt_to_keep, trainer.save_freq
     between = _between(config, steps)
     sets = validation_sets(
@@ -203,8 +227,10 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         nodes=trainer.nnodes,
         gpus_per_node=trainer.n_gpus_per_node,
         student=student,
-        teacher=(external or student) if opd.needs_teacher_engine else None,
-        scorer=(external or student) if opd.distils else None,
+        teachers=tuple(taught[name] for name in model_weights(opd, config)),
+        scorer=max(taught.values(), key=lambda shape: shape.parameters) if opd.distils else None,
+        passes=tuple((taught[view.name], prompt(view.opd)) for view in asked(opd)),
+        heads=projections(opd, taught),
         served=served,
         sharding=_sharding(actor.fsdp_config, ranks),
         teacher_sharding=_sharding(ref.ref.fsdp_config, ranks),
@@ -212,21 +238,24 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         vllm_share=rollout.gpu_memory_utilization if opd.device == "cuda" else None,
         vllm_sequences=rollout.max_num_seqs,
         vllm_length=rollout.max_model_len,
+        vllm_width=4 if str(rollout.dtype) in ("float32", "float") else 2,
+        cpu_cache=_cpu_cache(config) if opd.device == "cpu" else 0.0,
         vllm_sleeps=opd.device == "cuda" and rollout.free_cache_engine,
         bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
         prompts=config.data.train_batch_size,
         n=rollout.n,
         updates=config.data.train_batch_size // actor.ppo_mini_batch_size,
-        limit=opd.rollout.train_tokens,
-        mean=min(mean, opd.rollout.train_tokens),
+        limit=limit,
+        mean=min(mean, limit),
+        mean_prompt=min(opd.plan.mean_prompt, config.data.max_prompt_length),
         thinks=thinks,
         pair=opd.max_pair_length,
-        teacher_prompt=opd.plan.mean_teacher_prompt or opd.plan.mean_prompt + _SHOWN.get(opd.context.kind, 0),
         budget=actor.ppo_max_token_len_per_gpu,
         teacher_budget=ref.ref.log_prob_max_token_len_per_gpu,
         score_budget=rollout.log_prob_max_token_len_per_gpu,
         sequence_parallel=sequence_parallel(actor),
         checkpointing=model.enable_gradient_checkpointing,
+        offloads=model.enable_activation_offload,
         trained=adapter or student.parameters,
         trained_tensors=adapter_tensors or student.tensors,
         adapter=adapter,
@@ -235,10 +264,11 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         fp32_head=opd.head.fp32,
         dense=dense,
         temperature_copies=1 if rollout.temperature == 1.0 else 2,
-        dense_entropy=entropy,
-        scores_old=old_log_probs(config, opd, updates(config)) == "pass",
-        teaches=opd.distils and opd.teacher.backend == "engine",
-        moves=opd.needs_teacher_engine and any(opd.teacher.kind.share(step, 1) > 0 for step in range(1, steps + 1)),
+        dense_entropy=whole_entropies(config, old),
+        scores_old=old == "pass",
+        teaches="engine" in opd.backends,
+        moving=tuple(taught[name] for name in moving(opd, steps) if name not in adapters),
+        teacher_adapters=sum(view.opd.teacher.kind.moves for view in adapters.values()),
         steps=steps,
         validations=_validations(config, steps) - len(between),
         validation=sets,
@@ -252,7 +282,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
 
 def served_gpus(config: DictConfig, opd: OPDConfig) -> tuple[int, int] | None:
     """Nodes and GPUs per node of verl's teacher servers, which are none of the trainer's."""
-    if opd.teacher.backend != "server" or not config.distillation.enabled:
+    if "server" not in opd.backends or not config.distillation.enabled:
         return None
     return config.distillation.nnodes, config.distillation.n_gpus_per_node
 
@@ -270,6 +300,11 @@ def _sharding(engine: DictConfig, ranks: int) -> Sharding:
     )
 
 
+def _cpu_cache(config: DictConfig) -> float:
+    variables = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
+    return float(variables.get("VLLM_CPU_KVCACHE_SPACE", 0)) * 2**30
+
+
 def dtype_bytes(name: Any) -> int:
     """Bytes of an element of a dtype by any of verl's names.
 
@@ -282,6 +317,8 @@ def dtype_bytes(name: Any) -> int:
 
 
 def _steps(config: DictConfig) -> int:
+    if config.trainer.val_only:
+        return 0
     return config.trainer.total_training_steps or config.trainer.total_epochs
 
 
@@ -295,12 +332,17 @@ def _validations(config: DictConfig, steps: int) -> int:
 
 
 def _thinks(config: DictConfig) -> bool:
+    return asked_to_think(config.data.apply_chat_template_kwargs, config.actor_rollout_ref.model.path)
+
+
+def asked_to_think(template: Mapping[str, Any] | None, model: str) -> bool:
     """Whether responses hold a chain of thought: the template asks for it, and the model was trained to."""
-    wanted = bool((config.data.apply_chat_template_kwargs or {}).get("enable_thinking", False))
-    return wanted and not re.search(r"-(base|instruct)\b", str(config.actor_rollout_ref.model.path).lower())
+    wanted = bool((template or {}).get("enable_thinking", False))
+    return wanted and not re.search(r"-(base|instruct)\b", str(model).lower())
 
 
-def _mean(limit: int, thinks: bool) -> float:
+def mean_response(limit: int, thinks: bool) -> float:
+    """Tokens of a response where nobody says: of a limit of ``limit`` tokens."""
     if thinks:
         return min(_THINKING_SHARE * limit, _THINKING)
     return max(_PLAIN_SHARE * limit, min(limit, _SHORT))
@@ -340,16 +382,17 @@ def validation_sets(
     paths: Sequence[str] = [files] if isinstance(files, str) else list(files or ())
     found = []
     for path in paths:
-        name = Path(path).stem
+        name = set_name(Path(path))
         rows, long, short = _SETS.get(name, (None, None, None))
-        counted = _rows(Path(path).expanduser())
-        problems = counted or rows or _UNKNOWN_ROWS
-        length = mean or (long if thinks else short) or _mean(limit, thinks)
+        counted = rows_of(Path(path).expanduser())
+        problems = counted or rows or UNKNOWN_ROWS
+        length = mean or (long if thinks else short) or mean_response(limit, thinks)
         found.append(Validation(name, problems, problems * samples(name), min(length, limit), bool(counted or rows)))
     return tuple(found)
 
 
-def _rows(path: Path) -> int | None:
+def rows_of(path: Path) -> int | None:
+    """Rows of a parquet file; None where there is no such file here."""
     if path.suffix != ".parquet" or not path.is_file():
         return None
     import pyarrow.parquet

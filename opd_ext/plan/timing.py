@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opd_ext.config.assumptions import Assumptions
 from opd_ext.plan import lengths
 from opd_ext.plan.disk import checkpoint_bytes
 from opd_ext.plan.lengths import Server
+from opd_ext.plan.machines import Machine
 from opd_ext.plan.run import Run, Validation
 from opd_ext.plan.shapes import ModelShape
 
 # Orders of magnitude for what is neither bytes nor products.
 _FP32_SHARE = 0.75  # of the peak that fp32 products reach
-_DRIVER_S, _DRIVER_TOKENS_S = 3.0, 0.45e6  # the one trainer process: bookkeeping, and rows that it decodes
+# The one trainer process: bookkeeping, and rollouts that it reads, decodes and keeps; the latter measured on 2026-11-27
+# by `benchmarks/driver.py --model SMOLLM2`, Xeon at 2.5 GHz. Two thirds of it are ids and log-probs as compressed JSON.
+_DRIVER_S, _DRIVER_TOKENS_S = 3.0, 0.46e6
 _SYNC_S = 1.0  # sleep and wake of vLLM
 
 
@@ -58,50 +62,72 @@ def times(run: Run) -> Times:
 
 
 def _step(run: Run, drawn: np.ndarray) -> dict[str, float]:
-    assumed, compute = run.assumed, run.sharding.compute
-    peak = run.machine.half if compute == 2 else run.machine.single
-    forward, train = (peak * share for share in (assumed.mfu_forward, assumed.mfu_train))
-    # Logits are multiplied as bf16 on CUDA, an fp32 head's too; its gradients are fp32 (objective/products.py).
-    head = run.machine.single * _FP32_SHARE if run.fp32_head else train
-    logits = forward if run.device == "cuda" or not run.fp32_head else head
-    found = {"generation": lengths.generation_s(server(run), drawn, run.replicas, assumed.mean_prompt)}
-    sequences, rows = drawn + assumed.mean_prompt, float(drawn.sum())
+    assumed, (forward, _, logits, _) = run.assumed, _rates(run)
+    found = {"generation": lengths.generation_s(server(run), drawn, run.replicas, run.mean_prompt)}
+    sequences, rows = drawn + run.mean_prompt, float(drawn.sum())
     if run.scores_old:
         work = _trunk(run.student, sequences, 1) / forward
         found["old log-probs"] = (work + _head(run.student, rows, 1) / logits) / run.ranks
-    if run.teaches and run.scorer is not None:
-        work = _trunk(run.scorer, drawn + run.teacher_prompt, 1) + _head(run.scorer, rows, 1)
+    if run.passes:
+        work = 0.0
+        for i, (scorer, prompt) in enumerate(run.passes):  # a share of the rows each
+            share = drawn[i :: len(run.passes)]
+            pairs = np.minimum(share + prompt, run.pair)
+            work += _trunk(scorer, pairs, 1) + _head(scorer, float(share.sum()), 1)
         found["teacher"] = work / forward / run.ranks
+    found["update"] = update_s(run, drawn)
+    sent = run.student.parameters * 2 / (assumed.sync_gb_s * 1e9)
+    found["weight sync"] = sent + (_SYNC_S if run.vllm_sleeps else 0.0)
+    found["driver"] = _DRIVER_S + rows / _DRIVER_TOKENS_S
+    return found
+
+
+def _rates(run: Run) -> tuple[float, float, float, float]:
+    """FLOP/s of a pass without gradients, of an update, of the head's logits and of its gradients."""
+    peak = run.machine.half if run.sharding.compute == 2 else run.machine.single
+    forward, train = (peak * share for share in (run.assumed.mfu_forward, run.assumed.mfu_train))
+    # Logits are multiplied as bf16 on CUDA, an fp32 head's too; its gradients are fp32 (objective/products.py).
+    head = run.machine.single * _FP32_SHARE if run.fp32_head else train
+    return forward, train, forward if run.device == "cuda" or not run.fp32_head else head, head
+
+
+def update_s(run: Run, drawn: np.ndarray) -> float:
+    """Seconds of the updates on responses of ``drawn`` tokens."""
+    _, train, logits, head = _rates(run)
+    sequences, rows = drawn + run.mean_prompt, float(drawn.sum())
     # A layer is computed forwards once, twice with checkpointing, and backwards twice, or once where weights are fixed.
     passes = (2 if run.checkpointing else 1) + (1 if run.adapter else 2)
     products = 4 if run.teaches else 3
     projected = _head(run.student, rows, products - 2) / (logits if run.fp32_head else train)
     projected += _head(run.student, rows, 2) / head
     computed = (_trunk(run.student, sequences, passes) / train + projected) / run.ranks
-    found["update"] = max(computed, _moved_s(run, float(sequences.sum())))
-    found["weight sync"] = _SYNC_S + run.student.parameters * 2 / (assumed.sync_gb_s * 1e9)
-    found["driver"] = _DRIVER_S + rows / _DRIVER_TOKENS_S
-    return found
+    return max(computed, _moved_s(run, float(sequences.sum())))
 
 
 def server(run: Run) -> Server:
     """A vLLM replica of the student."""
-    shape = run.student
     share = run.machine.memory * (run.vllm_share if run.vllm_share is not None else 0.5)
+    return replica(run.student, run.machine, run.assumed, run.tp, share, run.vllm_sequences, run.vllm_width)
+
+
+def replica(
+    shape: ModelShape, machine: Machine, assumed: Assumptions, tp: int, share: float, sequences: int, width: int
+) -> Server:
+    """A vLLM replica of ``tp`` devices, on each of which it takes ``share`` bytes; ``width`` is of its dtype."""
     active = shape.parameters if shape.active + 2 * shape.head >= shape.parameters else shape.active + shape.head
     return Server(
-        weights=2.0 * shape.parameters,
-        active=2.0 * active,
+        weights=float(width * shape.parameters),
+        active=float(width * active),
         flops=2.0 * active,
-        cache=shape.cache,
+        cache=shape.cache * width / 2,
         layers=shape.layers,
-        tp=run.tp,
+        tp=tp,
         share=share,
-        bandwidth=run.machine.bandwidth * run.assumed.bandwidth_share,
-        peak=run.machine.half,
-        allreduce_s=run.assumed.allreduce_us * 1e-6,
-        sequences=run.vllm_sequences,
-        reserve=lengths.ACTIVATIONS if run.device == "cuda" else 0.0,
+        bandwidth=machine.bandwidth * assumed.bandwidth_share,
+        peak=machine.half if width == 2 else machine.single,
+        allreduce_s=assumed.allreduce_us * 1e-6,
+        sequences=sequences,
+        reserve=0.0 if machine.is_cpu else lengths.ACTIVATIONS,
     )
 
 
@@ -112,7 +138,21 @@ def validation_s(run: Run, sets: Sequence[Validation]) -> float:
     drawn = [lengths.draw(s.samples, s.mean, run.val_limit, run.assumed.length_spread, 0) for s in sets]
     mixed = np.concatenate(drawn)
     np.random.default_rng(1).shuffle(mixed)
-    return lengths.generation_s(server(run), mixed, run.replicas, run.assumed.mean_prompt)
+    return lengths.generation_s(server(run), mixed, run.replicas, run.mean_prompt)
+
+
+def pass_s(
+    shape: ModelShape, machine: Machine, assumed: Assumptions, lengths: np.ndarray, rows: float, width: int
+) -> float:
+    """Seconds of one pass without gradients through one device.
+
+    Args:
+        lengths: of the sequences, tokens.
+        rows: tokens whose logits are computed.
+        width: bytes of an element that it computes in.
+    """
+    peak = machine.half if width == 2 else machine.single
+    return (_trunk(shape, lengths, 1) + _head(shape, rows, 1)) / (peak * assumed.mfu_forward)
 
 
 def _trunk(shape: ModelShape, sequences: np.ndarray, passes: int) -> float:

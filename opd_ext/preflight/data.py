@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run needs of its data: files that open, rows that hold messages, prompts that fit, enough of them."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.teachers import UnknownKey, assign, place_of
 from opd_ext.context import build_context
 from opd_ext.context.sequence import render, render_teacher
 from opd_ext.errors import ConfigError
+from opd_ext.preflight import agents
 from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.preflight.tables import Samples, open_samples
 from opd_ext.protocol import NO_SOURCE, Protocol
@@ -27,8 +30,8 @@ _PLAIN_CONTEXTS = ("same", "instruction", "solution")
 
 def reads_grades(opd: OPDConfig) -> bool:
     """Whether a grade decides what is trained; otherwise reference answers serve the tables alone."""
-    graded = opd.context.kind in _GRADED_CONTEXTS or opd.credit.annotates or opd.stop_on_success is not None
-    return opd.policy.present or graded
+    shown = any(view.opd.context.kind in _GRADED_CONTEXTS for view in opd.views)
+    return opd.policy.present or shown or opd.credit.annotates or opd.stop_on_success is not None
 
 
 def open_data(config: DictConfig, opd: OPDConfig) -> dict[str, list[Samples]]:
@@ -46,6 +49,8 @@ def open_data(config: DictConfig, opd: OPDConfig) -> dict[str, list[Samples]]:
             if "://" not in path.removeprefix("file://") and local.exists():
                 samples = open_samples(f"data.{key}", local, _columns(config))
                 check_rows(samples, config, opd)
+                if key == "train_files":
+                    taught_by(samples, opd)
                 found[key].append(samples)
         _same_columns(found[key], config)
     train, val = (found[key] if len(found[key]) == len(_files(config, key)) else [] for key in found)
@@ -79,8 +84,8 @@ def check_data(
         if found[key] and not found[key][0].answered:
             findings.note(f"data.{key} has no reward_model, so it is not graded and no accuracy is reported of it.")
         findings.fact(subject, ", ".join(paths) + _counted(found[key], len(paths), lost) + rendered)
-        if key == "train_files" and opd.context.kind in _PLAIN_CONTEXTS:
-            check_teacher(found[key], config, opd, tokenizer, findings)
+        if key == "train_files":
+            check_teachers(found[key], config, opd, tokenizer, findings)
         if len(found[key]) == len(paths) and key == "train_files":
             check_steps(usable_rows(found[key], lost, config), config, findings)
         if len(found[key]) == len(paths) and key == "val_files" and (told := count_validation(found[key], config, opd)):
@@ -99,7 +104,7 @@ def _files(config: DictConfig, key: str) -> list[str]:
 
 
 def _columns(config: DictConfig) -> tuple[str, ...]:
-    return (config.data.prompt_key, "data_source", "reward_model", "extra_info")
+    return (config.data.prompt_key, "data_source", "reward_model", "extra_info", agents.COLUMN)
 
 
 def _counted(found: Sequence[Samples], files: int, lost: int) -> str:
@@ -128,6 +133,12 @@ def _message(fault: Callable[[Mapping[str, Any]], bool]) -> Callable[[Mapping[st
     return lambda row, key: any(not isinstance(message, Mapping) or fault(message) for message in row[key])
 
 
+def _said(message: Mapping[str, Any]) -> bool:
+    """Whether there is a word, or a part that is no text, in a message."""
+    content = message.get("content")
+    return bool(content.strip() if isinstance(content, str) else content)
+
+
 def _blank(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -151,8 +162,23 @@ _ROW_FAULTS: tuple[tuple[str, str, Callable[[Mapping[str, Any], str], bool]], ..
     ),
     (
         "have no message of the user's",
-        "a system message alone asks nothing",
+        "a chat needs one whose role is user; a system message alone asks nothing",
         lambda row, key: all(message.get("role") != "user" for message in row[key]),
+    ),
+    (
+        "ask nothing: what the user says is empty",
+        "drop them",
+        lambda row, key: not any(_said(message) for message in row[key] if message.get("role") == "user"),
+    ),
+    (
+        "have an extra_info that holds no fields",
+        "write an object, {'index': 0, ...}, or leave the column out",
+        lambda row, key: not isinstance(row.get("extra_info") or {}, Mapping),
+    ),
+    (
+        "have a data_source that is no text",
+        "name the set that a row belongs to, or leave the whole column out",
+        lambda row, key: not isinstance(row.get("data_source", NO_SOURCE), str),
     ),
 )
 """What is wrong with some rows, what to do, and how a row shows it; each may rely on those above it."""
@@ -251,11 +277,45 @@ def _longest_and_first(samples: Samples, key: str) -> list[dict[str, Any]]:
     )
 
 
-def check_teacher(
+def taught_by(samples: Samples, opd: OPDConfig) -> list[int]:
+    """The place of every row's teacher among ``opd.views``, of all rows of the file.
+
+    Raises:
+        ConfigError: a row names none of several.
+    """
+    if opd.teacher_key is None:
+        return [0] * samples.rows
+    column, name = place_of(opd.teacher_key)
+    try:
+        return assign(opd, samples.values(column, name))
+    except UnknownKey as error:
+        raise ConfigError(f"{samples.name}: {error}: give one of them these rows, or drop them.") from None
+
+
+def check_teachers(
     files: Sequence[Samples], config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Findings
 ) -> None:
-    """The context has what it shows in every row, and the teacher's prompt leaves room for a response."""
-    context, limit, wanted = build_context(opd.context, tokenizer), opd.max_pair_length or 0, opd.rollout.train_tokens
+    """What each teacher is shown of its rows can be shown; of several, whose rows there are, and who has none."""
+    of = [(samples, taught_by(samples, opd)) for samples in files]
+    for lesson, view in enumerate(opd.views):
+        rows = [[row for row, own in zip(s.sample, places, strict=False) if own == lesson] for s, places in of]
+        mine = [dataclasses.replace(s, sample=part) for (s, _), part in zip(of, rows, strict=True) if part]
+        if view.name and files:
+            count = sum(places.count(lesson) for _, places in of)
+            findings.fact(f"teacher {view.name}", f"{count:,} rows; {view.opd.teacher}, {view.opd.context}")
+            if not count:
+                findings.note(f"opd.teachers.{view.name} has none of the rows that are here, so it teaches nothing.")
+        if view.opd.context.kind in _PLAIN_CONTEXTS and (mine or not view.name):
+            with view.named():
+                check_teacher(mine or files, config, view.opd, tokenizer, findings, view.name)
+
+
+def check_teacher(
+    files: Sequence[Samples], config: DictConfig, opd: OPDConfig, tokenizer: Any, findings: Findings, name: str = ""
+) -> None:
+    """The context has what it shows in every row of its own, and the teacher's prompt leaves room for a response."""
+    own = dataclasses.replace(opd.context, problem="own")  # of another problem, drawn later, it is as long
+    context, limit, wanted = build_context(own, tokenizer), opd.max_pair_length or 0, opd.rollout.train_tokens
     student = dict(config.data.apply_chat_template_kwargs or {})
     lengths = []
     for samples in files:
@@ -288,7 +348,8 @@ def check_teacher(
             f"{short} of {len(lengths)} teacher prompts leave fewer than opd.rollout.train_tokens={wanted} tokens of "
             f"opd.max_pair_length={limit}, and longer responses are dropped: the longest prompt has {max(lengths):,}."
         )
-    findings.fact("teacher's prompts", f"{len(lengths)} rendered, the longest has {max(lengths):,} of {limit:,} tokens")
+    whose = f"teacher {name}'s prompts" if name else "teacher's prompts"
+    findings.fact(whose, f"{len(lengths)} rendered, the longest has {max(lengths):,} of {limit:,} tokens")
 
 
 # ---------------------------------------------------------------------- validation

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from opd_ext.bridge.sources import loggers
 from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError, did_you_mean
 from opd_ext.plan.disk import checkpoint_bytes, on_disk
@@ -27,7 +28,9 @@ def check_machine(config: DictConfig, opd: OPDConfig, starting: bool) -> None:
     Raises:
         ConfigError: one sentence.
     """
-    check_folder(Path(opd.run_dir))
+    check_folder("opd.run_dir", Path(opd.run_dir))
+    if config.trainer.save_freq > 0:
+        check_folder("trainer.default_local_dir", Path(config.trainer.default_local_dir))
     if starting:
         check_cluster()
         if not on_cluster():
@@ -35,9 +38,9 @@ def check_machine(config: DictConfig, opd: OPDConfig, starting: bool) -> None:
 
 
 def check_loggers(config: DictConfig) -> None:
-    from opd_ext.bridge.inputs import loggers
-
     known, wanted = loggers(), config.trainer.logger
+    if wanted is None:
+        raise ConfigError("trainer.logger=null must be a list of names: write trainer.logger=[] for none.")
     for name in [wanted] if isinstance(wanted, str) else list(wanted or ()):
         if name not in known:
             listed = ", ".join(known)
@@ -47,16 +50,16 @@ def check_loggers(config: DictConfig) -> None:
             raise ConfigError(f"trainer.logger={name} needs the package {package}: install it, or take the logger out.")
 
 
-def check_folder(folder: Path) -> None:
-    """The run folder can be made and written to; looks without making it."""
+def check_folder(key: str, folder: Path) -> None:
+    """The folder of a key can be made and written to; looks without making it."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir():
-        raise ConfigError(f"opd.run_dir={folder} cannot be a folder, because {there} is a file: choose another.")
+        raise ConfigError(f"{key}={folder} cannot be a folder, because {there} is a file: choose another.")
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise refuse(f"opd.run_dir={folder} cannot be written: choose a folder of yours", error) from None
+        raise refuse(f"{key}={folder} cannot be written: choose a folder of yours", error) from None
 
 
 def check_room(run: Run, findings: Findings) -> None:

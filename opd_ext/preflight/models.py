@@ -5,22 +5,24 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config import checks
 from opd_ext.config.architecture import check_architecture, check_offload, stateful_layer
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.sequence_parallel import check_shared, sequence_parallel
 from opd_ext.context.sequence import render
 from opd_ext.errors import ConfigError
-from opd_ext.plan.run import read_run
+from opd_ext.plan.shapes import model_shape
 from opd_ext.preflight.findings import Findings, refuse
-from opd_ext.preflight.machine import check_room
+from opd_ext.tokens.byte_spans import Foreign, Reader
+from opd_ext.tokens.ends import stop_ids
 
-STUDENT, TEACHER = "actor_rollout_ref.model.path", "opd.teacher.path"
+STUDENT = "actor_rollout_ref.model.path"
 MiB = 2**20
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _HUB = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
@@ -39,27 +41,78 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
     trusted = bool(model.get("trust_remote_code"))
     student = find_model(STUDENT, model.path, starting)
     if student is None:
+        if opd.distils and (shape := model_shape(model.path)) is not None:
+            check_offload(shape.tied, model, f"{STUDENT}={model.path}")
         findings.fact("model files", "not on this machine: not looked at")
         return None
     found = check_config(STUDENT, student, config, findings)
     if opd.distils:  # verl's own loss finds logits both times
-        check_offload(found, model, f"{STUDENT}={student}")
+        tied = bool(getattr(found.get_text_config(), "tie_word_embeddings", False))
+        check_offload(tied, model, f"{STUDENT}={student}")
     if sizes := check_weights(STUDENT, student):
+        check_adapters(model, sizes)
         largest = max(sizes, key=sizes.__getitem__)
         check_bucket(config, opd, largest, sizes[largest])
-        if (run := read_run(config, opd)) is not None:
-            check_room(run, findings)
     tokenizer = load_tokenizer(STUDENT, model.get("tokenizer_path") or student, trusted)
     if model.custom_chat_template:
         tokenizer.chat_template = model.custom_chat_template
     check_template(tokenizer, config, opd, findings)
-    if opd.teacher.path and (teacher := find_model(TEACHER, opd.teacher.path, starting)) is not None:
-        check_config(TEACHER, teacher, config, findings, served=opd.teacher.backend == "server")
-        check_weights(TEACHER, teacher)
-        teachers = load_tokenizer(TEACHER, teacher, trusted)
-        checks.check_vocabularies(config)
-        compare_ends(tokenizer, teachers, student, teacher, findings)
+    foreign = checks.external_models(opd, foreign=True).values()
+    for key, path in checks.external_models(opd).items():
+        if (teacher := find_model(key, path, starting)) is None:
+            continue
+        backends = {view.opd.teacher.backend for view in opd.views if view.opd.teacher.path == path}
+        check_config(key, teacher, config, findings, served=backends == {"server"})
+        check_weights(key, teacher)
+        teachers = load_tokenizer(key, teacher, trusted)
+        if path not in foreign:
+            compare_ends(tokenizer, teachers, student, teacher, findings)
+            continue
+        check_foreign(tokenizer, stop_ids(student, tokenizer), key, teachers, findings)
+    checks.check_vocabularies(config, opd)
     return tokenizer
+
+
+def check_length(found: Any, model: str, key: str, config: DictConfig) -> None:
+    """vLLM is not asked for longer sequences than the model has positions for: verl would start no server.
+
+    Raises:
+        ConfigError: it is, or the model does not say.
+    """
+    from opd_ext.bridge.inputs import longest_sequence
+
+    wanted = OmegaConf.select(config, key)
+    changed = (config.actor_rollout_ref.model.override_config or {}).get("max_position_embeddings")
+    try:
+        longest = changed or longest_sequence(found)
+    except ValueError:
+        raise ConfigError(
+            f"{model} names no max_position_embeddings, which verl asks for: add it to its config.json."
+        ) from None
+    if wanted is not None and wanted > longest:
+        raise ConfigError(
+            f"{key}={wanted} is more than the {longest} positions of {model}: shorten prompts or responses, or raise "
+            "the model's max_position_embeddings, with its rope scaling, if it was trained for that."
+        )
+
+
+def check_adapters(model: DictConfig, tensors: Iterable[str]) -> None:
+    """Every module that an adapter is asked for is one of the model's.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    names = model.target_modules
+    if model.lora_rank == 0 or names is None or names == "all-linear" or isinstance(names, str):
+        return  # a single text is a regular expression
+    modules = {tensor.rpartition(".")[0].rpartition(".")[2] for tensor in tensors}
+    for name in names:
+        if name.rpartition(".")[2] not in modules:
+            listed = ", ".join(sorted(modules))
+            raise ConfigError(
+                f"actor_rollout_ref.model.target_modules names {name}, and the model has no such module: choose of "
+                f"{listed}, or all-linear."
+            )
 
 
 def find_model(key: str, path: str, starting: bool) -> str | None:
@@ -106,9 +159,13 @@ def check_config(key: str, path: str, config: DictConfig, findings: Findings, se
         found = AutoConfig.from_pretrained(path, trust_remote_code=bool(model.get("trust_remote_code")))
     except Exception as error:
         raise refuse(f"{key}={path} has no config.json that transformers can read", error) from None
+    served_by = "distillation.teacher_models.teacher_model.inference" if served else "actor_rollout_ref.rollout"
+    if served or key == STUDENT:
+        check_length(found, f"{key}={path}", f"{served_by}.max_model_len", config)
     if served:
         return found
     check_architecture(found, f"{key}={path}")
+    check_shared(found, f"{key}={path}", sequence_parallel(config.actor_rollout_ref.actor))
     if why := fault(found, (model.override_config or {}).get("attn_implementation", "flash_attention_2")):
         raise ConfigError(f"{key}={path} ({found.model_type}) {why}, or choose another model.")
     if kind := stateful_layer(found):
@@ -196,10 +253,30 @@ def check_template(tokenizer: Any, config: DictConfig, opd: OPDConfig, findings:
         off, on = (render(tokenizer, question, {**given, "enable_thinking": thinks}) for thinks in (False, True))
     except Exception as error:
         raise refuse(f"{STUDENT}: the chat template cannot render a question", error) from None
+    if question[0]["content"] not in tokenizer.decode(off):
+        raise ConfigError(
+            f"{STUDENT}: the chat template renders a question without its text, so that every prompt would be the "
+            "same: correct custom_chat_template, or the tokenizer's."
+        )
     switch = "" if off != on else "; enable_thinking changes nothing in its template"
     findings.fact("tokenizer", f"{len(tokenizer):,} tokens, a turn ends with {tokenizer.eos_token}{switch}")
-    if off == on and (opd.context.args.get("thinking") is not None or given.get("enable_thinking") is False):
+    told = any(view.opd.context.args.get("thinking") is not None for view in opd.views)
+    if off == on and (told or given.get("enable_thinking") is False):
         findings.note("The chat template has no enable_thinking: what the settings say of thinking changes nothing.")
+
+
+def check_foreign(student: Any, stops: list[int], key: str, teacher: Any, findings: Findings) -> None:
+    """A teacher of another tokenizer reads every text that the student's tokens write, and answers in turns.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    apart = Foreign(Reader(student, "The student"), Reader(teacher, key), tuple(stops))
+    if not teacher.chat_template:
+        raise ConfigError(f"{key} has no chat template, by which it would be asked: add chat_template.jinja to it.")
+    apart.check()
+    end = teacher.convert_ids_to_tokens(apart.teacher.end)
+    findings.fact("teacher's tokens", f"its own, {len(teacher):,}; compared by spans of text, a turn ends with {end}")
 
 
 def compare_ends(student: Any, teacher: Any, student_path: str, teacher_path: str, findings: Findings) -> None:

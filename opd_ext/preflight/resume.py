@@ -7,8 +7,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from opd_ext.checkpoints.layout import MODEL, OPTIMISER, CheckpointError, TrainerState, latest, shard_files
+from opd_ext.checkpoints.layout import (
+    MODEL,
+    OPTIMISER,
+    CheckpointError,
+    TrainerState,
+    latest,
+    shard_files,
+    teacher_folder,
+)
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.teachers import adapter_weights
 from opd_ext.errors import ConfigError
 from opd_ext.preflight.findings import Findings
 
@@ -32,15 +41,41 @@ def check_resume(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
     except (CheckpointError, FileNotFoundError) as error:
         raise ConfigError(f"The run cannot go on from {folder}: {str(error).rstrip('.')}; {_OTHERWISE}.") from None
     _check_adapter(folder / "actor", config.actor_rollout_ref.model)
-    if state.teacher_version > 0 and opd.needs_teacher_engine and opd.schedule(state.global_step + 1)[0] > 0:
-        if not (folder / "teacher").is_dir():
-            raise ConfigError(
-                f"{folder} holds no teacher, since no later step of the run that saved it read one, and opd.credit "
-                f"now asks for one: keep opd.credit as it was, or {_OTHERWISE}."
-            )
+    _check_teachers(folder, state, opd, config)
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     told = "" if saved == ranks else f"; {saved} trainer ranks saved it, {ranks} go on"
     findings.fact("resume", f"from step {state.global_step}{told}")
+
+
+def _check_teachers(folder: Path, state: TrainerState, opd: OPDConfig, config: DictConfig) -> None:
+    """Every teacher that has moved finds its weights, and weights that have moved find their teacher."""
+    moved = {*(name for name, version in state.teacher_versions.items() if version > 0)}
+    now = opd.teacher_weights
+    if lost := sorted(moved - now.keys()):
+        raise ConfigError(
+            f"{folder} holds weights of the teacher {lost[0]}, and by that name opd.teachers has none of its own: keep "
+            f"names and schedules as they were, or {_OTHERWISE}."
+        )
+    if opd.teachers and state.teacher_version > 0:
+        raise ConfigError(
+            f"{folder} was saved with one teacher, which had moved, and opd.teachers now name several: keep "
+            f"opd.teacher, or {_OTHERWISE}."
+        )
+    if opd.schedule(state.global_step + 1)[0] == 0:
+        return
+    for name, view in adapter_weights(opd, config).items():
+        if view.opd.teacher.kind.moves and not (folder / teacher_folder(name)).is_dir():
+            raise ConfigError(
+                f"{folder} holds no adapter of the teacher{f' {name}' if name else ''}, and {view.key}.weights="
+                f"{view.opd.teacher.weights} goes on from one: keep the teacher of the run that saved it, or "
+                f"{_OTHERWISE}."
+            )
+    for name in now:
+        if state.version(name) > 0 and not (folder / teacher_folder(name)).is_dir():
+            raise ConfigError(
+                f"{folder} holds no teacher{f' {name}' if name else ''}, since no later step of the run that saved it "
+                f"read one, and opd.credit now asks for one: keep opd.credit as it was, or {_OTHERWISE}."
+            )
 
 
 def _checkpoint(config: DictConfig, starting: bool) -> Path | None:

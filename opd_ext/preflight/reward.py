@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from opd_ext.errors import ConfigError
 from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.preflight.tables import Samples
+from opd_ext.rewards.load import load_function
 
 KEY = "reward.custom_reward_function"
 SECONDS = 10.0  # a judge behind a network may take longer: then nothing is said against it
@@ -21,25 +22,56 @@ _ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
 def check_reward(config: DictConfig, graded: Sequence[Samples], findings: Findings, here: bool = True) -> None:
-    """Load the function, and let it grade an empty response to the first row of ``graded``, files with references.
+    """Load the user's function, and let it grade an empty response to the first row of ``graded``.
 
     If the function's module has a ``check_machine``, that says what the grader needs of this machine, and if it has a
     ``check_reference``, that is asked about every reference that was read.
 
     Args:
+        graded: files with references.
         here: the run starts on this machine; if not, what this one lacks is a note.
 
     Raises:
         ConfigError: it cannot be imported, takes other arguments, raises, returns no score, or lacks what it needs.
     """
-    from opd_ext.bridge.inputs import reward_function
-
-    path, name = (config.reward.custom_reward_function[part] for part in ("path", "name"))
-    shown = f"{KEY}.path={path}, name={name}," if path else "verl's grader (reward.custom_reward_function.path is null)"
+    custom = config.reward.custom_reward_function
+    if not custom.path:
+        return
+    shown, always = f"{KEY}.path={custom.path}, name={custom.name},", dict(custom.get("reward_kwargs") or {})
     try:
-        function, always = reward_function(config)
+        function = load_function(custom.path, custom.name)
     except (Exception, SystemExit) as error:
         raise refuse(f"{shown} cannot be loaded", error) from None
+    _check(config, graded, findings, here, shown, function, always)
+
+
+def check_verls(config: DictConfig, graded: Sequence[Samples], findings: Findings, here: bool = True) -> None:
+    """The same of what needs verl: the reward manager, and verl's own grader where the configuration names none.
+
+    Raises:
+        ConfigError: as :func:`check_reward`.
+    """
+    from opd_ext.bridge.inputs import default_grader
+
+    try:
+        function = default_grader(config)
+    except (Exception, SystemExit) as error:
+        raise refuse(
+            f"reward.reward_manager.name={config.reward.reward_manager.name} cannot be loaded", error
+        ) from None
+    if not config.reward.custom_reward_function.path:
+        _check(config, graded, findings, here, f"verl's grader ({KEY}.path is null)", function, {})
+
+
+def _check(
+    config: DictConfig,
+    graded: Sequence[Samples],
+    findings: Findings,
+    here: bool,
+    shown: str,
+    function: Callable[..., Any],
+    always: Mapping[str, Any],
+) -> None:
     try:
         inspect.signature(function).bind(**dict.fromkeys(_ARGUMENTS), **always)
     except TypeError as error:

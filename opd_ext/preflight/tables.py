@@ -23,6 +23,21 @@ class Samples:
     rows: int
     columns: list[str]
     sample: list[dict[str, Any]] = field(repr=False)
+    path: Path | None = None
+
+    def values(self, column: str, name: str | None = None) -> list[Any]:
+        """Of every row, not of the first ones alone: a column, or the field ``name`` in it; None where it is absent."""
+        if self.path is None or self.rows == len(self.sample):
+            found = [row.get(column) for row in self.sample]
+        elif self.path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            wanted = column if name is None else f"{column}.{name}"
+            table = pq.ParquetFile(self.path).read(columns=[wanted])
+            found = table.column(column).to_pylist() if column in table.column_names else [None] * self.rows
+        else:
+            found = [row.get(column) for row in _rows(self.path)]
+        return found if name is None else [(value or {}).get(name) for value in found]
 
     @property
     def answered(self) -> bool:
@@ -47,6 +62,7 @@ def open_samples(key: str, path: Path, columns: Iterable[str]) -> Samples:
         if file.read(len(_LFS)) == _LFS:
             raise ConfigError(f"{name} is a pointer of Git LFS, not the data: run `git lfs pull` where it comes from.")
     found = _parquet(name, path, columns) if path.suffix == ".parquet" else _json(name, path)
+    found.path = path
     if found.rows == 0:
         raise ConfigError(f"{name} has no rows: fill it, or name another file.")
     return found
@@ -87,6 +103,12 @@ def _json(name: str, path: Path) -> Samples:
     if wrong is not None:
         raise ConfigError(f"{name}: row {wrong} is no object: write one object with columns per line.")
     return Samples(name, rows, sorted({column for row in sample for column in row}), sample)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file of JSON that :func:`open_samples` has looked at."""
+    text = path.read_text(encoding="utf-8-sig")
+    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _line(name: str, number: int, line: str) -> Any:

@@ -121,7 +121,7 @@ def sections(defaults: Any, prefix: str, own: bool = False, seen: dict[type, str
     yield Section(prefix, defaults, keys)
     for value, place in inner:
         if type(value) not in seen:
-            yield from sections(value, place, seen=seen)
+            yield from sections(value, place, any(base in seen for base in type(value).__mro__[1:]), seen)
 
 
 def trainer_sections() -> list[Section]:

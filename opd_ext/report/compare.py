@@ -64,7 +64,7 @@ class Arm:
 
 
 def load_arms(folder: Path) -> list[Arm]:
-    """All runs below ``folder``, grouped by ``opd.method``.
+    """All runs below ``folder``, grouped by ``opd.method`` and ``opd.control``.
 
     Raises:
         FileNotFoundError: no run there.
@@ -77,7 +77,7 @@ def load_arms(folder: Path) -> list[Arm]:
     expected, problems = None, None
     members: dict[str, list[tuple[int, Run, dict, dict]]] = {}
     for run, config in zip(runs, configs, strict=True):
-        tables = {step: _per_problem(run, step) for step in run.validations}
+        tables = {step: per_problem(run, step) for step in run.validations}
         expected = expected or list(tables)
         if list(tables) != expected:
             raise ValueError(
@@ -89,17 +89,20 @@ def load_arms(folder: Path) -> list[Arm]:
             raise ValueError(f"{run.directory} was validated on other problems than the runs before it")
         accuracy = {step: table["acc"].to_numpy() for step, table in tables.items()}
         tokens = {step: table["response_tokens"].to_numpy() for step, table in tables.items()}
-        members.setdefault(config.opd.method, []).append((int(config.opd.seed), run, accuracy, tokens))
-    return [_arm(name, sorted(of_method, key=lambda member: member[0])) for name, of_method in members.items()]
+        # Else a control's runs would pass for seeds of the method.
+        control = config.opd.control if "control" in config.opd else None
+        name = f"{config.opd.method}, {control}" if control else config.opd.method
+        members.setdefault(name, []).append((int(config.opd.seed), run, accuracy, tokens))
+    return [make_arm(name, sorted(of_method, key=lambda member: member[0])) for name, of_method in members.items()]
 
 
-def _per_problem(run: Run, step: int) -> pd.DataFrame:
+def per_problem(run: Run, step: int) -> pd.DataFrame:
     frame = run.generations(step)
     numbers = frame[["acc", "response_tokens"]].astype(float)
     return frame[_PROBLEM].join(numbers).groupby(_PROBLEM).mean().sort_index()
 
 
-def _arm(name: str, members: list[tuple[int, Run, dict, dict]]) -> Arm:
+def make_arm(name: str, members: list[tuple[int, Run, dict, dict]]) -> Arm:
     steps = list(members[0][2])
     costs = pd.DataFrame([_costs(run) for _, run, _, _ in members]).mean().to_dict()
     return Arm(
@@ -167,10 +170,10 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[str, str]] = ()) -> tuple
                 "method": arm.name,
                 "seeds": len(arm.seeds),
                 "step": arm.last,
-                **_with_bounds("accuracy", 100 * final.mean(), draws[arm.name][0]),
+                **with_bounds("accuracy", 100 * final.mean(), draws[arm.name][0]),
                 "seed_min": 100 * final.mean(axis=1).min(),
                 "seed_max": 100 * final.mean(axis=1).max(),
-                **_with_bounds("tokens", length.mean(), draws[arm.name][2]),
+                **with_bounds("tokens", length.mean(), draws[arm.name][2]),
                 **arm.costs,
             }
         )
@@ -180,14 +183,14 @@ def compare(arms: Sequence[Arm], pairs: Sequence[tuple[str, str]] = ()) -> tuple
         row = {"method": name, "baseline": baseline}
         for i, key in enumerate(("accuracy", "area", "tokens")):
             values = draws[name][i] - draws[baseline][i]
-            row |= _with_bounds(key, float(values.mean()), values)
+            row |= with_bounds(key, float(values.mean()), values)
         target = theirs.curve()[-1][1]
         row |= {"target": 100 * target, "steps": ours.steps_to(target), "baseline_steps": theirs.steps_to(target)}
         differences.append(row)
     return pd.DataFrame(rows), pd.DataFrame(differences)
 
 
-def _with_bounds(key: str, value: float, draws: np.ndarray) -> dict[str, float]:
+def with_bounds(key: str, value: float, draws: np.ndarray) -> dict[str, float]:
     low, high = np.percentile(draws, _TAIL)
     return {key: float(value), f"{key}_low": float(low), f"{key}_high": float(high)}
 
@@ -284,14 +287,14 @@ def write_comparison(folder: Path, pairs: Sequence[tuple[str, str]] = (), consol
         console.print(shown)
     records = {"methods": table.to_dict(orient="records"), "differences": differences.to_dict(orient="records")}
     write_whole(Path(folder) / "comparison.md", text.encode())
-    write_whole(Path(folder) / "comparison.json", json.dumps(_finite(records), indent=2).encode())
+    write_whole(Path(folder) / "comparison.json", json.dumps(finite(records), indent=2).encode())
     write_whole(Path(folder) / "comparison.png", draw(arms))
     console.print(f"Written: {Path(folder) / 'comparison'}.{{md,json,png}}", soft_wrap=True, highlight=False)
 
 
-def _finite(value):
+def finite(value):
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

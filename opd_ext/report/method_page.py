@@ -19,6 +19,7 @@ from rich.text import Text
 
 from opd_ext.bridge.sources import policy_loss_source
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.teachers import View
 from opd_ext.context import get_context
 from opd_ext.credit import get_credit
 from opd_ext.credit.annotate import get_annotator
@@ -47,13 +48,8 @@ def choices(opd: OPDConfig) -> list[Choice]:
     """Every registered piece that a method is made of, in the order of the places."""
     found: list[Choice] = []
     if opd.distils:
-        found.append(_choice("opd.teacher.weights", opd.teacher.weights, get_teacher(opd.teacher.weights)))
-        found.append(_choice("opd.context.kind", opd.context.kind, get_context(opd.context.kind)))
-        terms = opd.divergence.terms or {"": opd.divergence}
-        for name, term in terms.items():
-            key = f"opd.divergence{'.' if name else ''}{name}.kind"
-            piece = clipped_surrogate if term.support == "sampled" else get_divergence(term.registered)
-            found.append(_choice(key, f"{term.kind}, {term.support}", piece))
+        for view in opd.views:
+            found += _of_teacher(view)
         found.append(_choice("opd.credit.kind", opd.credit.kind, get_credit(opd.credit.kind)))
         if opd.credit.annotates:
             kind = opd.credit.annotator.kind
@@ -65,6 +61,19 @@ def choices(opd: OPDConfig) -> list[Choice]:
         for shaping in opd.policy.shapings:
             key = "opd.policy.gate" if shaping.name == opd.policy.gate else "opd.policy.shaping"
             found.append(_choice(key, shaping.name, get_policy(shaping.name)))
+    return found
+
+
+def _of_teacher(view: View) -> list[Choice]:
+    """The first three places, as one teacher has them."""
+    opd, own = view.opd, f"{view.key}." if view.name else "opd."
+    found = [_choice(f"{view.key}.weights", opd.teacher.weights, get_teacher(opd.teacher.weights))]
+    found.append(_choice(f"{own}context.kind", opd.context.kind, get_context(opd.context.kind)))
+    terms = opd.divergence.terms or {"": opd.divergence}
+    for name, term in terms.items():
+        key = f"{own}divergence{'.' if name else ''}{name}.kind"
+        piece = clipped_surrogate if term.support == "sampled" else get_divergence(term.registered)
+        found.append(_choice(key, f"{term.kind}, {term.support}", piece))
     return found
 
 
@@ -86,13 +95,17 @@ def formula(opd: OPDConfig) -> list[str]:
     if not opd.distils:
         return ["loss = policy(log q)"]
     lines = [LOSS if opd.policy.present else LOSS.replace("policy(log q) + ", "")]
-    terms = opd.divergence.terms or {"": opd.divergence}
-    for name, term in terms.items():
-        where = f" on {name} spans" if name else ""
-        lines.append(f"D_t{where} = {term}")
+    for view in opd.views:
+        whose = f" with {view.name}" if view.name else ""
+        factor = f"{view.weight:g} * " if view.weight != 1.0 else ""
+        for name, term in (view.opd.divergence.terms or {"": view.opd.divergence}).items():
+            where = f" on {name} spans" if name else ""
+            lines.append(f"D_t{where}{whose} = {factor}{term}")
     weight, gate = opd.credit.schedule(1)
     fade = "" if opd.credit.hold is None else f", to 0 within {opd.credit.decay} steps after step {opd.credit.hold}"
     lines += [f"credit_t = {opd.credit}", f"lambda = {weight:g}{fade}", f"weight_t: {opd.reduction}, {opd.denominator}"]
+    if opd.horizon.limited:
+        lines.append(f"t: {opd.horizon}")
     if opd.policy.present:
         lines.append(
             f"policy = {opd.policy}" + (f", gate {gate:g} at first" if opd.policy.gate == "complement" else "")

@@ -27,7 +27,13 @@ def describe(opd: OPDConfig) -> dict[str, str]:
     }
     # Credit is what a distillation term gives; without one its defaults mean nothing.
     present = {name: place.present if name != "credit" else opd.distils for name, place in places.items()}
-    return {name: str(place) if present[name] else NOTHING for name, place in places.items()}
+    found = {name: str(place) if present[name] else NOTHING for name, place in places.items()}
+    if opd.teachers:  # each says its own
+        for name, key in (("teacher weights", "teacher"), ("teacher context", "context"), ("divergence", "divergence")):
+            said = {view.name: str(getattr(view.opd, key)) for view in opd.views}
+            alike = len(set(said.values())) == 1 and key != "teacher"
+            found[name] = next(iter(said.values())) if alike else "; ".join(f"{who}: {it}" for who, it in said.items())
+    return found
 
 
 def preset_files(config_dirs: Sequence[Path] = ()) -> dict[str, Path]:

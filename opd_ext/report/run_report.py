@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from opd_ext.alarms.record import read as read_alarms
 from opd_ext.checkpoints.layout import export_command
 from opd_ext.files import read_jsonl, write_whole
 from opd_ext.report.bootstrap import LEVEL, RESAMPLES, SEED, estimate, resampled_means
@@ -146,7 +147,11 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
     console.print(comparison_table(table, title=run.directory.resolve().name))
     console.print(sentence, soft_wrap=True, highlight=False)
 
-    png = draw_curves(run.metrics)
+    found = read_alarms(run.directory)
+    for record in found:
+        console.print(f"ALARM at {record}", soft_wrap=True, highlight=False)
+
+    png = draw_curves(run.metrics, [record.step for record in found])
     page = Environment(loader=PackageLoader("opd_ext.report"), autoescape=True).get_template("report.html.j2")
     html = page.render(
         name=run.directory.resolve().name,
@@ -156,6 +161,7 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
         png=base64.b64encode(png).decode("ascii"),
         config=run.config,
         words=_words,
+        alarms=found,
         export=export_command(run.directory),
         **_side_by_side(first[1], last[1]),
     )
@@ -163,6 +169,7 @@ def write_report(run_dir: str | Path, console: Console | None = None) -> None:
         "run": run.directory.resolve().name,
         **table.attrs,
         "verdict": sentence,
+        "alarms": [asdict(record) for record in found],
         "interval": {
             "level": LEVEL,
             "method": "percentile bootstrap, paired by problem",

@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from opd_ext.alarms.record import read as read_alarms
 from opd_ext.run_state import FINISHED, STOPPED, state_of
 from opd_ext.terminal import LOG_WIDTH, terminal
 
@@ -28,6 +29,7 @@ class Listed:
         accuracy: share, of the last validation; without one of the last step's rollouts.
         tokens: mean length of a response there.
         monitored: that validation was of the monitor alone.
+        alarms: raised so far.
         disk: bytes of all files.
         changed: seconds since the epoch.
     """
@@ -42,6 +44,7 @@ class Listed:
     state: str
     changed: float
     monitored: bool = False
+    alarms: int = 0
 
 
 def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
@@ -81,6 +84,7 @@ def look(folder: Path) -> Listed:
         state=state,
         changed=changed,
         monitored=monitored,
+        alarms=len(read_alarms(folder)),
     )
 
 
@@ -116,7 +120,7 @@ def print_runs(folder: Path) -> None:
             _number(run.accuracy, 100) + "*" * run.monitored,
             _number(run.tokens, 1) + "*" * run.monitored,
             _bytes(run.disk),
-            run.state,
+            run.state + (f", {run.alarms} alarm{'s' * (run.alarms > 1)}" if run.alarms else ""),
             f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
         )
     table.caption = "* of the monitor's few problems" if any(run.monitored for run in runs) else None

@@ -103,6 +103,8 @@ _SPELLINGS = [
 ]
 _PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b)\s*$", re.IGNORECASE)
 _NAMED = re.compile(r"[a-zA-Z]\s*=\s*([^=]+)$")
+# `(C) 5` or `C. because ...`; what follows names no other letter.
+_CHOICE = re.compile(r"\\?\(?([A-Z])(?:\\?\)|[.:])(?:\s+(?!.*\b[B-HJ-Z]\b).*)?$", re.DOTALL)
 _MATHS = re.compile(r"^(?:\$\$?|\\[(\[])\s*(.*?)\s*(?:\$\$?|\\[)\]])$", re.DOTALL)
 
 
@@ -132,6 +134,8 @@ def readings(reference: str, answer: str) -> list[tuple[str, str]]:
     """
     (right, right_percent), (given, given_percent) = spelled(reference), spelled(answer)
     pairs = [(right, given)]
+    if re.fullmatch("[A-Z]", right) and (choice := _CHOICE.match(given)):
+        pairs.append((right, choice[1]))
     if "=" not in right and (named := _NAMED.match(given)):
         pairs.append((right, named[1]))
     if right_percent and not given_percent:

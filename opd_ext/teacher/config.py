@@ -17,12 +17,24 @@ class TeacherConfig:
     rate: float = 0.05  # `ema`: share of the student mixed in per step; `trust_region`: share of the live student
     path: str | None = None  # `external`: folder or hub id of the teacher
     backend: str = "engine"  # engine: colocated with the student; server: verl's teacher servers on their own devices
+    tokenizer: str = "student"  # whose tokens `external` reads: student, which must be its own too, or own (another)
     args: dict[str, Any] = field(default_factory=dict)
     """Options of a registered teacher that are no keys here; write them beside `weights`."""
 
     @property
     def present(self) -> bool:
         return self.weights != ABSENT
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it has weights of its own, and has them beside the student: a served one is elsewhere."""
+        known = self.weights in teacher_names()  # else it is refused by its check
+        return known and self.kind.own_weights and self.backend == "engine"
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it reads responses in tokens of its own."""
+        return self.tokenizer == "own"
 
     @property
     def kind(self) -> Teacher:
@@ -41,10 +53,16 @@ class TeacherConfig:
         """
         one_of("opd.teacher.weights", self.weights, teacher_names())
         one_of("opd.teacher.backend", self.backend, ("engine", "server"))
+        one_of("opd.teacher.tokenizer", self.tokenizer, ("student", "own"))
         options = {option.name for option in fields(get_teacher(self.weights))}
         check_options("opd.teacher", f"weights={self.weights}", self.args, options)
         if ("path" in options) != (self.path is not None):
             raise ConfigError("opd.teacher.path belongs to weights=external and to no other: set both or neither.")
+        if self.foreign and (self.path is None or self.backend != "engine"):
+            raise ConfigError(
+                "opd.teacher.tokenizer=own is for another model beside the student: set weights=external with a path, "
+                "and backend=engine."
+            )
         try:
             self.kind.check()
         except ConfigError:
@@ -53,5 +71,5 @@ class TeacherConfig:
             raise ConfigError(f"opd.teacher: {error}") from None
 
     def __str__(self) -> str:
-        detail = str(self.kind)
+        detail = f"{self.kind}, own tokens" if self.foreign else str(self.kind)
         return f"{self.weights}({detail})" if detail else self.weights

@@ -49,15 +49,13 @@ class Teacher:
     """Weights of a second model that never move. The fields of a subclass are options of ``opd.teacher``.
 
     Attributes:
-        own_weights: it needs a second set of weights.
-        teaches_adapters: it can teach a student that trains a LoRA adapter.
+        own_weights: it needs a second set of weights: a second model, or beside a LoRA adapter a second adapter.
         needs_adapter: it exists only beside a LoRA adapter.
         accumulates: its weights gather small changes, which a narrow dtype would round away.
         is_student: it has the student's present weights, so only another context tells the two apart.
     """
 
     own_weights: ClassVar[bool] = True
-    teaches_adapters: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     is_student: ClassVar[bool] = False
@@ -68,6 +66,17 @@ class Teacher:
         Raises:
             ConfigError: one sentence that names the key.
         """
+
+    @property
+    def moves(self) -> bool:
+        """Whether its weights may ever be others than those that were loaded."""
+        return self.own_weights and type(self).share is not Teacher.share
+
+    @property
+    def path_of_weights(self) -> str | None:
+        """The checkpoint that is loaded; None: the student's."""
+        path = getattr(self, "path", None)
+        return None if path is None else str(path).rstrip("/")
 
     def share(self, step: int, updates: int) -> float:
         """Share of the student in the weights after ``step`` (from 1): 0 leaves them, 1 makes them a copy.
@@ -94,7 +103,6 @@ class NoTeacher(Teacher):
     """There is none: GRPO and CISPO."""
 
     own_weights: ClassVar[bool] = False
-    teaches_adapters: ClassVar[bool] = True
 
 
 @register_teacher("frozen")
@@ -108,7 +116,6 @@ class Frozen(Teacher):
 class External(Teacher):
     """Another model, of the same tokenizer."""
 
-    teaches_adapters: ClassVar[bool] = True
     path: str | None = None
 
     def __str__(self) -> str:
@@ -156,7 +163,6 @@ class Live(Teacher):
     """The student itself, as it is at the start of the step."""
 
     own_weights: ClassVar[bool] = False
-    teaches_adapters: ClassVar[bool] = True
     is_student: ClassVar[bool] = True
 
     def version(self, step: int, refreshed: int) -> int:
@@ -172,7 +178,6 @@ class Base(Teacher):
     """The student without its adapter, which is the initial model: a frozen teacher that costs no memory."""
 
     own_weights: ClassVar[bool] = False
-    teaches_adapters: ClassVar[bool] = True
     needs_adapter: ClassVar[bool] = True
 
     def output(self, student: Engine, own: Engine | None, data: Any) -> TeacherOutput:

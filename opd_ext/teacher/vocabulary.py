@@ -22,12 +22,13 @@ def compare_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int])
     return f"{len(differing)} of {len(student)} tokens differ, the first is {token!r}: id {i} here, it {there} there"
 
 
-def check_same_ids(tokenizer: Any, teacher_path: str) -> None:
+def check_same_ids(tokenizer: Any, teacher_path: str, key: str = "opd.teacher.path") -> None:
     """Refuse a teacher whose tokenizer numbers tokens differently.
 
     Args:
         tokenizer: the student's.
         teacher_path: folder or hub id of the teacher.
+        key: where that stands.
 
     Raises:
         ValueError: naming the first token that differs.
@@ -37,6 +38,6 @@ def check_same_ids(tokenizer: Any, teacher_path: str) -> None:
     difference = compare_vocabularies(tokenizer.get_vocab(), AutoTokenizer.from_pretrained(teacher_path).get_vocab())
     if difference is not None:
         raise ValueError(
-            f"opd.teacher.path={teacher_path} does not share the student's token ids ({difference}); choose a teacher "
+            f"{key}={teacher_path} does not share the student's token ids ({difference}); choose a teacher "
             "of the same tokenizer."
         )

@@ -2,7 +2,7 @@
 """Moves student weights into the teacher, shard by shard.
 
 Student and teacher are wrapped alike, so the local shards of a rank correspond by name: no parameter is ever
-gathered.
+gathered. Weights are those of two models, or of two adapters of one.
 """
 
 from __future__ import annotations

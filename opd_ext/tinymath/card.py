@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from opd_ext.context import prompts
 from opd_ext.progress import Progress
-from opd_ext.tinymath.diagnosis import decisive_types
-from opd_ext.tinymath.grader import compute_score
+from opd_ext.tinymath.levels import FIRST, Level
+from opd_ext.tinymath.long.properties import render_properties
 from opd_ext.tinymath.measure import Outcome, Problem, interval, is_diffusion, measure
-from opd_ext.tinymath.problems import DIFFICULTIES, concise_solution, solve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -34,34 +33,42 @@ def measure_model(
     val: list[tuple[int, str]],
     seed: int,
     progress: bool = False,
+    level: Level = FIRST,
+    plain: bool = False,
 ) -> dict:
     """Accuracy and length in every context on the validation problems, one sample each.
 
     Args:
         val: ``(difficulty, question)`` pairs.
         progress: show which context is being measured.
+        level: of the problems.
+        plain: measure under the student prompt alone.
 
     Returns:
         For each key of ``CONTEXTS``, a table as :func:`summarise` makes it; a masked-diffusion model knows only the
         student prompt.
     """
-    contexts = 1 if is_diffusion(model) else len(CONTEXTS)
+    plain = plain or is_diffusion(model)
+    contexts = 1 if plain else len(CONTEXTS)
     with Progress("measuring", contexts, "contexts", shown=progress) as bar:
 
         def outcomes(of: Sequence[Problem], shown: list[str], draw: int) -> list[Outcome]:
-            found = measure(model, tokenizer, of, shown, seed + draw)
+            found = measure(model, tokenizer, of, shown, seed + draw, level)
             bar.update(advance=1)
             return found
 
-        tables = _outcomes(val, outcomes, is_diffusion(model))
-    return {name: summarise(table) for name, table in tables.items()}
+        tables = _outcomes(val, outcomes, plain, level)
+    return {name: summarise(table, level.difficulties) for name, table in tables.items()}
 
 
 def _outcomes(
-    val: list[tuple[int, str]], ask: Callable[[Sequence[Problem], list[str], int], list[Outcome]], plain: bool
+    val: list[tuple[int, str]],
+    ask: Callable[[Sequence[Problem], list[str], int], list[Outcome]],
+    plain: bool,
+    level: Level,
 ) -> dict[str, list[Outcome]]:
     """What ``ask(problems, prompts, draw)`` gives in every context, or in the first alone if ``plain``."""
-    problems = [(difficulty, question, str(solve(question)[1])) for difficulty, question in val]
+    problems = [(difficulty, question, level.answer(question)) for difficulty, question in val]
     asked = [prompts.student_prompt(question) for _, question in val]
 
     def outcomes(shown: list[str], of: Sequence[Problem] = problems, draw: int = 0) -> list[Outcome]:
@@ -73,34 +80,34 @@ def _outcomes(
         return tables
     for text_id in ("v2", "v1"):
         tables[text_id] = outcomes([prompts.teacher_prompt(question, text_id) for _, question in val])
-    tables["solution"] = outcomes([prompts.opsd_teacher_prompt(q, concise_solution(q)) for _, q in val])
+    tables["solution"] = outcomes([prompts.opsd_teacher_prompt(q, level.problems.concise_solution(q)) for _, q in val])
     tables["demonstration"] = outcomes(
-        [prompts.sdpo_prompt(a, concise_solution(q)) for a, (_, q) in zip(asked, val, strict=True)]
+        [prompts.sdpo_prompt(a, level.problems.concise_solution(q)) for a, (_, q) in zip(asked, val, strict=True)]
     )
-    tables["label"] = outcomes([_noted(a, q) for a, (_, q) in zip(asked, val, strict=True)])
+    tables["label"] = outcomes([_noted(level, a, q) for a, (_, q) in zip(asked, val, strict=True)])
     failed = [i for i, outcome in enumerate(first) if not outcome.accuracy]
     if failed:
         again = [problems[i] for i in failed]
         tables["retry"] = outcomes([asked[i] for i in failed], again, draw=1)
-        told = [prompts.sdpo_prompt(asked[i], feedback=_feedback(first[i], problems[i])) for i in failed]
+        told = [prompts.sdpo_prompt(asked[i], feedback=_feedback(level, first[i], problems[i])) for i in failed]
         tables["feedback"] = outcomes(told, again, draw=1)
     return tables
 
 
-def _noted(asked: str, question: str) -> str:
-    decisive = decisive_types(question)
+def _noted(level: Level, asked: str, question: str) -> str:
+    decisive = level.decisive_types(question)
     return prompts.label_prompt(asked, decisive or ["arithmetic_slip"], correct=bool(decisive))
 
 
-def _feedback(outcome: Outcome, problem: Problem) -> str:
+def _feedback(level: Level, outcome: Outcome, problem: Problem) -> str:
     _, question, answer = problem
-    return str(compute_score("tinymath", outcome.text, answer, {"question": question})["feedback"])
+    return str(level.compute_score(level.name, outcome.text, answer, {"question": question})["feedback"])
 
 
-def summarise(outcomes: list[Outcome]) -> dict:
+def summarise(outcomes: list[Outcome], difficulties: Sequence[int]) -> dict:
     """``{"all" | difficulty: {"n", "accuracy", "tokens"}}``, values as (mean, 95 % half width)."""
     groups = {"all": outcomes}
-    groups |= {str(d): [o for o in outcomes if o.difficulty == d] for d in DIFFICULTIES}
+    groups |= {str(d): [o for o in outcomes if o.difficulty == d] for d in difficulties}
     return {
         name: {
             "n": len(group),
@@ -140,18 +147,17 @@ def _reads(spec: dict) -> list[str]:
     ]
 
 
-def render_card(world: dict) -> str:
+def render_card(world: dict, level: Level = FIRST) -> str:
     """The card of a world (the content of ``world.json``) in Markdown."""
     lines = [
         "# Models of the miniature world",
         "",
-        "Column-by-column arithmetic in English sentences, pre-trained from scratch on synthetic chats.",
+        level.about[0],
         "These models exist to try out training methods; they are of no other use.",
         "",
         f"World: seed {world['settings']['seed']}, settings `{world['settings']['hash']}`. One sample per",
         "validation problem at temperature 1; accuracy in percent, length in tokens, ± 95 % intervals.",
-        "Difficulties: 1 two-digit sums and differences, 2 three-digit ones, 3 three digits times one digit,",
-        "4 four-digit sums and differences, 5 two operations.",
+        *level.about[1:],
     ]
     for name, record in world["models"].items():
         spec, measured = record["spec"], record["measured"]
@@ -181,4 +187,6 @@ def render_card(world: dict) -> str:
             for difficulty, table in measured[context].items()
             if difficulty != "all"
         ]
+    if "properties" in world:
+        lines += render_properties(world["properties"], world["models"])
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from opd_ext.context import prompts
 from opd_ext.tinymath.diagnosis import decisive_types
 from opd_ext.tinymath.grader import describe_step
-from opd_ext.tinymath.problems import concise_solution, solve
+from opd_ext.tinymath.problems import DIFFICULTIES, concise_solution, draw_question, solve
 from opd_ext.tinymath.writing import VERBOSE, Author, write_solution
 
 BUDGETS = {"pct": (10, 20, 30, 40, 50, 60, 70, 80, 90), "words": (10, 20, 30, 40, 50, 60, 80, 100)}
@@ -42,6 +42,15 @@ class Corpus:
     text_ids: tuple[str, ...]
     filler: float
     slip_scale: float
+
+    def question(self, rng: random.Random, index: int) -> tuple[int, str]:
+        """Difficulty and question of the chat number ``index``; difficulties come in turn."""
+        difficulty = DIFFICULTIES[index % len(DIFFICULTIES)]
+        return difficulty, draw_question(rng, difficulty)
+
+    def chat(self, rng: random.Random, question: str, difficulty: int) -> Chat:
+        """A chat about ``question``."""
+        return draw_chat(rng, question, difficulty, self)
 
 
 def textbook() -> Corpus:

@@ -8,6 +8,7 @@ there, never the final answer, so that a teacher which sees it still has to do t
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from opd_ext.tinymath.problems import PLACES, REWRITE, Step, solve
@@ -46,17 +47,29 @@ def compute_score(
         Always the same keys: ``score`` and ``acc`` (1.0 right, 0.0 wrong), ``format_ok`` (1.0 if the last
         answer line holds an integer), ``feedback`` (empty when the answer is right).
     """
-    answers = _ANSWER.findall(solution_str or "")
+    question = (extra_info or {}).get("question")
+    return graded(solution_str, ground_truth, lambda readable: _feedback(solution_str or "", question, readable))
+
+
+def graded(response: str, ground_truth: str, feedback: Callable[[bool], str]) -> dict[str, float | str]:
+    """What a grader of a miniature world returns, by the last answer line of a response.
+
+    Args:
+        feedback: on a wrong response; is told whether that line holds a whole number.
+
+    Raises:
+        ValueError: ``ground_truth`` is no whole number.
+    """
+    answers = _ANSWER.findall(response or "")
     stated = answers[-1].strip().rstrip(".,;:?\"' ") if answers else ""
     readable = _INTEGER.fullmatch(stated) is not None
     if not _INTEGER.fullmatch(str(ground_truth)):  # a fault of the data, whatever the response
         raise ValueError(f"the miniature world's answers are whole numbers, ground_truth={ground_truth!r} is none")
     correct = readable and int(stated) == int(ground_truth)
-    question = (extra_info or {}).get("question")
     return {
         "score": float(correct),
         "acc": float(correct),
-        "feedback": "" if correct else _feedback(solution_str or "", question, readable),
+        "feedback": "" if correct else feedback(readable),
         "format_ok": float(readable),
     }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from opd_ext.tinymath.diffusion import sample_denoised
-from opd_ext.tinymath.grader import compute_score
+from opd_ext.tinymath.levels import FIRST, Level
 from opd_ext.tinymath.pretrain import render_requests
 
 if TYPE_CHECKING:
@@ -38,16 +38,46 @@ def is_diffusion(model: Qwen3ForCausalLM) -> bool:
     return getattr(model.config, "mask_token_id", None) is not None
 
 
-@torch.inference_mode()
 def sample(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    seed: int,
+    max_new_tokens: int | None = None,
 ) -> list[list[int]]:
     """One response per user message at temperature 1 without truncation of the distribution.
 
-    Returns token ids up to and including the end of turn, which is absent where ``MAX_NEW_TOKENS`` ran out.
+    Returns token ids up to and including the end of turn, which is absent where ``max_new_tokens`` ran out, by default
+    ``MAX_NEW_TOKENS``.
+    """
+    shown = tokenizer(render_requests(tokenizer, prompts)).input_ids
+    if max_new_tokens is None:  # short ones: all at once
+        return continue_from(model, tokenizer, shown, seed, MAX_NEW_TOKENS, batch_size=len(shown))
+    return continue_from(model, tokenizer, shown, seed, max_new_tokens)
+
+
+@torch.inference_mode()
+def continue_from(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    shown: list[list[int]],
+    seed: int,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """As :func:`sample`, behind token ids that may end within a response.
+
+    The cache of a batch is copied at every token, so that long responses are sampled faster in small batches.
     """
     torch.manual_seed(seed)
-    batch = tokenizer(render_requests(tokenizer, prompts), return_tensors="pt", padding=True)
+    parts = [shown[start : start + batch_size] for start in range(0, len(shown), batch_size)]
+    return [reply for part in parts for reply in _replies(model, tokenizer, part, max_new_tokens)]
+
+
+def _replies(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, shown: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    batch = tokenizer.pad({"input_ids": shown}, return_tensors="pt")
     ids = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -55,7 +85,7 @@ def sample(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
     )
     replies = ids[:, batch.input_ids.shape[1] :].tolist()
     end = tokenizer.eos_token_id
@@ -68,6 +98,7 @@ def measure(
     problems: Sequence[Problem],
     prompts: list[str],
     seed: int,
+    level: Level = FIRST,
 ) -> list[Outcome]:
     """Sample and grade one response per problem; a masked-diffusion model denoises it at temperature 0.
 
@@ -75,15 +106,16 @@ def measure(
         problems: what is asked.
         prompts: the user message shown for each problem.
         seed: of the sampling.
+        level: whose grader, and how long a response may be.
     """
     outcomes = []
     if is_diffusion(model):
         replies = sample_denoised(model, tokenizer, prompts, MAX_NEW_TOKENS)
     else:
-        replies = sample(model, tokenizer, prompts, seed)
+        replies = sample(model, tokenizer, prompts, seed, level.max_new_tokens)
     for (difficulty, question, answer), reply in zip(problems, replies, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)
-        grade = compute_score("tinymath", text, answer, {"question": question})
+        grade = level.compute_score(level.name, text, answer, {"question": question})
         outcomes.append(Outcome(difficulty, text, float(grade["acc"]), len(reply)))
     return outcomes
 

@@ -21,8 +21,7 @@ import torch
 
 from opd_ext.context import render_text
 from opd_ext.progress import Progress
-from opd_ext.tinymath.chats import Chat, Corpus, chats, draw_chat, textbook
-from opd_ext.tinymath.problems import DIFFICULTIES, draw_question
+from opd_ext.tinymath.chats import Chat, Corpus, chats, textbook
 from opd_ext.tinymath.writing import VERBOSE
 
 if TYPE_CHECKING:
@@ -54,6 +53,10 @@ class ModelSpec:
     def phases(self) -> tuple[tuple[Corpus, int], ...]:
         """What is read in which order, and how much of it."""
         return (textbook(), self.textbook_chats), (chats(self.slip_scale), self.chats)
+
+    def courses(self) -> tuple[tuple[int, ModelSpec], ...]:
+        """How many phases are read in one go, each course with rates that rise and fall, and with which rates."""
+        return ((len(self.phases()), self),)
 
 
 @dataclass(frozen=True)
@@ -160,17 +163,16 @@ def make_corpus(
     """The two phases of the corpus, tokenised; questions in ``held_out`` never occur in it."""
     rng = random.Random(seed)
     return [
-        _tokenise(tokenizer, [draw_chat(rng, q, d, corpus) for d, q in _questions(rng, count, held_out)])
+        _tokenise(tokenizer, [corpus.chat(rng, q, d) for d, q in _questions(rng, corpus, count, held_out)])
         for corpus, count in spec.phases()
     ]
 
 
-def _questions(rng: random.Random, count: int, held_out: set[str]) -> Iterator[tuple[int, str]]:
+def _questions(rng: random.Random, corpus: Corpus, count: int, held_out: set[str]) -> Iterator[tuple[int, str]]:
     for index in range(count):
-        difficulty = DIFFICULTIES[index % len(DIFFICULTIES)]
-        question = draw_question(rng, difficulty)
+        difficulty, question = corpus.question(rng, index)
         while question in held_out:
-            question = draw_question(rng, difficulty)
+            difficulty, question = corpus.question(rng, index)
         yield difficulty, question
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -186,15 +186,21 @@ def draw_question(rng: random.Random, difficulty: int) -> str:
     return f"{QUESTION_OPENING}{_KINDS[difficulty](rng)}?"
 
 
-def distinct_questions(rng: random.Random, taken: set[str]) -> Iterator[tuple[int, str]]:
+def distinct_questions(
+    rng: random.Random,
+    taken: set[str],
+    draw: Callable[[random.Random, int], str] = draw_question,
+    difficulties: Iterable[int] = DIFFICULTIES,
+) -> Iterator[tuple[int, str]]:
     """Endless ``(difficulty, question)`` pairs, difficulties in turn, none twice and none in ``taken``.
 
-    ``taken`` grows with every question drawn, which is what keeps data splits disjoint.
+    ``taken`` grows with every question drawn, which is what keeps data splits disjoint. Another level has a ``draw``
+    and ``difficulties`` of its own.
     """
     while True:
-        for difficulty in DIFFICULTIES:
-            question = draw_question(rng, difficulty)
+        for difficulty in difficulties:
+            question = draw(rng, difficulty)
             while question in taken:
-                question = draw_question(rng, difficulty)
+                question = draw(rng, difficulty)
             taken.add(question)
             yield difficulty, question

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from opd_ext.tinymath.levels import FIRST, LEVELS, Level
+
 FOLDER = Path(__file__).parent / "shipped"
 
 
@@ -23,9 +25,13 @@ class DamagedError(RuntimeError):
     """A file of the package is not what its record says; the message names it."""
 
 
-def record() -> dict:
-    """Settings, models (each with ``digests``: file name to SHA-256) and versions of the shipped world."""
-    return json.loads((FOLDER / "world.json").read_text())
+def record(level: Level = FIRST) -> dict:
+    """Settings, models (each with ``digests``: file name to SHA-256) and versions of the shipped world.
+
+    A level of which nothing ships has settings None and no models.
+    """
+    file = FOLDER / level.shipped / "world.json"
+    return json.loads(file.read_text()) if file.is_file() else {"settings": None, "models": {}}
 
 
 def digest(path: Path) -> str:
@@ -33,7 +39,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def unpack(name: str, folder: Path) -> dict:
+def unpack(name: str, folder: Path, level: Level = FIRST) -> dict:
     """Copy the model ``name`` into ``folder`` and check what has arrived there.
 
     Returns:
@@ -42,9 +48,9 @@ def unpack(name: str, folder: Path) -> dict:
     Raises:
         DamagedError: a file is missing or has other content.
     """
-    model = record()["models"][name]
+    model = record(level)["models"][name]
     for file, expected in model["digests"].items():
-        source = FOLDER / name / file
+        source = FOLDER / level.shipped / name / file
         if source.is_file():
             shutil.copyfile(source, folder / file)
         if not source.is_file() or digest(folder / file) != expected:
@@ -52,13 +58,13 @@ def unpack(name: str, folder: Path) -> dict:
     return model
 
 
-def is_shipped(folder: Path, name: str) -> bool:
+def is_shipped(folder: Path, name: str, level: Level = FIRST) -> bool:
     """Whether ``folder`` holds the shipped model, bit for bit."""
-    files = record()["models"][name]["digests"].items()
+    files = record(level)["models"][name]["digests"].items()
     return all((folder / file).is_file() and digest(folder / file) == expected for file, expected in files)
 
 
-def compare(folder: Path, name: str, built: dict) -> str:
+def compare(folder: Path, name: str, built: dict, level: Level = FIRST) -> str:
     """One sentence: is a model that was built here the shipped one?
 
     Arithmetic differs in the last bits between processors, thread counts and versions of torch, and a training run
@@ -68,9 +74,10 @@ def compare(folder: Path, name: str, built: dict) -> str:
     Args:
         folder: of the model that was built.
         built: its record.
+        level: of the model.
     """
-    model = record()["models"][name]
-    if is_shipped(folder, name):
+    model = record(level)["models"][name]
+    if is_shipped(folder, name, level):
         return f"{name}: bit for bit the shipped model"
     versions = f"torch {torch.__version__} on {built['threads']} thread(s), shipped: {model['torch']} on " + str(
         model["threads"]
@@ -87,22 +94,23 @@ def compare(folder: Path, name: str, built: dict) -> str:
     return f"{name}: other bits than the shipped model, equal to it within noise ({versions})"
 
 
-def ship(world: Path) -> None:
+def ship(world: Path, level: Level = FIRST) -> None:
     """Make the models of ``world``, which was rebuilt, those that come with the package.
 
-    python -m opd_ext.tinymath.shipped WORLD
+    python -m opd_ext.tinymath.shipped WORLD [LEVEL]
     """
+    place = FOLDER / level.shipped
     new = json.loads((world / "world.json").read_text())
     for name, model in new["models"].items():
-        shutil.rmtree(FOLDER / name, ignore_errors=True)
-        (FOLDER / name).mkdir(parents=True)
+        shutil.rmtree(place / name, ignore_errors=True)
+        (place / name).mkdir(parents=True)
         for file in sorted((world / name).iterdir()):
-            shutil.copyfile(file, FOLDER / name / file.name)
-        model["digests"] = {file.name: digest(file) for file in sorted((FOLDER / name).iterdir())}
+            shutil.copyfile(file, place / name / file.name)
+        model["digests"] = {file.name: digest(file) for file in sorted((place / name).iterdir())}
         model.pop("seconds")  # of another machine
         model.setdefault("torch", torch.__version__)
-    (FOLDER / "world.json").write_text(json.dumps(new, indent=2) + "\n")
+    (place / "world.json").write_text(json.dumps(new, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    ship(Path(sys.argv[1]))
+    ship(Path(sys.argv[1]), LEVELS[sys.argv[2]] if len(sys.argv) > 2 else FIRST)

@@ -10,6 +10,7 @@ round-trips.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opd_ext.context import prompts
@@ -30,8 +31,8 @@ CHAT_TEMPLATE = (
 _PIECES = r" ?[A-Za-z]+|\s|."
 
 
-def phrases() -> list[str]:
-    """The fixed strings that are one token each, published prompt pieces and the world's line openings."""
+def prompt_phrases() -> list[str]:
+    """The pieces of the published prompts that are one token each."""
     templates = [*prompts.PCT_TEMPLATE.split("{p}"), *prompts.WORDS_TEMPLATE.split("{n}")]
     return [
         prompts.STUDENT_HEADER,
@@ -52,6 +53,13 @@ def phrases() -> list[str]:
         prompts.LABEL_STEP_OPENING,
         prompts.LABEL_STEP_CLOSING,
         *(f"- {sentence}" for sentence in (*prompts.STEP_TYPES.values(), *prompts.ERROR_TYPES.values())),
+    ]
+
+
+def phrases() -> list[str]:
+    """The fixed strings that are one token each, published prompt pieces and the world's line openings."""
+    return [
+        *prompt_phrases(),
         problems.QUESTION_OPENING,
         problems.ANSWER_OPENING,
         *(f"{label}: " for label in (*problems.PLACES, problems.REWRITE)),
@@ -60,17 +68,28 @@ def phrases() -> list[str]:
 
 def words() -> list[str]:
     """The words of the world (a leading blank belongs to the word), sorted."""
-    sentences = [writing.LOOK_AGAIN, writing.RESTATE, *writing.MUSINGS, *grader.FEEDBACK.values()]
-    sentences += ["user", "assistant", "system", prompts.STUDENT_OPENING, prompts.ANSWER_CLAUSE]
+    return words_of([writing.LOOK_AGAIN, writing.RESTATE, *writing.MUSINGS, *grader.FEEDBACK.values()])
+
+
+def words_of(sentences: Sequence[str]) -> list[str]:
+    """The words of a world's sentences and of what every world says, sorted."""
+    sentences = [*sentences, "user", "assistant", "system", prompts.STUDENT_OPENING, prompts.ANSWER_CLAUSE]
     return sorted({piece for text in sentences for piece in re.findall(_PIECES, text) if len(piece) > 1})
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A fresh tokenizer; ``len(tokenizer)`` is the vocabulary size that the models use."""
+def make_tokenizer(
+    own_phrases: Sequence[str] | None = None, own_words: Sequence[str] | None = None
+) -> PreTrainedTokenizerFast:
+    """A fresh tokenizer; ``len(tokenizer)`` is the vocabulary size that the models use.
+
+    Args:
+        own_phrases: fixed strings that are one token each; by default those of the first level.
+        own_words: words that are one token each, likewise.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    entries = sorted(pre_tokenizers.ByteLevel.alphabet()) + [word.replace(" ", "Ġ") for word in words()]
+    entries = sorted(pre_tokenizers.ByteLevel.alphabet()) + [word.replace(" ", "Ġ") for word in own_words or words()]
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     backend = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -80,7 +99,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases()])
+    backend.add_tokens([AddedToken(phrase, normalized=False) for phrase in own_phrases or phrases()])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=TURN_END,

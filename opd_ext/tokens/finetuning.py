@@ -80,8 +80,8 @@ def fine_tune(task: FineTuning, worker: str, environment: dict[str, str], title:
     out.mkdir(parents=True, exist_ok=True)
     spec = out / "finetuning.json"
     write_whole(spec, json.dumps(dataclasses.asdict(task), indent=2).encode())
-    ranks = task.train["ranks"]
-    command = launch.Command(worker, [str(spec)], out / "log.txt", ranks, ranks, environment)
+    ranks, nodes = task.train["ranks"], task.train["nodes"]
+    command = launch.Command(worker, [str(spec)], out / "log.txt", ranks, ranks, environment, nodes)
     with Progress(title, task.train["steps"], "steps") as progress:
         progress.update(note="starting verl")
 

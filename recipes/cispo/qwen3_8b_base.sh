@@ -5,14 +5,14 @@
 # Settings: opd_ext/config/recipe/cispo/qwen3_8b_base.yaml, on top of method/cispo.yaml, world/math.yaml and
 # scale/node_8xh200.yaml.
 #
-#   opd data math --dapo FILE --aime24 FILE --out ~/.cache/opd_ext/math      once
+#   for set in dapo_math_17k aime24; do opd data $set; done      once
 #   recipes/cispo/qwen3_8b_base.sh                         train; run again, it goes on from the last checkpoint in OUT
 #   recipes/cispo/qwen3_8b_base.sh --dry-run               the plan, without GPU, data or model
 #   recipes/cispo/qwen3_8b_base.sh actor_rollout_ref.actor.clip_ratio_high=0.2     cap 1.2: another algorithm
 #
 # MODEL     hub id or folder                               Qwen/Qwen3-8B-Base
-# DATA_DIR  what `opd data math` wrote                     ${OPD_HOME:-~/.cache/opd_ext}/math
-# TRAIN     training set in DATA_DIR                       dapo_train
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     training set in DATA_DIR                       dapo_math_17k/train
 # EVAL      validation sets in DATA_DIR                    "aime24"
 # OUT       run folder                                     ${OPD_RUNS:-runs}/cispo-qwen3-8b-base
 # GPUS      on this node, a divisor of 512                 8
@@ -27,5 +27,5 @@ common=$here/common.sh
     { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
 . "$common"
 
-gpu_run cispo/qwen3_8b_base dapo_train aime24 "$@"
+gpu_run cispo/qwen3_8b_base dapo_math_17k/train aime24/test "$@"
 exec opd train recipe=cispo/qwen3_8b_base "${inputs[@]}" "$@"

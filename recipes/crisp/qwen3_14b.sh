@@ -15,5 +15,5 @@ common=$here/common.sh
     { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
 . "$common"
 
-gpu_run crisp/qwen3_14b dapo_train "math500 aime24 aime25" "$@"
+gpu_run crisp/qwen3_14b dapo_math_17k/train "math500/test aime24/test aime25/test" "$@"
 exec opd train recipe=crisp/qwen3_14b "${inputs[@]}" "$@"

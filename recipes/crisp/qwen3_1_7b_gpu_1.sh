@@ -2,13 +2,13 @@
 # CRISP (arXiv 2603.05433) on Qwen3-1.7B, all weights, on one card of 80 GB: an evening.
 # Settings: opd_ext/config/recipe/crisp/qwen3_1_7b_gpu_1.yaml, on top of method/crisp.yaml.
 #
-#   opd data math --dapo FILE --math500 FILE --aime24 FILE --aime25 FILE --out ~/.cache/opd_ext/math      once
+#   for set in dapo_math_17k math500 aime24 aime25; do opd data $set; done      once
 #   recipes/crisp/qwen3_1_7b_gpu_1.sh                train; run again, it goes on from the last checkpoint in OUT
 #   recipes/crisp/qwen3_1_7b_gpu_1.sh --dry-run      the plan, without GPU, data or model
 #
 # MODEL     hub id or folder                               Qwen/Qwen3-1.7B
-# DATA_DIR  what `opd data math` wrote                     ${OPD_HOME:-~/.cache/opd_ext}/math
-# TRAIN     training set in DATA_DIR                       dapo_train
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     training set in DATA_DIR                       dapo_math_17k/train
 # EVAL      validation sets in DATA_DIR                    "math500 aime24 aime25"
 # OUT       run folder                                     ${OPD_RUNS:-runs}/crisp-qwen3-1.7b-gpu-1
 set -euo pipefail
@@ -22,5 +22,5 @@ common=$here/common.sh
 . "$common"
 
 gpus=1
-gpu_run crisp/qwen3_1_7b_gpu_1 dapo_train "math500 aime24 aime25" "$@"
+gpu_run crisp/qwen3_1_7b_gpu_1 dapo_math_17k/train "math500/test aime24/test aime25/test" "$@"
 exec opd train recipe=crisp/qwen3_1_7b_gpu_1 "${inputs[@]}" "$@"

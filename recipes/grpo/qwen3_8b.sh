@@ -4,14 +4,14 @@
 # Settings: opd_ext/config/recipe/grpo/qwen3_8b.yaml, on top of method/grpo.yaml, world/math.yaml and
 # scale/node_8xh200.yaml.
 #
-#   opd data math --dapo FILE --math500 FILE --aime24 FILE --aime25 FILE --out ~/.cache/opd_ext/math      once
+#   for set in dapo_math_17k math500 aime24 aime25; do opd data $set; done      once
 #   recipes/grpo/qwen3_8b.sh                               train; run again, it goes on from the last checkpoint in OUT
 #   recipes/grpo/qwen3_8b.sh --dry-run                     the plan, without GPU, data or model
 #   recipes/grpo/qwen3_8b.sh opd.seed=2                    any setting can be overridden
 #
 # MODEL     hub id or folder                               Qwen/Qwen3-8B
-# DATA_DIR  what `opd data math` wrote                     ${OPD_HOME:-~/.cache/opd_ext}/math
-# TRAIN     training set in DATA_DIR                       dapo_train
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     training set in DATA_DIR                       dapo_math_17k/train
 # EVAL      validation sets in DATA_DIR                    "math500 aime24 aime25"
 # OUT       run folder                                     ${OPD_RUNS:-runs}/grpo-qwen3-8b
 # GPUS      on this node, a divisor of 256                 8
@@ -26,5 +26,5 @@ common=$here/common.sh
     { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
 . "$common"
 
-gpu_run grpo/qwen3_8b dapo_train "math500 aime24 aime25" "$@"
+gpu_run grpo/qwen3_8b dapo_math_17k/train "math500/test aime24/test aime25/test" "$@"
 exec opd train recipe=grpo/qwen3_8b "${inputs[@]}" "$@"

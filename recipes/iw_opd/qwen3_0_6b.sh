@@ -4,15 +4,15 @@
 # Settings: opd_ext/config/recipe/iw_opd/qwen3_0_6b.yaml, on top of method/iw_opd.yaml, world/math.yaml and
 # scale/node_8xh200.yaml.
 #
-#   opd data math --dapo FILE --aime24 FILE --aime25 FILE --out ~/.cache/opd_ext/math      once
+#   for set in dapo_math_17k aime24 aime25; do opd data $set; done      once
 #   recipes/iw_opd/qwen3_0_6b.sh                            train; run again, it goes on from the last checkpoint in OUT
 #   recipes/iw_opd/qwen3_0_6b.sh --dry-run                  the plan, without GPU, data or model
 #   recipes/iw_opd/qwen3_0_6b.sh opd.credit.gamma=1.0      any setting can be overridden
 #
 # MODEL     student: hub id or folder                      Qwen/Qwen3-0.6B
 # TEACHER   likewise; its tokenizer must be the student's  Qwen/Qwen3-4B-Instruct-2507
-# DATA_DIR  what `opd data math` wrote                     ${OPD_HOME:-~/.cache/opd_ext}/math
-# TRAIN     training set in DATA_DIR                       dapo_train
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     training set in DATA_DIR                       dapo_math_17k/train
 # EVAL      validation sets in DATA_DIR                    "aime24 aime25"
 # OUT       run folder                                     ${OPD_RUNS:-runs}/iw_opd-qwen3-0.6b
 # GPUS      on this node, a divisor of 1024                8
@@ -28,5 +28,5 @@ common=$here/common.sh
 . "$common"
 
 teacher_is_input=yes
-gpu_run iw_opd/qwen3_0_6b dapo_train "aime24 aime25" "$@"
+gpu_run iw_opd/qwen3_0_6b dapo_math_17k/train "aime24/test aime25/test" "$@"
 exec opd train recipe=iw_opd/qwen3_0_6b "${inputs[@]}" "$@"

@@ -8,11 +8,11 @@
 #   recipes/opsd/qwen3_1_7b.sh --dry-run                   the plan, without GPU, data or model
 #   recipes/opsd/qwen3_1_7b.sh opd.divergence.clip_mode=none      any setting can be overridden
 #
-# The training set needs a solution for every problem; README.md says how to make it. `opd data math` makes the rest.
+#   for set in openthoughts_math_30k aime24 aime25; do opd data $set; done      once: a solution for every problem
 #
 # MODEL     hub id or folder                               Qwen/Qwen3-1.7B
-# DATA_DIR  folder of the data sets                        ${OPD_HOME:-~/.cache/opd_ext}/math
-# TRAIN     training set in DATA_DIR                       openthoughts_solutions
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     training set in DATA_DIR                       openthoughts_math_30k/train
 # EVAL      validation sets in DATA_DIR                    "aime24 aime25"
 # OUT       run folder                                     ${OPD_RUNS:-runs}/opsd-qwen3-1.7b
 # GPUS      on this node, a divisor of 32                  8
@@ -27,5 +27,5 @@ common=$here/common.sh
     { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
 . "$common"
 
-gpu_run opsd/qwen3_1_7b openthoughts_solutions "aime24 aime25" "$@"
+gpu_run opsd/qwen3_1_7b openthoughts_math_30k/train "aime24/test aime25/test" "$@"
 exec opd train recipe=opsd/qwen3_1_7b "${inputs[@]}" "$@"

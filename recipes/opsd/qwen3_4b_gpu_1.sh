@@ -5,11 +5,11 @@
 #   recipes/opsd/qwen3_4b_gpu_1.sh                 train; run again, it goes on from the last checkpoint in OUT
 #   recipes/opsd/qwen3_4b_gpu_1.sh --dry-run       the plan, without GPU, data or model
 #
-# The training set needs a solution for every problem; README.md says how to make it. `opd data math` makes the rest.
+#   for set in openthoughts_math_30k aime24 aime25; do opd data $set; done      once: a solution for every problem
 #
 # MODEL     hub id or folder                               Qwen/Qwen3-4B
-# DATA_DIR  folder of the data sets                        ${OPD_HOME:-~/.cache/opd_ext}/math
-# TRAIN     training set in DATA_DIR                       openthoughts_solutions
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     training set in DATA_DIR                       openthoughts_math_30k/train
 # EVAL      validation sets in DATA_DIR                    "aime24 aime25"
 # OUT       run folder                                     ${OPD_RUNS:-runs}/opsd-qwen3-4b-gpu-1
 set -euo pipefail
@@ -23,5 +23,5 @@ common=$here/common.sh
 . "$common"
 
 gpus=1
-gpu_run opsd/qwen3_4b_gpu_1 openthoughts_solutions "aime24 aime25" "$@"
+gpu_run opsd/qwen3_4b_gpu_1 openthoughts_math_30k/train "aime24/test aime25/test" "$@"
 exec opd train recipe=opsd/qwen3_4b_gpu_1 "${inputs[@]}" "$@"

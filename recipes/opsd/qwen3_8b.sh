@@ -16,5 +16,5 @@ common=$here/common.sh
     { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
 . "$common"
 
-gpu_run opsd/qwen3_8b openthoughts_solutions "aime24 aime25" "$@"
+gpu_run opsd/qwen3_8b openthoughts_math_30k/train "aime24/test aime25/test" "$@"
 exec opd train recipe=opsd/qwen3_8b "${inputs[@]}" "$@"

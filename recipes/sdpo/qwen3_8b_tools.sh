@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # SDPO (arXiv 2601.20802) on Qwen3-8B, thinking off, on the published questions of tool use (ToolAlpaca): qwen3_8b.sh (read
 # that) with other data and another grader. Same command line, same environment variables, with these defaults:
-# Settings: opd_ext/config/recipe/sdpo/qwen3_8b_tools.yaml; README.md says how the data is made.
+# Settings: opd_ext/config/recipe/sdpo/qwen3_8b_tools.yaml; the data: opd data toolalpaca, once.
 #
 #   recipes/sdpo/qwen3_8b_tools.sh --dry-run
 #   recipes/sdpo/qwen3_8b_tools.sh
 #
-# DATA_DIR  where the data is                              ${OPD_HOME:-~/.cache/opd_ext}/sdpo
-# TRAIN     training set in DATA_DIR                       tooluse_train
-# EVAL      validation sets in DATA_DIR                    tooluse_test
+# TRAIN     training set in DATA_DIR                       toolalpaca/train
+# EVAL      validation sets in DATA_DIR                    toolalpaca/test
 # OUT       run folder                                     ${OPD_RUNS:-runs}/sdpo-qwen3-8b-tools
 set -euo pipefail
 
@@ -20,6 +19,5 @@ common=$here/common.sh
     { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
 . "$common"
 
-data_folder=sdpo
-gpu_run sdpo/qwen3_8b_tools tooluse_train tooluse_test "$@"
+gpu_run sdpo/qwen3_8b_tools toolalpaca/train toolalpaca/test "$@"
 exec opd train recipe=sdpo/qwen3_8b_tools "${inputs[@]}" "$@"

@@ -3,6 +3,7 @@
 # Settings: opd_ext/config/pipelines/recipe/ssd/$PRESET.yaml, on top of preset/$PRESET.yaml, ssd.yaml and
 # scale/node_8xh200.yaml.
 #
+#   for set in rstar_coder livecodebench; do opd data $set; done      once
 #   recipes/ssd/qwen3_4b_instruct.sh                        sample, fine-tune, evaluate; run again, it goes on in OUT
 #   recipes/ssd/qwen3_4b_instruct.sh --dry-run              the stages, and which of them are done; no GPU
 #   recipes/ssd/qwen3_4b_instruct.sh --until sample-ssd     stop after a stage; also --only STAGE, --force STAGE
@@ -12,10 +13,10 @@
 # PRESET    llama3_1_8b_instruct, qwen3_4b_instruct, qwen3_30b_a3b_instruct, qwen3_4b_thinking,
 #           qwen3_30b_a3b_thinking or gpt_oss_20b          qwen3_4b_instruct
 # MODEL     hub id or folder                               the model of PRESET
-# DATA_DIR  parquet files that README.md says how to make  ${OPD_HOME:-~/.cache/opd_ext}/code
-# TRAIN     prompts in DATA_DIR                            rstar_coder_passed
-# SELECT    problems on which T_eval is chosen             lcb_v5
-# EVAL      problems that are reported                     lcb_v6
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     prompts in DATA_DIR                            rstar_coder/passed
+# SELECT    problems on which T_eval is chosen             livecodebench/v5
+# EVAL      problems that are reported                     livecodebench/v6
 # OUT       run folder                                     ${OPD_RUNS:-runs}/ssd-$PRESET
 # GPUS      on this node: 4, 8, 16 or 32                   8
 # recipes/ray/submit.sh passes on what begins with OPD_: set OPD_PRESET, OPD_DATA_DIR, ... there.
@@ -39,6 +40,6 @@ case $preset in
 esac
 find_opd "bash setup.sh --gpu"
 name_pipeline ssd/qwen3_4b_instruct "${chosen[@]}" "$@"
-pipeline_inputs code MODEL=model TRAIN=prompts.file=rstar_coder_passed \
-    SELECT=evaluate.select_file=lcb_v5 EVAL=evaluate.file=lcb_v6 -- "$@"
+pipeline_inputs MODEL=model TRAIN=prompts.file=rstar_coder/passed \
+    SELECT=evaluate.select_file=livecodebench/v5 EVAL=evaluate.file=livecodebench/v6 -- "$@"
 exec opd ssd recipe="ssd/$preset" "${inputs[@]}" "$@"

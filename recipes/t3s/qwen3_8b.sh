@@ -3,6 +3,7 @@
 # published run. README.md says which those are; the rest is inferred.
 # Settings: opd_ext/config/pipelines/recipe/t3s/qwen3_8b.yaml, on top of t3s.yaml and scale/node_8xh200.yaml.
 #
+#   for set in boba200 aime; do opd data $set; done      once
 #   recipes/t3s/qwen3_8b.sh                          all stages; run again, it goes on in OUT
 #   recipes/t3s/qwen3_8b.sh --dry-run                the stages, and which of them are done; no GPU
 #   recipes/t3s/qwen3_8b.sh --until bottleneck       stop after a stage; also --only STAGE, --force STAGE
@@ -11,9 +12,9 @@
 # MODEL     student: hub id or folder                      Qwen/Qwen3-8B
 # TRACES    column of TRAIN with verified traces           trace
 # TEACHER   a model to sample traces from instead          none
-# DATA_DIR  parquet files that README.md says how to make  ${OPD_HOME:-~/.cache/opd_ext}/math
-# TRAIN     prompts with answers in DATA_DIR               boba200
-# EVAL      problems that are reported                     aime
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     prompts with answers in DATA_DIR               boba200/train
+# EVAL      problems that are reported                     aime/test
 # OUT       run folder                                     ${OPD_RUNS:-runs}/t3s-qwen3-8b
 # GPUS      on this node, a divisor of 64                  8
 # recipes/ray/submit.sh passes on what begins with OPD_: set OPD_MODEL, OPD_DATA_DIR, ... there.
@@ -29,7 +30,7 @@ common=$here/common.sh
 
 find_opd "bash setup.sh --gpu"
 name_pipeline t3s/qwen3_8b "$@"
-pipeline_inputs math MODEL=model TEACHER=teacher TRAIN=prompts.file=boba200 EVAL=evaluate.file=aime -- "$@"
+pipeline_inputs MODEL=model TEACHER=teacher TRAIN=prompts.file=boba200/train EVAL=evaluate.file=aime/test -- "$@"
 if given TEACHER; then
     # Templates of DeepSeek-R1 and QwQ open the thinking in the prompt; Qwen3 writes the tag itself.
     inputs+=(traces_column=null $'trace_prefix=\'<think>\n\'')

@@ -4,14 +4,14 @@
 # Settings: opd_ext/config/recipe/trace/qwen3_8b.yaml, on top of method/trace.yaml, world/math.yaml and
 # scale/node_8xh200.yaml.
 #
-#   opd data math --dapo FILE --math500 FILE --aime24 FILE --aime25 FILE --out ~/.cache/opd_ext/math      once
+#   for set in dapo_math_17k math500 aime24 aime25; do opd data $set; done      once
 #   recipes/trace/qwen3_8b.sh                              train; run again, it goes on from the last checkpoint in OUT
 #   recipes/trace/qwen3_8b.sh --dry-run                    the plan, without GPU, data or model
 #   recipes/trace/qwen3_8b.sh opd.divergence.key.clip_mode=none      without the clip: README.md says why to try it
 #
 # MODEL     hub id or folder                               Qwen/Qwen3-8B
-# DATA_DIR  what `opd data math` wrote                     ${OPD_HOME:-~/.cache/opd_ext}/math
-# TRAIN     training set in DATA_DIR                       dapo_train
+# DATA_DIR  where `opd data` wrote                         ${OPD_HOME:-~/.cache/opd_ext}/data
+# TRAIN     training set in DATA_DIR                       dapo_math_17k/train
 # EVAL      validation sets in DATA_DIR                    "math500 aime24 aime25"
 # OUT       run folder                                     ${OPD_RUNS:-runs}/trace-qwen3-8b
 # GPUS      on this node, a divisor of 256                 8
@@ -31,7 +31,7 @@ common=$here/common.sh
     { echo "${0##*/}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh." >&2; exit 2; }
 . "$common"
 
-gpu_run trace/qwen3_8b dapo_train "math500 aime24 aime25" "$@"
+gpu_run trace/qwen3_8b dapo_math_17k/train "math500/test aime24/test aime25/test" "$@"
 if given ANNOTATOR; then inputs+=("opd.credit.annotator.kind=$(input ANNOTATOR self)"); fi
 if [[ $(input ANNOTATOR self) != self ]]; then
     url=$(input ANNOTATOR_URL "")

@@ -135,16 +135,44 @@ def several_ends_of_a_turn(config, queue, monkeypatch, world) -> None:
         assert [row["truncated"] for row in read_rows(batch, tokenizer, 1, stops)] == truncated
 
 
-def self_test(rank: Rank, monkeypatch) -> None:
-    """Engines that agree are measured as such; a head that is not the model's own ends the run."""
+def self_test(rank: Rank) -> None:
+    """Engines that agree are measured as such; a sampler with other weights is told, and a model that bends its logits
+    behind its head ends the run.
+    """
     rank.gradients(Update(SAMPLES, teacher="untied"))
     engine = rank.worker(EngineSpec("untied")).engine
-    probes = [selftest.Probe(s.prompt, s.response, s.mask, None, s.teacher_prompt) for s in SAMPLES[:2]]
-    found = selftest.examine(engine, probes)
-    assert found["head"] < 1e-4 and found["packing"] < 1e-4 and abs(found["equal_input"]) < 1e-5
-    assert found["teacher_input"] > 0.1
     known = {"ends": {"tokenizer": [2], "teacher": [2]}, "equal_weights": True, "untaught": ""}
-    assert selftest.report(found | known)[1:] == ([], None)
-    own = engine.model_logits
-    monkeypatch.setattr(engine, "model_logits", lambda ids: 2 * own(ids))  # as of a model that scales its logits
-    assert "changes logits after the head" in selftest.report(selftest.examine(engine, probes) | known)[2]
+
+    def verdict(sampler: str) -> tuple[dict, list[str], str | None]:
+        probes = [
+            selftest.Probe(s.prompt, s.response, s.mask, scores(rank.folder / sampler, s), s.teacher_prompt)
+            for s in SAMPLES[:2]
+        ]
+        found = selftest.examine(engine, probes)
+        return found, *selftest.report(found | known)[1:]
+
+    found, notes, fault = verdict("untied")
+    assert found["head"] < 1e-4 and found["packing"] < 1e-4 and abs(found["equal_input"]) < 1e-5
+    assert found["sampler"] < 1e-4 and found["teacher_input"] > 0.1 and (notes, fault) == ([], None)
+    _, notes, fault = verdict("untied_teacher")  # a replica that never got the student's weights
+    assert fault is None and "The sampler's log-probs differ from the trainer's" in notes[0]
+    bend = engine.module.register_forward_hook(soft_cap)
+    try:
+        assert "changes logits after the head" in verdict("untied")[2]
+    finally:
+        bend.remove()
+
+
+def soft_cap(module, inputs, output):
+    """What Gemma 2 does to its logits."""
+    output.logits = 2.0 * torch.tanh(output.logits / 2.0)
+    return output
+
+
+def scores(folder: Path, sample) -> list[float]:
+    """Log-probs of a response in float64, as a sampler of these weights would have given them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    ids = torch.tensor([sample.prompt + sample.response])
+    with torch.no_grad():
+        rows = model(ids).logits[0, len(sample.prompt) - 1 : -1].log_softmax(-1)
+    return rows.gather(-1, ids[0, len(sample.prompt) :, None])[:, 0].tolist()

@@ -11,7 +11,8 @@ from opd_ext.bridge import failures
 from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 from opd_ext.bridge.first_cause import first_cause
 from opd_ext.bridge.rollouts import first_draws, read_rows, summarise
-from opd_ext.bridge.teacher_inputs import plan_teacher_inputs
+from opd_ext.bridge.schedule import desks
+from opd_ext.bridge.teacher_inputs import Desk, plan_teacher_inputs
 from opd_ext.config import schema
 from opd_ext.context.base import get_context
 from opd_ext.context.sequence import render
@@ -88,13 +89,13 @@ def another_prompt_than_was_sent(start, config, queue, monkeypatch, model) -> No
     for name in ("same", "instruction"):
         context = get_context(name)()
         inputs, _ = plan_teacher_inputs(
-            rows, batch, context, tokenizer, {}, TOOLS, max_pair_length=4096, step=1, active_spans=None
+            rows, batch, [Desk(context)], tokenizer, {}, TOOLS, max_pair_length=4096, step=1
         )
         for row, found, chat in zip(rows, inputs, CHATS, strict=True):
             prompt = render(tokenizer, context.messages({"raw_prompt": chat}), {"tools": TOOLS})
             assert found.ids[: len(prompt)] == prompt and len(found.ids) == len(prompt) + row["response_tokens"]
     with pytest.raises(RuntimeError, match="the teacher would answer another question"):
-        plan_teacher_inputs(rows, batch, context, tokenizer, {}, None, 4096, 1, None)
+        plan_teacher_inputs(rows, batch, [Desk(context)], tokenizer, {}, None, 4096, 1)
 
 
 def pairs_that_are_all_too_long(config, queue, monkeypatch, model) -> None:
@@ -104,8 +105,7 @@ def pairs_that_are_all_too_long(config, queue, monkeypatch, model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     opd = dataclasses.replace(schema.load(config.opd), max_pair_length=8)
     batch = put_rollouts(config, queue, monkeypatch, tokenizer)
-    context = get_context("instruction")()
-    parts = {"config": config, "opd": opd, "tokenizer": tokenizer, "context": context, "tools": None}
+    parts = {"config": config, "opd": opd, "tokenizer": tokenizer, "desks": desks(opd, tokenizer, []), "tools": None}
     trainer = bare(OPDTrainer, **parts, global_steps=1, full_steps=0)
     rows = read_rows(batch, tokenizer, max_tokens=64, stops=[tokenizer.eos_token_id])
     for _ in range(2):

@@ -12,7 +12,7 @@ from transformers.utils import get_json_schema
 
 from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 from opd_ext.bridge.rollouts import read_rows
-from opd_ext.bridge.teacher_inputs import plan_teacher_inputs, put_teacher_inputs
+from opd_ext.bridge.teacher_inputs import Desk, plan_teacher_inputs, put_teacher_inputs
 from opd_ext.config import schema
 from opd_ext.context.base import get_context
 from opd_ext.context.sequence import render
@@ -75,13 +75,12 @@ def plan(batch, tokenizer, text: str, limit: int):
     inputs, metrics = plan_teacher_inputs(
         rows,
         batch,
-        context,
+        [Desk(context)],
         tokenizer,
         template_kwargs={},
         tools=None,
         max_pair_length=limit,
         step=1,
-        active_spans=None,
     )
     wanted = [render(tokenizer, context.messages({"raw_prompt": chat})) for chat in CHATS]
     return inputs, metrics, wanted
@@ -186,6 +185,21 @@ def thoughts_that_leave_the_history(config, model) -> None:
     assert trained == replies[0] + replies[1]
 
 
+TOOL = """
+from verl.tools.function_tool import function_tool
+
+@function_tool()
+def add_up(a: int, b: int) -> int:
+    '''Add two numbers, which is what most of the questions here ask for.
+
+    Args:
+        a: one of the two numbers, as a whole number and without a sign.
+        b: the other of the two numbers, as a whole number and without a sign.
+    '''
+    return a + b
+"""
+
+
 # ---------------------------------------------------------------------- text and its tokens
 
 
@@ -206,14 +220,21 @@ def overlong_prompts(config, model, tmp_path) -> None:
     """verl's filter keeps exactly the prompts that fit as they are sent: in their template, with their tools."""
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
+    from opd_ext.bridge.inputs import tool_schemas
+
     tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = THOUGHTLESS  # it shows tools
     chats = [[{"role": "user", "content": f"What is {'1+' * n}1?"}] for n in range(60)]
     path = tmp_path / "data.parquet"
     pd.DataFrame([{"prompt": chat, "data_source": "sums"} for chat in chats]).to_parquet(path)
-    sent = [len(render(tokenizer, chat)) for chat in chats]
-    bare_text = [len(tokenizer.encode(chat[0]["content"])) for chat in chats]
-    config.data.max_prompt_length = limit = sorted(sent)[30]
-    kept = RLHFDataset(str(path), tokenizer, config.data)
-    fitting = [chat for chat, n in zip(chats, sent, strict=True) if n <= limit]
-    assert [list(map(dict, row["raw_prompt"])) for row in kept] == fitting
-    assert len(kept) < sum(n <= limit for n in bare_text)
+    (tmp_path / "tools.py").write_text(TOOL)
+    for tools in (None, str(tmp_path / "tools.py")):
+        config.data.function_tool_path = tools
+        sent = [len(render(tokenizer, chat, {"tools": tool_schemas(config)})) for chat in chats]
+        text = [len(tokenizer.encode(chat[0]["content"])) for chat in chats]
+        config.data.max_prompt_length = limit = sorted(sent)[30]
+        kept = RLHFDataset(str(path), tokenizer, config.data)
+        fitting = [chat for chat, n in zip(chats, sent, strict=True) if n <= limit]
+        assert [list(map(dict, row["raw_prompt"])) for row in kept] == fitting
+        assert len(kept) < sum(n <= limit for n in text)
+    assert limit > len(render(tokenizer, chats[-1]))  # without their tools all would have fitted

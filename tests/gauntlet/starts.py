@@ -77,6 +77,7 @@ def collapse(config, queue, monkeypatch, model, tmp_path) -> None:
     parts = {"config": config, "opd": schema.load(config.opd), "run_dir": tmp_path, "tokenizer": tokenizer}
     parts |= {
         "stops": [tokenizer.eos_token_id],
+        "adapters": {},
         "val_dataset": rows,
         "global_steps": 0,
         "steps_per_epoch": 10,
@@ -88,7 +89,12 @@ def collapse(config, queue, monkeypatch, model, tmp_path) -> None:
     trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)
     trainer.protocol = evaluation.protocol(trainer)
     trainer._init_dump_executor()
-    trainer.fit(SimpleNamespace(generate_sequences=lambda batch: None, first_exception=lambda: None))
+    trainer.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=None)
+    trainer.llm_server_manager = SimpleNamespace(get_replicas=list)
+    trainer.actor_rollout_wg.workers, trainer.filtered = [], 0.0  # no process is watched, no prompt was dropped
+    trainer.watch = SimpleNamespace(look=lambda *_, **__: {})  # alarms have tests of their own
+    loops = {"generate_sequences": lambda batch: None, "first_exception": lambda: None, "agent_loop_workers": []}
+    trainer.fit(SimpleNamespace(**loops))
     assert best.validations(tmp_path) == {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0}
     assert checkpoint.steps(root) == [2, 3]
     assert "collapsed: accuracy is 0.0% at step 3 and was 100.0% at step 2" in (tmp_path / "console.log").read_text()

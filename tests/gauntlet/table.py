@@ -228,7 +228,7 @@ ROWS = [
         "NovaSky-AI/SkyRL#2256",
         "student, teacher and sampler disagree by more than the signal, and nobody asked them",
         "right",
-        "before the first update head, packing and teacher are measured; a wrong head ends the run",
+        "before the first update head, packing, teacher and sampler are measured; a wrong head ends the run",
         architectures.self_test,
     ),
     row(
@@ -256,7 +256,7 @@ ROWS = [
         "vllm-project/vime#62 verl-project/verl#439",
         "a teacher's server never comes up, and nobody says why",
         "right",
-        "the run ends with the last lines of the process that died",
+        "the run ends with the last lines of the process that died (a whole run: `tests/stack/test_faults.py`)",
         lost.server_that_never_comes_up,
     ),
     row(

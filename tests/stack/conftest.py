@@ -186,12 +186,12 @@ def metrics(run_dir: Path, phase: str = "train") -> list[dict]:
 
 
 def shards(run_dir: Path, step: int, part: str) -> list[dict]:
-    """Per rank, name -> local tensor of the checkpoint's ``teacher`` or ``actor`` weights."""
+    """Per rank, name -> local tensor of the checkpoint's ``actor`` weights, or of a folder with a teacher's."""
     import torch
     from torch.distributed.tensor import DTensor
 
     folder = run_dir / "checkpoints" / f"global_step_{step}" / part
-    pattern = "world_size_*_rank_*.pt" if part == "teacher" else "model_world_size_*_rank_*.pt"
+    pattern = "model_world_size_*_rank_*.pt" if part == "actor" else "world_size_*_rank_*.pt"
     ranks = [torch.load(file, weights_only=False, map_location="cpu") for file in sorted(folder.glob(pattern))]
     assert ranks, f"no {part} shards in {folder}"
     return [{k: v.to_local() if isinstance(v, DTensor) else v for k, v in rank.items()} for rank in ranks]

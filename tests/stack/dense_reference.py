@@ -81,13 +81,17 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
         parts = {}
         if sample.taught:
             with torch.no_grad():
-                ids = torch.tensor([sample.teacher_prompt + sample.response])
+                ids = torch.tensor([sample.teacher_prompt + (sample.heard[1] if sample.heard else sample.response)])
                 logits = teacher(ids).logits[0]
                 if update.trust is not None:
                     logits = (1 - update.trust) * logits + update.trust * student(ids).logits[0]
             start = len(sample.teacher_prompt) - 1 - shift
             w = logits[start : start + len(sample.response), : z.shape[1]]
-            credit, value, parts = _distillation(update, sample, mask, z, w)
+            if sample.heard:
+                theirs = logits[len(sample.teacher_prompt) - 1 : -1]
+                credit, value, parts = _heard(update, sample, mask, z, theirs)
+            else:
+                credit, value, parts = _distillation(update, sample, mask, z, w)
             if "teacher_ratio" not in shapings:
                 loss = loss + update.distillation_weight * (weight * credit * value).sum()
         logq = (z / objective.temperature).log_softmax(-1)
@@ -152,6 +156,34 @@ def _distillation(update, sample, mask: Tensor, z: Tensor, w: Tensor) -> tuple[T
     teacher_entropy = -(logp.exp() * logp).sum(-1)
     shown = {"divergence": shown, "teacher_entropy": teacher_entropy, "teacher_log_prob": taught}
     return credit, value, {name: (per_token.detach(), used) for name, per_token in shown.items()}
+
+
+def _heard(update, sample, mask: Tensor, z: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, dict]:
+    """As :func:`_distillation`, of a teacher with tokens of its own, whose logits on them are ``theirs`` [T, V]."""
+    objective, (own, tokens, spans) = update.objective, sample.heard
+    logq, logp = ((x / objective.temperature).log_softmax(-1) for x in (z, theirs))
+    sampled = logq.gather(-1, torch.tensor(sample.response)[:, None])[:, 0]
+    taught = logp.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    heat = -(logp.exp() * logp).sum(-1)
+    old = _float64(sample.old_log_probs) if update.old_policy or update.policy else sampled.detach()
+    advantage, apart, said, entropy, sizes = (torch.zeros_like(mask) for _ in range(5))
+    for number in sorted(set(own) - {-1}):
+        mine = [j for j, other in enumerate(own) if other == number]
+        whole = sum(taught[j] for j, other in enumerate(spans) if other == number)
+        advantage[mine] = whole - sum(old[j] for j in mine)
+        apart[mine] = (sum(sampled[j].detach() for j in mine) - whole) / len(mine)
+        said[mine] = whole / len(mine)
+        sizes[mine] = len(mine)
+        entropy[mine] = torch.stack([heat[j] for j, other in enumerate(spans) if other == number]).mean()
+    used = mask * torch.tensor([float(number >= 0) for number in own])
+    clip, credit = objective.surrogate.clip, torch.ones_like(mask)
+    if objective.credit == "position":  # the gap of a whole span, in equal parts
+        credit = position_credit(advantage / sizes.clamp(min=1), mask, **objective.credit_args)
+    if objective.rollout_cap is not None:
+        credit = credit * (old - _float64(sample.rollout_log_probs)).exp().clamp(max=objective.rollout_cap)
+    value = used * clipped_surrogate(sampled, old, advantage, clip, clip, objective.surrogate.dual_clip)
+    shown = {"divergence": apart, "teacher_entropy": entropy, "teacher_log_prob": said}
+    return credit, value, {name: (per_token, used) for name, per_token in shown.items()}
 
 
 def _float64(values: list[float]) -> Tensor:

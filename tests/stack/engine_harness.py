@@ -21,7 +21,7 @@ import torch
 from opd_ext.objective.metrics import means
 from opd_ext.objective.objective import Objective
 from opd_ext.teacher import copy_shards, ema_shards
-from opd_ext.teacher.kinds import Frozen, Live, TrustRegion
+from opd_ext.teacher.kinds import External, Frozen, Live, Teacher, TrustRegion
 
 VOCABULARY = 67  # odd, so that two ranks hold shards of different size
 LEARNING_RATE = 1e-2
@@ -45,6 +45,8 @@ class Sample:
     spans: list[int]
     advantage: float = 0.0
     taught: bool = True
+    lesson: int = 0  # which of several teachers it has
+    heard: tuple[list[int], list[int], list[int]] | None = None  # spans; a foreign teacher's tokens; their spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,10 @@ class Update:
     denominator: str = "trained"
     gate: float = 1.0  # of the policy term on annotated spans
     lora_rank: int = 0  # of the student's adapter; 0: it trains whole
+    several: tuple[tuple[str | None, Objective, float], ...] = ()  # teachers: model (None: live), loss, weight
+    foreign: tuple[int, ...] = ()  # places of the teachers that have tokens of their own
+    kind: Teacher | None = None  # whose weights teach, where the model's name does not say
+    policy_loss: str = "vanilla"  # verl's name of the policy term
 
     @property
     def student(self) -> EngineSpec:
@@ -95,7 +101,7 @@ class Update:
 # ---------------------------------------------------------------------- inputs
 
 
-def save_models(folder: Path) -> None:
+def save_models(folder: Path, heads: int = 2, key_heads: int = 1) -> None:
     """Random Qwen3 checkpoints with a tokenizer: ``untied`` and ``tied`` students, and for each a ``_teacher``.
 
     A teacher is its student with every weight disturbed, so that the two agree where they read the same position.
@@ -112,8 +118,8 @@ def save_models(folder: Path) -> None:
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
             head_dim=16,
             max_position_embeddings=256,
             tie_word_embeddings=name == "tied",
@@ -137,6 +143,31 @@ def save_models(folder: Path) -> None:
     # A student whose vocabulary is padded further than the teacher's.
     Qwen3ForCausalLM(Qwen3Config(**config.to_dict() | {"vocab_size": VOCABULARY + 5})).save_pretrained(folder / "tall")
     tokenizer.save_pretrained(folder / "tall")
+
+
+def heard_by_another(samples: list[Sample], seed: int = 9) -> list[Sample]:
+    """The same rollouts to a teacher of other tokens: spans of one to three tokens on either side, drawn at random.
+
+    The last fifth of every second response is in no span, as what was cut within a character.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def count(most: int) -> int:
+        return int(torch.randint(1, most + 1, (1,), generator=generator))
+
+    found = []
+    for i, sample in enumerate(samples):
+        own: list[int] = []
+        theirs: list[int] = []
+        readable = len(sample.response) - (len(sample.response) // 5 if i % 2 else 0)
+        while len(own) < readable:
+            number = own[-1] + 1 if own else 0
+            own += [number] * min(count(3), readable - len(own))
+            theirs += [number] * count(3)
+        tokens = torch.randint(3, VOCABULARY, (len(theirs),), generator=generator).tolist()
+        heard = (own + [-1] * (len(sample.response) - readable), tokens, theirs)
+        found.append(dataclasses.replace(sample, heard=heard))
+    return found
 
 
 def make_samples(response_lens: list[int], seed: int = 0) -> list[Sample]:
@@ -167,6 +198,11 @@ def to_batch(samples: list[Sample], old_policy: bool = False, policy: bool = Fal
         return torch.nested.as_nested_tensor([torch.tensor(row, dtype=dtype) for row in rows], layout=torch.jagged)
 
     optional = {}
+    if any(s.heard for s in samples):
+        spans = [(s.heard[0], s.heard[2]) if s.heard else (list(range(len(s.response))),) * 2 for s in samples]
+        spans = [pair if s.taught else ([-1] * len(s.response), [-1]) for s, pair in zip(samples, spans, strict=True)]
+        optional |= {"student_byte_span": jagged([own for own, _ in spans])}
+        optional |= {"teacher_byte_span": jagged([theirs for _, theirs in spans])}
     if old_policy or policy:
         optional["old_log_probs"] = jagged([s.old_log_probs for s in samples], torch.float32)
     if policy:
@@ -183,7 +219,10 @@ def to_batch(samples: list[Sample], old_policy: bool = False, policy: bool = Fal
             "rollout_log_probs": jagged([s.rollout_log_probs for s in samples], torch.float32),
             "span_label": jagged([s.spans for s in samples]),
             "has_teacher": torch.tensor([s.taught for s in samples]),
-            "teacher_input_ids": jagged([s.teacher_prompt + s.response if s.taught else [2, 2] for s in samples]),
+            "lesson": torch.tensor([s.lesson for s in samples]),
+            "teacher_input_ids": jagged(
+                [s.teacher_prompt + (s.heard[1] if s.heard else s.response) if s.taught else [2, 2] for s in samples]
+            ),
         },
         non_tensors,
     )
@@ -192,12 +231,13 @@ def to_batch(samples: list[Sample], old_policy: bool = False, policy: bool = Fal
 # ---------------------------------------------------------------------- processes
 
 
-def run_ranks(world_size: int, folder: Path, job: Callable[["Rank"], dict]) -> list[dict]:
+def run_ranks(world_size: int, folder: Path, job: Callable[["Rank"], dict], sequence_parallel: int = 1) -> list[dict]:
     """``job(rank)`` in ``world_size`` fresh processes of one process group; what each of them returned.
 
     Args:
         folder: holds the models of :func:`save_models`; results are exchanged through it.
         job: picklable; receives a :class:`Rank`.
+        sequence_parallel: ranks that share a sequence.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -205,7 +245,7 @@ def run_ranks(world_size: int, folder: Path, job: Callable[["Rank"], dict]) -> l
     settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
     settings |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     with mock.patch.dict(os.environ, settings):
-        group = torch.multiprocessing.spawn(_enter, (folder, job), nprocs=world_size, join=False)
+        group = torch.multiprocessing.spawn(_enter, (folder, job, sequence_parallel), nprocs=world_size, join=False)
     end = time.monotonic() + DEADLINE_S
     try:
         while not group.join(timeout=max(0.0, end - time.monotonic())):
@@ -217,7 +257,7 @@ def run_ranks(world_size: int, folder: Path, job: Callable[["Rank"], dict]) -> l
     return [torch.load(folder / f"world_{world_size}_rank_{rank}.pt") for rank in range(world_size)]
 
 
-def _enter(rank: int, folder: Path, job: Callable[["Rank"], dict]) -> None:
+def _enter(rank: int, folder: Path, job: Callable[["Rank"], dict], sequence_parallel: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK="0")
     torch.set_num_threads(1)
     from opd_ext import plugin
@@ -226,7 +266,7 @@ def _enter(rank: int, folder: Path, job: Callable[["Rank"], dict]) -> None:
     from opd_ext.bridge.cpu_platform import init_process_group
 
     init_process_group()
-    place = Rank(folder)
+    place = Rank(folder, sequence_parallel)
     torch.save(job(place), folder / f"world_{place.world_size}_rank_{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -234,8 +274,8 @@ def _enter(rank: int, folder: Path, job: Callable[["Rank"], dict]) -> None:
 class Rank:
     """One rank's engines. Every method is collective: all ranks call it with the same arguments."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, sequence_parallel: int = 1):
+        self.folder, self.sequence_parallel = folder, sequence_parallel
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.worker = cache(self._build_worker)
 
@@ -261,6 +301,7 @@ class Rank:
                 model_dtype="fp32",
                 mixed_precision={"param_dtype": spec.param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
                 use_torch_compile=False,
+                ulysses_sequence_parallel_size=self.sequence_parallel,
             ),
             FSDPOptimizerConfig(lr=LEARNING_RATE, total_training_steps=1),
             CheckpointConfig(),
@@ -271,6 +312,7 @@ class Rank:
 
         from opd_ext.bridge.worker import OPDTrainingWorker
 
+        torch.manual_seed(0)  # a fresh adapter is drawn: on any number of ranks the same one
         names = ("model_config", "engine_config", "optimizer_config", "checkpoint_config")
         configs = dict(zip(names, self.configs(spec), strict=True))
         worker = OPDTrainingWorker(TrainingWorkerConfig(model_type="language_model", **configs))
@@ -286,21 +328,18 @@ class Rank:
     def _prepared(self, update: Update):
         """The student's worker, configured for ``update``, and this rank's contiguous share of the batch."""
         student = self.worker(update.student)
-        engines = [student.engine]
-        if update.teacher is not None:
-            engines.append(self.worker(EngineSpec(update.teacher, True, update.param_dtype)).engine)
-        student.engine.teacher = None if update.teacher is None else engines[1]
-        student.engine.objective = dataclasses.replace(update.objective, denominator=update.denominator)
-        own = Frozen() if update.trust is None else TrustRegion(update.trust)
-        student.engine.kind = Live() if update.teacher is None else own
+        student.engine.tutors = self._tutors(update)
+        engines = [student.engine, *(tutor.engine(student.engine) for tutor in student.engine.tutors)]
         for engine in engines:
             engine.engine_config.use_dynamic_bsz = update.rows is None
-            engine.engine_config.max_token_len_per_gpu = update.budget
-            engine.engine_config.infer_max_token_len_per_gpu = update.teacher_budget
+            # Of verl's budgets each rank has its own, and here micro-batches are to be the same on any number of them.
+            engine.engine_config.max_token_len_per_gpu = update.budget // self.sequence_parallel
+            engine.engine_config.infer_max_token_len_per_gpu = update.teacher_budget // self.sequence_parallel
             engine.engine_config.micro_batch_size_per_gpu = update.rows
             engine.engine_config.infer_micro_batch_size_per_gpu = update.rows
-        share = len(update.samples) // self.world_size
-        samples = update.samples[self.rank * share : (self.rank + 1) * share]
+        share = len(update.samples) * self.sequence_parallel // self.world_size
+        place = self.rank // self.sequence_parallel
+        samples = update.samples[place * share : (place + 1) * share]
         flags = {"old_policy": update.old_policy, "policy": update.policy}
         counts = {
             "global_batch_size": len(update.samples),
@@ -310,6 +349,25 @@ class Rank:
         return student, self._with_old_log_probs(
             update, student.engine, to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
         )
+
+    def _tutors(self, update: Update) -> tuple:
+        """The one teacher of an update, or those of ``several``, of whom every second one has a pass of its own."""
+        from opd_ext.bridge.teachers import Tutor
+
+        def tutor(
+            model: str | None, objective: Objective, name: str = "", weight: float = 1.0, place: int = 0
+        ) -> Tutor:
+            objective = dataclasses.replace(objective, denominator=update.denominator)
+            if model is None:
+                return Tutor(update.kind or Live(), None, objective, name, weight)
+            kind = Frozen() if update.trust is None else TrustRegion(update.trust)
+            kind = External(model) if name in ("t1", "t3") else update.kind or kind
+            own = self.worker(EngineSpec(model, True, update.param_dtype)).engine
+            return Tutor(kind, own, objective, name, weight, foreign=place in update.foreign)
+
+        if not update.several:
+            return (tutor(update.teacher, update.objective),)
+        return tuple(tutor(m, o, f"t{i}", weight, i) for i, (m, o, weight) in enumerate(update.several))
 
     def _with_old_log_probs(self, update: Update, engine, batch):
         """As :class:`Update` says of ``old``, ``alone`` and ``sampler_cap``; what a pass says is kept, too."""
@@ -369,7 +427,7 @@ class Rank:
         )
         with engine.train_mode():
             engine.optimizer_zero_grad()
-            output = engine.forward_backward_batch(batch, loss_function=_policy_loss() if update.policy else None)
+            output = engine.forward_backward_batch(batch, loss_function=_policy_loss(update) if update.policy else None)
             trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
             grads = {name: p.grad.full_tensor() for name, p in trained.items()}
         loss = torch.tensor(sum(output["loss"]), dtype=torch.float64)
@@ -407,7 +465,9 @@ class Rank:
             seed=1,
             dataloader_kwargs={"shuffle": False},
         )
-        metrics = reduce_metrics(tu.get(student.train_mini_batch(batch), "metrics"))
+        # Of ranks that share sequences the first reports.
+        output = student.train_mini_batch(batch)
+        metrics = {} if output is None else reduce_metrics(tu.get(output, "metrics"))
         weights = {name: p.full_tensor().detach().clone() for name, p in student.engine.module.named_parameters()}
         copy_shards(before, self.local_shards(EngineSpec(update.model)))
         return {"metrics": {name: float(value) for name, value in metrics.items()}, "weights": weights}
@@ -442,12 +502,15 @@ class Rank:
             return list(engine.infer_batch(batch)["model_output"]["log_probs"].unbind())
 
 
-def _policy_loss() -> Callable:
-    """verl's loss as its worker builds it: PPO's clip, mean over tokens."""
-    from verl.workers.config import FSDPActorConfig
+def _policy_loss(update: Update) -> Callable:
+    """verl's loss as its worker builds it: PPO's clip or another, mean over tokens."""
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
 
-    config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, clip_ratio_high=0.28)
+    loss = PolicyLossConfig(loss_mode=update.policy_loss)
+    config = FSDPActorConfig(
+        strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, clip_ratio_high=0.28, policy_loss=loss
+    )
     return functools.partial(ppo_loss, config=config)
 
 

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts that are dumped by one run and loaded by another: what a comparison bit for bit rests on."""
 
+import os
+import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import torch
+
+from tests.stack.conftest import TIMEOUT_S, Train, alone, command, metrics
 
 
 def replay(dump: Path, steps: int) -> list[str]:
@@ -27,3 +34,28 @@ def in_prompt_order(dump: Path) -> None:
         payload["keys"], payload["tags"] = ([payload[name][i] for i in order] for name in ("keys", "tags"))
         payload["tensordict"] = index_select_tensor_dict(payload["tensordict"], order)
         torch.save(payload, file)
+
+
+def interrupted(train: Train, run_dir: Path, settings: list[str], step: int) -> None:
+    """A run as a user types it, killed with all of its processes as soon as ``step`` has been recorded.
+
+    The kill may fall before, into or after the writing of the next step; it is taken away, so that there is work left.
+    """
+    process = subprocess.Popen(
+        command(run_dir, *settings),
+        env=alone(train.world),
+        cwd=run_dir.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run did not reach the step"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    checkpoints = run_dir / "checkpoints"
+    shutil.rmtree(checkpoints / f"global_step_{step + 1}", ignore_errors=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))

@@ -16,7 +16,17 @@ from opd_ext.objective.metrics import means
 from opd_ext.objective.objective import Objective
 from opd_ext.policy import Shaping
 from tests.stack.dense_reference import dense_update
-from tests.stack.engine_harness import LEARNING_RATE, WHOLE, Rank, Sample, Update, make_samples, run_ranks, save_models
+from tests.stack.engine_harness import (
+    LEARNING_RATE,
+    WHOLE,
+    Rank,
+    Sample,
+    Update,
+    heard_by_another,
+    make_samples,
+    run_ranks,
+    save_models,
+)
 
 # fp32 engine against a float64 reference, relative to a parameter's largest gradient: fp32 holds 7 digits, and the
 # sums over 50 positions and two layers lose one of them (measured: up to 2.4e-6). A wrong row, mask or weight shows
@@ -46,6 +56,8 @@ DIVERGENCES = {
 }
 # Every third sample has no teacher; the old policy is not the current one, so that ratios, clips and caps all bind.
 SOME = [dataclasses.replace(s, taught=i % 3 != 2) for i, s in enumerate(SAMPLES)]
+# A teacher that has other tokens, and other numbers of them, for the same text.
+HEARD = [dataclasses.replace(s, taught=i % 3 != 2) for i, s in enumerate(heard_by_another(SAMPLES))]
 SPANS = tuple(Branch(kind, {}, label) for kind, label in (("forward_kl", 1), ("reverse_kl", 2)))
 CLIPPED_SPANS = tuple(dataclasses.replace(branch, kind_args={"entry_clip": 0.05}) for branch in SPANS)
 POSITION = {"credit": "position", "credit_args": {"gamma": 0.5}}
@@ -57,6 +69,17 @@ METHODS = {
     "surrogate": Update(SOME, objective=Objective(surrogate=Surrogate(), rollout_cap=1.5, **POSITION)),
     "surrogate off-policy": Update(
         SOME, objective=Objective(surrogate=Surrogate(), rollout_cap=1.5, **POSITION), old_policy=True
+    ),
+    "other tokens": Update(HEARD, objective=Objective(surrogate=Surrogate()), foreign=(0,)),
+    "other tokens off-policy": Update(
+        HEARD,
+        teacher="wide",
+        objective=Objective(surrogate=Surrogate(), rollout_cap=1.5, temperature=0.7, **POSITION),
+        old_policy=True,
+        foreign=(0,),
+    ),
+    "other tokens beside a policy": Update(
+        HEARD, objective=Objective(surrogate=Surrogate()), policy=True, distillation_weight=0.1, foreign=(0,)
     ),
     "warm surrogate": Update(SAMPLES, objective=Objective(surrogate=Surrogate(), temperature=0.7)),
     "capped": Update(SOME, objective=Objective(importance_cap=1.2, rollout_cap=1.5), old_policy=True),
@@ -87,6 +110,47 @@ METHODS = {
     "external": Update(SAMPLES, teacher="wide"),
     "taller student": Update(SAMPLES, model="tall", teacher="untied_teacher"),
     "taller student and a policy": Update(SOME, model="tall", teacher="untied_teacher", policy=True),
+}
+# Two by two they are the next teacher's; of the last one a rank may have none.
+CUT = [dataclasses.replace(s, lesson=i // 2 % 3) for i, s in enumerate(SOME)]
+LATE = [dataclasses.replace(s, lesson=max(0, i - 5)) for i, s in enumerate(SAMPLES)]
+EQUAL = (("untied_teacher", Objective(), 1.0),) * 3
+MIXED = (
+    ("untied_teacher", Objective(), 1.0),
+    ("wide", Objective((Branch("jsd", {"beta": 0.3}),)), 0.5),
+    (None, Objective((Branch("forward_kl", {"entry_clip": 0.05}),)), 2.0),
+)
+# The second of three has other tokens.
+TONGUES = [dataclasses.replace(s, heard=h.heard if s.lesson == 1 else None) for s, h in zip(CUT, HEARD, strict=True)]
+SPOKEN = (MIXED[0], ("wide", Objective(surrogate=Surrogate()), 0.5), MIXED[2])
+SEVERAL = {
+    "three equal": Update(CUT, several=EQUAL),
+    "three equal and a policy": Update(CUT, several=EQUAL, policy=True, distillation_weight=0.1),
+    "mixed": Update(CUT, several=MIXED),
+    "mixed, late": Update(LATE, several=MIXED),
+    "mixed, pairs": Update(CUT, several=MIXED, rows=2),
+    "mixed, tight": Update(CUT, several=MIXED, **SPLITS["tight"]),
+    "one of other tokens": Update(TONGUES, several=SPOKEN, foreign=(1,)),
+    "one of other tokens, pairs": Update(TONGUES, several=SPOKEN, foreign=(1,), rows=2),
+}
+SPOKEN_APART = {
+    f"spoken, {i} alone": Update(
+        [dataclasses.replace(s, lesson=0, taught=s.taught and s.lesson == i) for s in TONGUES],
+        teacher=model,
+        objective=objective,
+        distillation_weight=weight,
+        foreign=(0,) if i == 1 else (),
+    )
+    for i, (model, objective, weight) in enumerate(SPOKEN)
+}
+APART = {
+    f"mixed, {i} alone": Update(
+        [dataclasses.replace(s, lesson=0, taught=s.taught and s.lesson == i) for s in CUT],
+        teacher=model,
+        objective=objective,
+        distillation_weight=weight,
+    )
+    for i, (model, objective, weight) in enumerate(MIXED)
 }
 USUAL = Update(SAMPLES)
 TIED = Update(SAMPLES, model="tied", teacher="tied_teacher")
@@ -119,6 +183,7 @@ ON_ONE_RANK = {
     "hot rollout": Update(SAMPLES, rollout_temperature=0.6),
     **{name: Update(SAMPLES, objective=objective) for name, objective in DIVERGENCES.items()},
     **METHODS,
+    **{f"several: {name}": update for name, update in {**SEVERAL, **APART, **SPOKEN_APART}.items()},
     **{f"{name}, tight": dataclasses.replace(update, **SPLITS["tight"]) for name, update in METHODS.items()},
 }
 ON_TWO_RANKS = {
@@ -129,6 +194,7 @@ ON_TWO_RANKS = {
     "only nothing": Update(NOTHING),
     "live": Update(SAMPLES, teacher=None),
     **METHODS,
+    **{f"several: {name}": update for name, update in SEVERAL.items()},
     **{f"{m} after a refresh": Update(make_samples([4, 6]), model=m, teacher=m) for m in ("untied", "tied")},
 }
 MODELS = {"untied": "untied_teacher", "tied": "tied_teacher"}
@@ -218,6 +284,34 @@ def test_the_official_reduction_means_the_token_means_of_micro_batches(one, fold
     assert distance(one["updates"]["token-mean pairs"], expected) > 0.01
 
 
+# ---------------------------------------------------------------------- several teachers
+
+
+@pytest.mark.parametrize("equal, one_teacher", [("three equal", "some taught"), ("three equal and a policy", "mixed")])
+def test_three_teachers_of_the_same_weights_are_one(one, equal, one_teacher):
+    expected = one["updates"][one_teacher]
+    actual = one["updates"][f"several: {equal}"]
+    assert distance(actual, expected) < 1e-6
+    assert {n: actual["metrics"][n] for n in expected["metrics"]} == pytest.approx(expected["metrics"], rel=1e-6)
+
+
+@pytest.mark.parametrize("whole, parts", [("mixed", APART), ("one of other tokens", SPOKEN_APART)])
+def test_a_teacher_teaches_its_own_samples_as_if_the_others_had_none(one, whole, parts):
+    apart = [one["updates"][f"several: {name}"] for name in parts]
+    names = apart[0]["grads"]
+    summed = {n: sum(each["grads"][n] for each in apart) for n in names}
+    actual = one["updates"][f"several: {whole}"]
+    assert distance(actual, {"loss": sum(each["loss"] for each in apart), "grads": summed}) < REORDERED
+    for i, each in enumerate(apart):
+        assert actual["metrics"][f"teacher/t{i}/divergence"] == pytest.approx(each["metrics"]["divergence"], rel=FP32)
+    assert sum(actual["metrics"][f"teacher/t{i}/token_share"] for i in range(3)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("split", ["pairs", "tight"])
+def test_the_split_does_not_matter_to_several_teachers(one, split):
+    assert distance(one["updates"][f"several: mixed, {split}"], one["updates"]["several: mixed"]) < REORDERED
+
+
 # ---------------------------------------------------------------------- the split does not matter
 
 
@@ -234,7 +328,17 @@ def test_the_split_does_not_matter_to_any_method(one, name):
     assert distance(one["updates"][f"{name}, tight"], one["updates"][name]) < REORDERED
 
 
-@pytest.mark.parametrize("name", ["untied", "tied", *(f"{r} tight" for r in REDUCTIONS), "live", *METHODS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "untied",
+        "tied",
+        *(f"{r} tight" for r in REDUCTIONS),
+        "live",
+        *METHODS,
+        *(f"several: {name}" for name in SEVERAL),
+    ],
+)
 def test_two_ranks_give_the_loss_and_gradients_of_one(one, two, name):
     for rank in two:
         assert distance(rank["updates"][name], one["updates"][name]) < REORDERED

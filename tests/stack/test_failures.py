@@ -5,6 +5,7 @@ import json
 import subprocess
 
 import pandas as pd
+import pytest
 
 from tests.stack.conftest import TIMEOUT_S, command, metrics
 
@@ -18,6 +19,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 """
 
 
+@pytest.mark.slow
 def test_a_grader_that_raises_for_some_rows_ends_the_run_or_scores_zero_and_no_row_is_missing(train, tmp_path):
     (tmp_path / "grader.py").write_text(GRADER)
     settings = [
@@ -50,6 +52,7 @@ def test_a_grader_that_raises_for_some_rows_ends_the_run_or_scores_zero_and_no_r
     assert "KeyError: 'unit_tests' (data_source" in console and "lost: failed" in console
 
 
+@pytest.mark.slow
 def test_eight_copies_of_a_row_sampled_once_are_one_row_sampled_eight_times(train, tmp_path):
     """The public AIME file holds every problem 32 times, and mean@32 over it was one sample."""
     problem = pd.read_parquet(train.world / "tinymath" / "val.parquet").iloc[:1]

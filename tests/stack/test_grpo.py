@@ -37,6 +37,7 @@ def runs(train, tmp_path_factory):
     return base, [json.loads(line)["data"] for line in log.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["stock", "trace"])
 def test_the_updated_weights_are_the_same_bits(runs, other):
     base, _ = runs
@@ -46,11 +47,13 @@ def test_the_updated_weights_are_the_same_bits(runs, other):
             assert a.keys() == b.keys() and not different, (step, different)
 
 
+@pytest.mark.slow
 def test_the_weights_do_change(runs):
     first, last = (shards(runs[0] / "ours", step, "actor")[0] for step in (1, STEPS))
     assert any(not torch.equal(first[name], last[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_loss_gradient_norm_and_clip_fraction_are_the_same_numbers(runs):
     base, stock = runs
     names = ("actor/loss", "actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/pg_clipfrac", "actor/ppo_kl")

@@ -9,12 +9,16 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from opd_ext.cli import app
 from opd_ext.context import prompts
 from opd_ext.report.metrics import undescribed
 from tests.stack.conftest import ROOT, metrics, shards
+from tests.unit.inspection.folder import content, shown_loss, unpacked
 
 STEPS = 3
 EXAMPLE = ROOT / "examples" / "custom_method"
@@ -69,7 +73,12 @@ def generations(run_dir, step):
     return [json.loads(line) for line in (run_dir / "generations" / f"train_{step}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+SLOW = {"exopd", "opsd-lora", "surprise", "trace-self"}  # whose pieces others have, or the tests of pieces
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SETTINGS]
+)
 def test_three_steps(run, method):
     lines = metrics(run(method))
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -159,6 +168,31 @@ def test_the_teacher_of_trace_knows_the_kind_of_step_and_nothing_else(run):
     assert seen
 
 
+def test_the_map_of_a_run_with_a_policy_term_adds_up_to_its_loss(run, tmp_path):
+    """At a ratio of 1 the policy term is minus the sum of its tokens' weights, beside weight times divergence."""
+    run_dir, out = run("trace"), tmp_path / "map"
+    answer = CliRunner().invoke(app, ["inspect", str(run_dir), "--step", "1", "--methods", "trace", "--out", str(out)])
+    assert answer.exit_code == 0, answer.output
+    trained_on = next(line for line in metrics(run_dir) if line["step"] == 2)
+    shown = shown_loss(out, "trace"), -shown_loss(out, "trace", "policy")
+    assert all(shown), "one of the two terms has nothing to do in this step: the comparison would be weak"
+    assert sum(shown) == pytest.approx(trained_on["opd/loss"], rel=1e-3, abs=1e-6)
+
+
+def test_the_map_of_a_run_shows_ratios_to_the_policy_that_sampled(run, tmp_path):
+    """Rollouts of step 2 by the weights after its two updates: ratios have left 1, and CISPO's cap is far away."""
+    out = tmp_path / "map"
+    words = ["--step", "2", "--rollouts", "2", "--methods", "cispo,grpo", "--out", str(out)]
+    answer = CliRunner().invoke(app, ["inspect", str(run("cispo")), *words])
+    assert answer.exit_code == 0, answer.output
+    for method in ("cispo", "grpo"):
+        page = content(out, f"{method}_0")
+        ratio, gate, reward = (unpacked(page[name]) for name in ("ratio", "gate", "reward"))
+        assert np.abs(ratio - 1).max() > 1e-3 and np.abs(reward).max() > 0.1
+        kept = gate > 0 if method == "grpo" else np.ones(len(gate), dtype=bool)
+        assert gate[kept] == pytest.approx(ratio[kept], abs=1e-3)
+
+
 def test_trace_annotates_what_it_needs_and_reports_the_cost(run):
     for line, step in zip(metrics(run("trace")), range(1, STEPS + 1), strict=True):
         rows = generations(run("trace"), step)
@@ -171,6 +205,7 @@ def test_trace_annotates_what_it_needs_and_reports_the_cost(run):
     assert [line["teacher/version"] for line in metrics(run("trace"))] == [0, 0, 2]
 
 
+@pytest.mark.slow
 def test_self_annotation_asks_the_rollout_servers_and_its_failures_are_grpo(run):
     for line in metrics(run("trace-self")):
         assert line["annotation/ok"] < 1 and line["annotation/skipped"] < 1
@@ -179,6 +214,7 @@ def test_self_annotation_asks_the_rollout_servers_and_its_failures_are_grpo(run)
         assert not line["opd/skipped"], "without spans the policy term alone trains"
 
 
+@pytest.mark.slow
 def test_pieces_of_a_user_are_at_work_in_all_places(run):
     lines, rows = metrics(run("surprise")), generations(run("surprise"), STEPS)
     # Teacher `warm`: the initial model, a copy after step 2, a moving average from step 3 on.

@@ -200,6 +200,7 @@ def eos(world: Path) -> int:
     return tokenizer(world).eos_token_id
 
 
+@pytest.mark.slow
 def test_t3s_killed_in_every_stage_ends_with_the_same_files(world, t3s_run, tmp_path):
     run_dir = tmp_path / "run"
     stages = [  # bottleneck and select take milliseconds

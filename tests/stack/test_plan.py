@@ -22,8 +22,9 @@ class _Files:
     sharding: Sharding = Sharding(shards=2, master=4, compute=4)
     ranks: int = 2
     adapter: int = 0
-    teacher: None = None
-    moves: bool = False
+    teachers: tuple = ()
+    moving: tuple = ()
+    teacher_adapters: int = 0
 
 
 def _save(rank: Rank) -> dict:

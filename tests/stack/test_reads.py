@@ -19,6 +19,7 @@ SETTINGS = [
     "algorithm.rollout_correction.rollout_is=token",
     "data.train_batch_size=4",
     "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",  # two updates a batch: the old policy gets a pass of its own
     "trainer.total_training_steps=2",
     "trainer.test_freq=2",
     "trainer.save_freq=2",

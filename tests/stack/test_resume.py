@@ -1,31 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A killed run goes on where it stopped: on the same rollouts it ends with the same bits as an undisturbed one."""
 
-import os
-import shutil
-import signal
-import subprocess
-import time
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.stack.conftest import TIMEOUT_S, alone, command, metrics, shards
-from tests.stack.replay import in_prompt_order, replay
+from tests.stack.conftest import metrics, shards
+from tests.stack.replay import in_prompt_order, interrupted, replay
 
 STEPS = 4
-
-
-def kill_after_step(step: int, run_dir: Path, process: subprocess.Popen) -> None:
-    """SIGKILL the whole run as soon as ``step`` has been recorded."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < step:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the run did not reach the step"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +17,7 @@ def runs(train, tmp_path_factory):
     settings = [*replay(dump, STEPS), "opd.teacher.interval=2"]
     train(undisturbed, *settings)
     in_prompt_order(dump)
-    process = subprocess.Popen(
-        command(killed, *settings),
-        env=alone(train.world),
-        cwd=base,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    kill_after_step(2, killed, process)
-    # The kill may fall before, into or after the writing of step 3; take step 3 away so that the resumed run has work.
-    shutil.rmtree(killed / "checkpoints" / "global_step_3", ignore_errors=True)
-    (killed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    interrupted(train, killed, settings, step=2)
     (killed / "checkpoints" / ".incomplete_global_step_3").mkdir(exist_ok=True)  # as a kill inside a save leaves it
     output = train(killed, *settings)
     return undisturbed, killed, output

@@ -13,6 +13,7 @@ from opd_ext.cli import app
 from opd_ext.report.metrics import undescribed
 from tests.stack.conftest import finish, metrics, shards
 from tests.stack.replay import in_prompt_order, replay
+from tests.unit.inspection.folder import shown_loss
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,17 @@ def test_an_exported_model_answers_like_the_trainer_s_weights(two_ranks, train, 
     assert len(gaps) > 40 and max(gaps) < 1e-5
 
 
+@pytest.mark.parametrize("step", [2, 4])  # beside the initial model, and beside a teacher that was refreshed
+def test_the_map_of_a_run_adds_up_to_the_loss_that_it_trained_on(two_ranks, tmp_path, step):
+    """Weight times divergence over all tokens of the next step's rollouts: transformers against FSDP on two ranks."""
+    run_dir, out = two_ranks[0], tmp_path / "map"
+    words = ["inspect", str(run_dir), "--step", str(step), "--methods", "crisp", "--out", str(out)]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 0, answer.output
+    trained_on = next(line["opd/loss"] for line in metrics(run_dir) if line["training/global_step"] == step + 1)
+    assert shown_loss(out, "crisp") == pytest.approx(trained_on, rel=1e-3)
+
+
 @pytest.mark.slow  # a minute of imports
 def test_a_run_without_the_warm_python_computes_the_same_bits(train, tmp_path):
     settings = [*replay(tmp_path / "dump", 2), "opd.teacher.interval=1"]
@@ -200,6 +212,7 @@ def test_a_live_teacher_needs_no_second_model(live):
     assert not (run_dir / "checkpoints" / "global_step_2" / "teacher").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_collapses_ends_and_its_best_checkpoint_is_kept(train, tmp_path):
     """The first step only warms up, so its weights are the initial ones; the next destroy them (lasgroup/SDPO#25)."""
     console = train(

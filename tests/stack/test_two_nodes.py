@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run over two Ray nodes, which are two raylets of this machine: with one disk, and each with a disk of its own."""
 
+import json
 import os
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -104,3 +106,32 @@ def test_nodes_without_a_shared_disk_are_refused_before_the_first_step(world, tm
     assert done.returncode != 0, done.stdout[-4000:]
     assert "is not the same folder on every node: what 1 of 2 ranks write there" in done.stdout, done.stdout[-4000:]
     assert not list(runs.glob("two/checkpoints/global_step_*")) and not (runs / "two" / "metrics.jsonl").exists()
+
+
+def test_a_group_of_ranks_spans_nodes_and_what_no_node_has_is_refused(tmp_path):
+    """The launcher of pipelines: two ranks on each of two nodes meet, as torchrun would let them."""
+    script = """
+        import sys
+        from pathlib import Path
+        from opd_ext.launch import Command, LaunchError, run
+        out = Path(sys.argv[1])
+        command = lambda **sizes: Command("tests.stack.group_of_ranks", [str(out / "met.json")], out / "log", **sizes)
+        run([command(ranks=4, devices=4, nodes=2)], "cpu")
+        try:
+            run([command(ranks=2, devices=2)], "cuda")
+        except LaunchError as error:
+            print(error)
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OPD_"))}
+    environment |= {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with cluster(environment) as joined:
+        asked = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+        done = subprocess.run(asked, env=joined, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = json.loads((tmp_path / "met.json").read_text())
+    assert [rank["RANK"] for rank in ranks] == ["0", "1", "2", "3"]
+    assert [rank["LOCAL_RANK"] for rank in ranks] == ["0", "1", "0", "1"]
+    assert {(rank["WORLD_SIZE"], rank["LOCAL_WORLD_SIZE"]) for rank in ranks} == {("4", "2")}
+    nodes = [rank["raylet"] for rank in ranks]
+    assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
+    assert "1 node(s) of 2 GPUs and 2 CPUs are wanted" in done.stdout and "set train.nodes" in done.stdout

@@ -108,6 +108,7 @@ def test_the_report_compares_the_full_protocol_and_the_best_step_is_the_monitors
     assert "4/4" in CliRunner().invoke(app, ["ls", str(run_dir)]).output
 
 
+@pytest.mark.slow
 def test_a_resumed_run_validates_what_an_undisturbed_one_does(run, settings, train, tmp_path):
     undisturbed, again = run[0], tmp_path / "again"
     shutil.copytree(undisturbed, again)

@@ -49,6 +49,13 @@ def vectors():
     return load_vectors
 
 
+@pytest.fixture(autouse=True)
+def environment_left_alone():
+    """What a test, or verl within it, writes into the environment is taken back: a later test would believe it."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
 _compose_presets = functools.cache(lambda name, *choices: hydra.compose(name, list(choices)))
 
 
@@ -68,12 +75,8 @@ def presets_composed_once(monkeypatch):
 
 @pytest.fixture
 def opd_train():
-    """``opd_train(*arguments)`` is the exit status of `opd train` in this process, where torch and verl are loaded.
-
-    The environment variables of the run are taken back.
-    """
-    with mock.patch.dict(os.environ):
-        yield lambda *arguments: train.main(list(arguments))
+    """``opd_train(*arguments)`` is the exit status of `opd train` in this process, where torch and verl are loaded."""
+    return lambda *arguments: train.main(list(arguments))
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

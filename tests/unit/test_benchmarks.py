@@ -2,12 +2,16 @@
 """Every benchmark runs, at a tiny size and in this process: one that fails at all sizes measures nothing."""
 
 import importlib
+import importlib.util
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import pandas as pd
 import pytest
 import torch
 
@@ -27,6 +31,18 @@ for line in ("the stack is up", "val 0"):
     with (folder / "console.log").open("a") as console:
         print(line, file=console)
 time.sleep(0.5)
+"""
+
+
+# A process that forks another, which shares what it has and takes more.
+TREE = """
+import os, sys
+
+shared = b"x" * 60_000_000
+if not os.fork():
+    own = b"y" * 100_000_000
+    print("ready", flush=True)
+sys.stdin.read()
 """
 
 
@@ -51,12 +67,17 @@ def benchmark(monkeypatch):
             del sys.modules[name]
 
 
-def test_the_head_is_measured_against_a_dense_one(benchmark, tmp_path):
-    out = tmp_path / "head.json"
+def test_the_head_is_measured_against_a_dense_one_and_against_liger_where_that_is(benchmark, tmp_path, capsys):
+    out, there = tmp_path / "head.json", importlib.util.find_spec("liger_kernel") is not None
     benchmark("head").main(n=32, v=128, h=16, chunk_size=16, repeats=2, date="2026-01-01", out=out)
     result = json.loads(out.read_text())
     assert max(result["max_relative_gradient_difference"].values()) < 1e-5
     assert min(*result["seconds_fastest"].values(), result["time_ratio_median"]) > 0
+    arms = {"dense", "head", *(["liger"] if there else [])}
+    assert set(result["extra_memory_bytes"]) == set(result["time_over_products"]) == arms
+    assert all(max(found.values()) < 1e-5 for found in result["max_relative_gradient_difference_of"].values())
+    printed = capsys.readouterr().out
+    assert "time / products" in printed and ("liger-kernel, because it is not installed" in printed) != there
     assert result["date"] == "2026-01-01" and result["hardware"]["cores"] == os.cpu_count()
 
 
@@ -71,6 +92,32 @@ def test_an_update_of_crisp_is_measured_against_one_of_grpo(benchmark, tmp_path)
     assert trunk == 64 * (64 + 2 * 64 + 64 + 3 * 192)
     expected = (3 * trunk * 24 + trunk * 28 + 4 * head * 16) / (3 * trunk * 24 + 3 * head * 24)
     assert result["predicted_ratio"] == pytest.approx(expected)
+
+
+def test_an_update_is_measured_at_the_sizes_of_a_known_model(benchmark, tmp_path):
+    from opd_ext.plan.shapes import model_shape
+
+    step, out = benchmark("step"), tmp_path / "step.json"
+    sizes = {"batch": 2, "prompt": 4, "teacher_prompt": 6, "response": 8, "budget": 32}
+    step.main(**sizes, model="tinymath/base", repeats=1, out=out)
+    result, shape = json.loads(out.read_text()), model_shape("tinymath/base")
+    found = result["setting"]
+    assert (found["vocab"], found["hidden"], found["layers"]) == (shape.vocabulary, shape.hidden, shape.layers)
+    norms = shape.layers * (2 * shape.hidden + 2 * 32) + shape.hidden
+    assert result["trunk_parameters"] == shape.parameters - 2 * shape.head - norms
+    for name in ("nobodys", "Qwen3-30B-A3B"):
+        with pytest.raises(step.typer.BadParameter, match=f"{name} is no dense model"):
+            step.main(**sizes, model=name, out=tmp_path / "other.json")
+
+
+def test_what_the_trainer_process_does_with_rollouts_is_measured_part_by_part(benchmark, tmp_path):
+    from opd_ext.bridge import rollouts
+
+    out, queue = tmp_path / "driver.json", rollouts.tq
+    benchmark("driver").main(responses=8, mean=64, limit=128, out=out)
+    result = json.loads(out.read_text())
+    assert list(result["cpu_seconds"]) == ["read_rows", "read_tokens", "write ids", "write texts"]
+    assert 8 < result["tokens"] <= 8 * 128 and result["tokens_per_second"] > 0 and rollouts.tq is queue
 
 
 def test_a_graded_test_is_measured_against_the_bare_interpreter_and_verl(benchmark, tmp_path):
@@ -93,6 +140,21 @@ def test_the_time_before_the_first_step_is_measured_process_by_process(benchmark
     assert "first step begins:" in capsys.readouterr().out
 
 
+def test_the_memory_of_a_run_is_that_of_every_process_below_it_once(benchmark, capsys):
+    memory = benchmark("memory")
+    with subprocess.Popen([sys.executable, "-c", TREE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        run.stdout.readline()
+        processes, before = memory.below(run.pid), memory.parts(run.pid)
+        looked = memory.watch(run.pid, seconds=0.1)
+        run.stdin.close()
+    assert len(processes) == 2 and before["trainer"] == before["sampler"] == 0
+    # 60 MB that both share count once, 100 MB are the child's, two interpreters come on top.
+    assert 160e6 < before["others"] < 190e6
+    assert looked["looks"] == 1 and looked["at_the_peak"]["others"] == pytest.approx(before["others"], rel=0.05)
+    memory.show({part: 2.0 * before["others"] for part in before}, looked)
+    assert "200%" in capsys.readouterr().out
+
+
 def test_the_run_whose_start_is_measured_is_accepted(benchmark, tmp_path, opd_train):
     assert opd_train(*benchmark("startup").settings(tmp_path / "run", []), "--dry-run") == 0
 
@@ -105,3 +167,17 @@ def test_a_result_is_there_as_a_whole_and_says_on_what_it_was_measured(benchmark
     measure.write_json(tmp_path / "new" / "result.json", measure.provenance("cpu", "", "rich"))
     written = json.loads((tmp_path / "new" / "result.json").read_text())
     assert {"date", "hardware", "torch", "rich"} == set(written) and len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_the_long_world_is_compared_from_what_is_finished(benchmark, tmp_path):
+    """Four of five problems are gained by the method, one is lost: +60 points, paired."""
+    tables = {"base": [0.0, 0.0, 0.0, 0.0, 1.0], "grpo-seed1": [1.0, 1.0, 1.0, 1.0, 0.0]}
+    for name, accuracies in tables.items():
+        (tmp_path / "eval" / name / "grades").mkdir(parents=True)
+        rows = {"uid": [f"p{i}" for i in range(5)], "sample": 0, "acc": accuracies, "tokens": 280}
+        pd.DataFrame(rows).to_parquet(tmp_path / "eval" / name / "grades" / "model-test.parquet")
+    benchmark("long_world").main(["--report", "--out", str(tmp_path)])
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| grpo | 1 | 80.0 [" in text and "| base | 1 | 20.0 [" in text
+    assert re.search(r"grpo - base \| \+(5|6)\d\.\d \[", text) and "sdpo" not in text
+    assert (tmp_path / "comparison.png").stat().st_size > 1000

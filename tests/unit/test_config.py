@@ -11,6 +11,8 @@ import pytest
 
 from opd_ext import train
 from opd_ext.config import checks, schema
+from opd_ext.config.compose import CONFIG_DIR
+from opd_ext.errors import ConfigError
 
 PATHS = ["data.train_files=/data/train.parquet", "data.val_files=/data/val.parquet"]
 
@@ -42,12 +44,26 @@ def test_a_chunk_of_the_head_has_rows_by_device(scale, chosen, rows, presets_com
 
 
 @pytest.mark.parametrize("method", ["grpo", "cispo"])
-@pytest.mark.parametrize(
-    "option",
-    ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "actor_rollout_ref.model.use_fused_kernels=true"],
-)
-def test_what_verl_does_for_its_own_losses_is_allowed_there(method, option, presets_composed_once):
-    check(f"method={method}", "scale=node_8xh200", "opd.head.fp32=false", "opd.selftest=false", option, *PATHS)
+def test_what_verl_fuses_for_its_own_losses_is_allowed_there(method, presets_composed_once):
+    fused = "actor_rollout_ref.model.use_fused_kernels=true"
+    check(f"method={method}", "scale=node_8xh200", "opd.head.fp32=false", "opd.selftest=false", fused, *PATHS)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")))
+def test_ranks_may_share_the_sequences_of_every_method(method, size, presets_composed_once):
+    shared = f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={size}"
+    adapter = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge=true"]
+    check(f"method={method}", "scale=node_8xh200", shared, *(adapter if method == "exopd" else ()), *PATHS)
+
+
+def test_groups_of_ranks_and_not_ranks_divide_a_mini_batch(presets_composed_once):
+    eight = ("method=crisp", "scale=node_8xh200", "data.train_batch_size=4", *PATHS)
+    check(*eight, "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2")
+    with pytest.raises(ConfigError, match="divisible by the 8 trainer ranks"):
+        check(*eight)
+    with pytest.raises(ConfigError, match="divisible by the 2 groups of 4 trainer ranks"):
+        check(*eight[:2], "data.train_batch_size=3", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4", *PATHS)
 
 
 @pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
@@ -87,6 +103,28 @@ def test_the_node_carries_the_published_settings_of_crisp():
         ),
         (["+opd.divergence.gamma=2"], ["opd.divergence.gamma", "reverse_kl", "entry_clip"]),
         (["+opd.divergence.key.kind=forward_kl"], ["opd.divergence.key", "opd.credit.kind=spans"]),
+        (["opd.alarms.entropy=shout"], ["opd.alarms.entropy=shout", "off", "rollback", "stop", "warn"]),
+        (["opd.alarms.length=rollback", "trainer.save_freq=-1"], ["alarms.length=rollback", "trainer.save_freq"]),
+        (["opd.alarms.window=4"], ["opd.alarms.window=4", "at least 8"]),
+        (["opd.alarms.length_factor=0.5"], ["opd.alarms.length_factor=0.5", "above 1"]),
+        (["opd.alarms.accuracy_drop=2"], ["opd.alarms.accuracy_drop=2", "(0, 1]"]),
+        (["opd.alarms.persist=0"], ["opd.alarms.persist=0", "positive"]),
+        (["opd.alarms.max_rollbacks=-1"], ["opd.alarms.max_rollbacks=-1", "positive"]),
+        (["opd.alarms.rollback_lr=0"], ["opd.alarms.rollback_lr=0", "(0, 1]"]),
+        (["opd.context.problem=any"], ["opd.context.problem=any", "another", "own"]),
+        (["opd.context.problem=another"], ["problem=another", "kind=instruction shows the same for every problem"]),
+        (["method=opd", "opd.context.problem=another"], ["problem=another", "kind=same"]),
+        (["opd.credit.placement=late"], ["opd.credit.placement=late", "flat", "prefix", "random"]),
+        (["opd.credit.placement=random"], ["placement=random changes nothing", "kind=uniform"]),
+        (["method=trace", "opd.credit.placement=flat"], ["placement=flat", "kind=spans", "placement=random"]),
+        (["method=grpo", "opd.credit.placement=prefix"], ["placement=prefix needs a divergence"]),
+        (["method=rlsd", "opd.credit.placement=prefix"], ["opd.policy.shaping", "opd.credit.placement"]),
+        (["opd.credit.placement=prefix", "opd.credit.prefix=0"], ["opd.credit.prefix=0", "(0, 1]"]),
+        (["opd.divergence.constant_advantage=-1"], ["constant_advantage", "support=full", "support=sampled"]),
+        (["method=opd", "opd.divergence.constant_advantage=0"], ["constant_advantage must not be 0"]),
+        (["opd.validation.prompt=both"], ["opd.validation.prompt=both", "student", "teacher"]),
+        (["method=opsd", "opd.validation.prompt=teacher"], ["prompt=teacher", "kind=solution", "instruction"]),
+        (["method=grpo", "opd.validation.prompt=teacher"], ["prompt=teacher needs a context"]),
         (["opd.context.kind=hint"], ["opd.context.kind=hint", "instruction", "same", "solution"]),
         (["opd.context.text=v9"], ["v9", "v1", "v5"]),
         (["+opd.context.tone=dry"], ["opd.context.tone", "strip_suffix, template, text"]),
@@ -160,7 +198,23 @@ def test_the_node_carries_the_published_settings_of_crisp():
         (["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=300"], ["ppo_max_token_len_per_gpu=300", "384"]),
         (
             ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
-            ["ulysses_sequence_parallel_size=2", "set it to 1"],
+            ["actor.ulysses_sequence_parallel_size=2", "divide the 1 ranks"],
+        ),
+        (
+            ["scale=node_8xh200", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=3"],
+            ["actor.ulysses_sequence_parallel_size=3", "divide the 8 ranks"],
+        ),
+        (
+            ["scale=node_8xh200", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"],
+            ["ref.ulysses_sequence_parallel_size=1", "actor.ulysses_sequence_parallel_size=2", "set the latter"],
+        ),
+        (
+            [
+                "scale=node_8xh200",
+                "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+                "actor_rollout_ref.model.override_config.attn_implementation=eager",
+            ],
+            ["attn_implementation=eager", "flash_attention_2 or sdpa", "ulysses_sequence_parallel_size=1"],
         ),
         (["actor_rollout_ref.actor.strategy=fsdp"], ["fsdp2"]),
         (["scale=node_8xh200", "opd.warm_python=true"], ["opd.warm_python=true", "one machine"]),
@@ -173,16 +227,8 @@ def test_the_node_carries_the_published_settings_of_crisp():
             ["use_fused_kernels=true", "opd.head.fp32=true"],
         ),
         (["method=grpo", "actor_rollout_ref.model.use_fused_kernels=true"], ["use_fused_kernels=true", "selftest"]),
-        (
-            ["method=grpo", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
-            ["actor.ulysses_sequence_parallel_size=2", "opd.selftest=false"],
-        ),
         (["actor_rollout_ref.model.lora_rank=8"], ["LoRA", "lora.merge=true"]),
         (["actor_rollout_ref.model.lora.rank=8"], ["LoRA", "lora_rank"]),
-        (
-            ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge=true"],
-            ["opd.teacher.weights=periodic with LoRA", "base"],
-        ),
         (["method=opd", "opd.divergence.extrapolation=1.25"], ["extrapolation=1.25", "lora_rank"]),
         (["opd.divergence.extrapolation=1.25"], ["extrapolation=1.25", "support=sampled"]),
         (["opd.teacher.weights=base"], ["opd.teacher.weights=base", "lora_rank", "frozen"]),

@@ -85,6 +85,7 @@ def nvidia_smi(tmp_path, monkeypatch):
         program.write_text(f'#!/bin/sh\n[ "$*" = "{query}" ] || exit 9\nprintf "{text}\\n"\nexit {status}\n')
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     return install
 

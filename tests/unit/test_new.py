@@ -213,7 +213,7 @@ def test_a_copied_folder_works_outside_recipes_too_and_says_what_it_misses(run_r
             f"{script}: common.sh is neither here nor in .. and opd is not on PATH; run bash setup.sh.\n"
         )
     answer = run_recipe(tmp_path / "mine/qwen3_8b.sh", cwd=tmp_path, DATA_DIR=str(tmp_path))  # the installed one
-    assert answer.returncode == 2 and "dapo_train.parquet is missing" in answer.stderr
+    assert answer.returncode == 2 and "dapo_math_17k/train.parquet is missing" in answer.stderr
     answer = run_recipe(tmp_path / "mine/tiny_cpu.sh", "--cfg", cwd=tmp_path)
     assert OmegaConf.create(answer.stdout).opd.run_dir == str(tmp_path / "runs" / "mine-cpu_tiny")
     shutil.copy(RECIPES / "common.sh", tmp_path)

@@ -38,7 +38,7 @@ def composed(*overrides):
         ([GRPO, f"{CORRECTION}.rollout_rs=token_k1", f"{CORRECTION}.rollout_rs_threshold=0.5_2.0"], "pass"),
         ([GRPO, "algorithm.use_kl_in_reward=true"], "pass"),
         ([GRPO, f"{ACTOR}.shuffle=true"], "pass"),
-        ([GRPO, f"{ACTOR}.ulysses_sequence_parallel_size=2", ALONE], "pass"),
+        ([GRPO, f"{ACTOR}.ulysses_sequence_parallel_size=2"], "update"),
         ([GRPO, "actor_rollout_ref.model.use_fused_kernels=true", ALONE], "pass"),
         (
             [GRPO, f"{CORRECTION}.bypass_mode=true", "opd.policy.anchor=sampler", f"{CORRECTION}.rollout_is=null"],

@@ -153,7 +153,7 @@ def test_ssd_settings_are_the_published_ones(preset, composed):
     assert selected(config, published) == published
     assert config.model == model and Path(config.run_dir).name == f"ssd-{preset}"
     assert t_eval == config.evaluate.temperatures[0]  # the best is chosen on other problems than the reported ones
-    assert config.evaluate.select_file.endswith("lcb_v5.parquet") and config.evaluate.file.endswith("lcb_v6.parquet")
+    assert config.evaluate.select_file.endswith("/v5.parquet") and config.evaluate.file.endswith("/v6.parquet")
     assert config.max_tokens < config.vllm.max_model_len and config.train.ranks == config.vllm.replicas == 8
 
 
@@ -247,9 +247,12 @@ def test_missing_inputs_are_refused_in_one_sentence(tmp_path):
     assert "MODEL=nothing is neither a folder" in refusal("ssd/qwen3_4b_instruct.sh", MODEL="nothing")
     assert "TEACHER=nothing is neither a folder" in refusal("t3s/qwen3_8b.sh", TEACHER="nothing")
     assert "DIFFUSION=nothing is neither a folder" in refusal("t3s/llada2_mini.sh", DIFFUSION="nothing")
-    assert "rstar_coder_passed.parquet is missing; make it as the recipe's" in refusal("ssd/qwen3_4b_instruct.sh")
-    assert "boba200.parquet is missing" in refusal("t3s/qwen3_8b.sh")
-    for name in ("s1k", "aime"):
+    assert "rstar_coder/passed.parquet is missing; make it with opd data rstar_coder" in refusal(
+        "ssd/qwen3_4b_instruct.sh"
+    )
+    assert "boba200/train.parquet is missing" in refusal("t3s/qwen3_8b.sh")
+    for name in ("s1k/train", "aime/test"):
+        (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.parquet").touch()
     assert "PyTorch sees 0 GPUs, 8 are wanted" in refusal("t3s/llada2_mini.sh", CUDA_VISIBLE_DEVICES="")
     assert "opd is not installed" in refusal("t3s/qwen3_8b.sh", PATH="/usr/bin:/bin", OPD_VENV=str(tmp_path))
@@ -266,8 +269,8 @@ def test_a_recipe_that_only_shows_needs_no_inputs(option, recipe, recorded, tmp_
 @pytest.mark.parametrize(
     "words, last, missing",
     [
-        (["ssd", "recipe=ssd/qwen3_4b_instruct"], "diagnose", "rstar_coder_passed.parquet is not a file; "),
-        (["t3s", "recipe=t3s/qwen3_8b"], "evaluate-lowest", "boba200.parquet is not a file; "),
+        (["ssd", "recipe=ssd/qwen3_4b_instruct"], "diagnose", "passed.parquet is not a file; "),
+        (["t3s", "recipe=t3s/qwen3_8b"], "evaluate-lowest", "train.parquet is not a file; "),
         (["sft", "recipe=sft/smollm2_cpu"], "evaluate-sft", "smollm2 is neither a hub id nor a folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -325,10 +328,10 @@ def test_the_data_sets_that_a_script_checks_are_those_of_its_recipe(recipe, comp
     def files(config: PipelineConfig) -> list[Path]:
         return [Path(file) for file in (config.prompts.file, config.evaluate.file, config.evaluate.select_file) if file]
 
-    assert [file.name for file in files(moved)] == [file.name for file in files(plain)]
-    assert {file.parent for file in files(moved)} == {Path("/d")}
-    assert {file.parent for file in files(plain)} == {file.parent for file in files(named)}
-    assert Path(named.evaluate.file).name == "e.parquet" and Path(plain.run_dir).parent == tmp_path / "runs"
+    sets = [file.relative_to(Path(home) / "data") for file in files(plain)]
+    assert [file.relative_to("/d") for file in files(moved)] == sets
+    assert Path(named.evaluate.file) == Path(home) / "data" / "e.parquet"
+    assert Path(plain.run_dir).parent == tmp_path / "runs"
 
 
 # ---------------------------------------------------------------------- copies

@@ -19,6 +19,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from opd_ext.config import checks
 from opd_ext.config.compose import CONFIG_DIR, compose_config
+from opd_ext.config.teachers import model_weights
 
 ADAMW = {
     "optimizer": "AdamW",
@@ -356,7 +357,7 @@ def test_opsd_of_all_weights_is_what_its_guide_says(compose):
     guide = (CONFIG_DIR.parents[1] / "recipes" / "opsd" / "README.md").read_text()
     (said,) = re.findall(r"recipes/opsd/qwen3_1_7b\.sh (opd\.teacher\.weights=frozen .*?) {2,}#", guide, re.DOTALL)
     config = compose("recipe=opsd/qwen3_1_7b", *said.replace("\\\n", " ").split())
-    assert checks.check(config).needs_teacher_engine
+    assert model_weights(checks.check(config), config)
     assert config.actor_rollout_ref.model.lora_rank == 0 and not config.actor_rollout_ref.model.lora.merge
 
 

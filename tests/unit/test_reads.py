@@ -187,7 +187,13 @@ def test_a_key_that_would_change_nothing_is_refused_by_name(key, presets_compose
     left, instead = table[key]
     name = LEAVES.get(key, key)
     with pytest.raises(ConfigError) as refusal:
-        other = "3" if isinstance(left, int) and not isinstance(left, bool) else OTHER.get(left, "other")
+        other = (
+            "token"
+            if name.endswith("rollout_is")
+            else "3"
+            if isinstance(left, int) and not isinstance(left, bool)
+            else OTHER.get(left, "other")
+        )
         checks.check(compose_config(["method=crisp", f"{name}={other}"]))
     message = str(refusal.value)
     assert message.startswith(f"{name}=") and instead in message and "\n" not in message

@@ -139,13 +139,14 @@ def test_a_script_looks_for_the_very_data_that_its_recipe_reads(recipe, run_reci
     config = compose_config([f"recipe={recipe.removesuffix('.sh')}"])
     sets = config.data.val_files
     files = [config.data.train_files, *([sets] if isinstance(sets, str) else sets)]
-    names = [Path(file).name for file in files]
+    names = [Path(file).relative_to(config.opd.world) for file in files]
     variables = {"DATA_DIR": str(tmp_path), "RAY_ADDRESS": "auto", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (tmp_path / "opd").write_text("#!/usr/bin/env bash\necho started\n")
     (tmp_path / "opd").chmod(0o755)
     for name in names:  # which makes the files one by one, in the order in which they are missed
         answer = run_recipe(recipe, cwd=tmp_path, **variables)
         assert answer.returncode == 2 and f"{tmp_path}/{name} is missing" in answer.stderr
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert run_recipe(recipe, cwd=tmp_path, **variables).stdout == "started\n"
 
@@ -166,13 +167,13 @@ def test_a_later_recipe_or_override_wins_over_the_scripts(composed):
 def test_inputs_and_overrides_reach_the_configuration_whatever_their_characters(composed, tmp_path):
     config = composed(
         "crisp/qwen3_8b.sh", "opd.teacher.interval=30", "trainer.total_training_steps=7",
-        MODEL="Qwen/Qwen3-4B", DATA_DIR="a b=c,d", EVAL="math500_v2 aime25_v2", OUT="runs/x y", GPUS="4",
+        MODEL="Qwen/Qwen3-4B", DATA_DIR="a b=c,d", EVAL="math500_v2/test mine", OUT="runs/x y", GPUS="4",
     )  # fmt: skip
     folder = tmp_path / "a b=c,d"
     assert config.opd.teacher.interval == 30 and config.trainer.total_training_steps == 7
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen3-4B" and config.trainer.n_gpus_per_node == 4
-    assert config.data.train_files == str(folder / "dapo_train.parquet")
-    assert config.data.val_files == [str(folder / "math500_v2.parquet"), str(folder / "aime25_v2.parquet")]
+    assert config.data.train_files == str(folder / "dapo_math_17k/train.parquet")
+    assert config.data.val_files == [str(folder / "math500_v2/test.parquet"), str(folder / "mine.parquet")]
     assert config.opd.run_dir == str(tmp_path / "runs/x y")
     assert config.trainer.default_local_dir == str(tmp_path / "runs/x y/checkpoints")
 
@@ -180,7 +181,7 @@ def test_inputs_and_overrides_reach_the_configuration_whatever_their_characters(
 def test_inputs_may_carry_the_prefix_that_ray_jobs_pass_on(composed):
     config = composed("crisp/qwen3_14b.sh", OPD_MODEL="Qwen/Qwen3-4B", OPD_DATA_DIR="/data", OPD_RUNS="/shared")
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen3-4B"
-    assert config.data.train_files == "/data/dapo_train.parquet"
+    assert config.data.train_files == "/data/dapo_math_17k/train.parquet"
     assert config.opd.run_dir == "/shared/crisp-qwen3-14b"
 
 
@@ -265,16 +266,18 @@ def test_every_recipe_has_a_plan_that_verl_accepts(recipe, arguments, opd_train,
 
 def test_missing_inputs_are_refused_in_one_sentence(run_recipe, tmp_path):
     def refusal(recipe: str = "crisp/qwen3_8b.sh", **variables: str) -> str:
-        answer = run_recipe(recipe, cwd=tmp_path, DATA_DIR=str(tmp_path), EVAL="math500", **variables)
+        answer = run_recipe(recipe, cwd=tmp_path, DATA_DIR=str(tmp_path), EVAL="math500/test", **variables)
         assert answer.returncode == 2 and answer.stdout == ""
         assert len(answer.stderr.splitlines()) == 1
         return answer.stderr
 
     assert "MODEL=nothing is neither a folder" in refusal(MODEL="nothing")
     assert "TEACHER=nothing is neither a folder" in refusal("opd/qwen3_0_6b.sh", TEACHER="nothing")
-    assert "dapo_train.parquet is missing; make it with opd data math" in refusal()
-    assert "openthoughts_solutions.parquet is missing; make it as the recipe's" in refusal("opsd/qwen3_1_7b.sh")
-    for name in ("dapo_train", "math500"):
+    assert "dapo_math_17k/train.parquet is missing; make it with opd data dapo_math_17k" in refusal()
+    assert "make it with opd data openthoughts_math_30k" in refusal("opsd/qwen3_1_7b.sh")
+    assert "mine.parquet is missing; make it as the recipe's" in refusal(TRAIN="mine")
+    for name in ("dapo_math_17k/train", "math500/test"):
+        (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.parquet").touch()
     assert "PyTorch sees 0 GPUs, 8 are wanted" in refusal(CUDA_VISIBLE_DEVICES="")
     assert "opd is not installed" in refusal(PATH="/usr/bin:/bin", OPD_VENV=str(tmp_path))

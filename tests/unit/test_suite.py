@@ -20,6 +20,13 @@ def test_a_turn_leaves_no_test_out_and_every_test_comes_first_in_some():
     assert shuffled(names, "7") == shuffled(names[::-1], "7")
 
 
+def test_a_turn_keeps_the_tests_of_a_file_together():
+    names = [f"{file}::{test}" for test in "xyz" for file in "abcd"]
+    for turn in map(str, range(20)):
+        files = [name[0] for name in shuffled(names, turn)]
+        assert sum(one != other for one, other in zip(files, files[1:], strict=False)) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "processes"), [(["tests"], 2), (["tests/unit"], 0), (["tests/unit/test_cli.py"], 0)]
 )

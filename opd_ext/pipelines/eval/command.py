@@ -12,11 +12,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from opd_ext.config.overrides import quoted
-from opd_ext.pipelines.command import overview, work
+from opd_ext.pipelines.command import overview, planned, work
 from opd_ext.pipelines.eval.config import EvalConfig
 from opd_ext.pipelines.eval.models import Evaluated, evaluated
 from opd_ext.pipelines.eval.pipeline import Evaluation, build
 from opd_ext.pipelines.settings import compose_pipeline
+from opd_ext.plan.stages_page import WIDTH
 from opd_ext.report.after import after_run
 from opd_ext.report.evaluation import sections
 from opd_ext.report.pages import write_pages
@@ -30,6 +31,7 @@ def run(
     force: str | None = None,
     dry_run: bool = False,
     cfg: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Evaluate, or go on with an evaluation, and write its report.
 
@@ -40,6 +42,7 @@ def run(
         force: a stage that is thrown away and done again.
         dry_run: print the stages and what is done, and stop.
         cfg: print the configuration and stop.
+        as_json: of a dry run, print the plan alone, as plain values.
 
     Raises:
         opd_ext.errors.ConfigError, LaunchError, StageError, TableError, CheckpointError: one sentence each.
@@ -56,10 +59,14 @@ def run(
         return
     config.check_files()
     pipeline, evaluations = build(config)
-    console = terminal()
+    if dry_run and as_json:
+        print(json.dumps(planned(config, pipeline).as_json(), indent=2))
+        return
+    console = terminal(WIDTH)
     console.print(f"run folder: {config.run_dir}", soft_wrap=True, highlight=False)
     if dry_run:
         console.print(overview(pipeline))
+        planned(config, pipeline).print(console)
         return
     work(config, pipeline, force=force)
     words = [model, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), *overrides]

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from opd_ext.data.catalogue import SETS, set_name
 from opd_ext.errors import ConfigError, did_you_mean, positive
 from opd_ext.pipelines.settings import RewardConfig, SampledConfig, check_decoding
 from opd_ext.sampling.config import SamplingConfig
@@ -38,7 +39,7 @@ class EvalConfig(SampledConfig):
         positive("sampling.max_tokens", self.sampling.max_tokens)
         if self.count is not None:
             positive("count", self.count)
-        names = [Path(entry).stem for entry in self.sets]
+        names = [set_name(self._file(entry)) for entry in self.sets]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"sets has {twice[0]} twice: give the files different names.")
         for name, n in self.samples.items():
@@ -49,11 +50,16 @@ class EvalConfig(SampledConfig):
     @property
     def files(self) -> dict[str, Path]:
         """Name of a set -> its file."""
-        return {Path(entry).stem: self._file(entry) for entry in self.sets}
+        files = map(self._file, self.sets)
+        return {set_name(file): file for file in files}
 
     def _file(self, entry: str) -> Path:
-        path = Path(entry).expanduser()
-        return path.absolute() if path.suffix else Path(self.data_dir).expanduser().absolute() / f"{entry}.parquet"
+        """A path, or a name in ``data_dir``: ``aime24.parquet`` or, as `opd data` has it, ``aime24/test.parquet``."""
+        path, folder = Path(entry).expanduser(), Path(self.data_dir).expanduser().absolute()
+        if path.suffix:
+            return path.absolute()
+        of_set, alone = folder / entry / "test.parquet", folder / f"{entry}.parquet"
+        return of_set if of_set.is_file() and not alone.is_file() else alone
 
     def samples_of(self, name: str) -> int:
         """Samples per problem of a set."""
@@ -77,9 +83,11 @@ class EvalConfig(SampledConfig):
         for name, file in self.files.items():
             if file.is_file():
                 continue
-            there = sorted(path.stem for path in Path(self.data_dir).expanduser().glob("*.parquet"))
+            folder = Path(self.data_dir).expanduser()
+            there = sorted(set_name(path) for path in (*folder.glob("*.parquet"), *folder.glob("*/test.parquet")))
             listed = f" There are {', '.join(there)}.{did_you_mean(name, there)}" if there else ""
+            known = name if name in SETS else "list"
             raise ConfigError(
-                f"{file} is not there, so nothing can be evaluated on {name}: make it (`opd data --help`), or name a "
+                f"{file} is not there, so nothing can be evaluated on {name}: make it (`opd data {known}`), or name a "
                 f"parquet file with its path.{listed}"
             )

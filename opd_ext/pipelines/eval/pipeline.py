@@ -20,6 +20,7 @@ from opd_ext.pipelines.eval.votes import voted
 from opd_ext.pipelines.settings import PromptsConfig
 from opd_ext.pipelines.stages import Pipeline, Stage
 from opd_ext.pipelines.steps import REFUSALS, SamplingSteps, write_frame
+from opd_ext.plan.work import Sampling, sampling
 from opd_ext.sampling.jobs import Job
 from opd_ext.tokens.tables import PROMPTS, SAMPLES, read_table
 
@@ -83,7 +84,13 @@ class Evaluation(SamplingSteps):
             [self._out(name)],
             [f"prompts-{self.key}-{name}"],
             owns=[f"samples/{self.key}-{name}.parquet"],
+            work=[self._planned(file, n)],
         )
+
+    def _planned(self, file: Path, n: int) -> Sampling:
+        config, model = self.config, self.model.readable
+        mean = config.plan.mean_val_response
+        return sampling(model, str(file), config.count, n, config.sampling.max_tokens, config.template, mean)
 
     def _evaluate(self, name: str, file: Path) -> dict[str, Any]:
         """Grade the samples of a set; the first stage that has none samples for all sets, on one start of vLLM."""

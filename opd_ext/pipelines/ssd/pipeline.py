@@ -20,6 +20,7 @@ from opd_ext.pipelines.ssd.config import SSDConfig
 from opd_ext.pipelines.ssd.target import are_short, is_stub
 from opd_ext.pipelines.stages import Pipeline, Stage
 from opd_ext.pipelines.steps import REFUSALS, Steps
+from opd_ext.plan.work import Work
 from opd_ext.sampling.config import Decoding
 from opd_ext.tokens.tables import SAMPLES, read_table, write_table
 
@@ -71,9 +72,9 @@ def _sampling(steps: Steps, config: SSDConfig, arm: str) -> Stage:
 
     settings = steps.sampling_settings(config.model, all_arms(config)[arm], 1, config.max_tokens)
     settings |= {"drop_shortest": config.drop_shortest} if config.drop_shortest else {}
-    return Stage(
-        f"sample-{arm}", run, settings, [f"samples/{arm}.parquet", f"training/{arm}.parquet"], ["prompts-train"]
-    )
+    work: list[Work] = [steps.planned(str(config.model), 1, config.max_tokens)]
+    outputs = [f"samples/{arm}.parquet", f"training/{arm}.parquet"]
+    return Stage(f"sample-{arm}", run, settings, outputs, ["prompts-train"], work=work)
 
 
 def _diagnosis(steps: Steps, config: SSDConfig, models: dict[str, str]) -> Stage:
@@ -93,7 +94,11 @@ def _diagnosis(steps: Steps, config: SSDConfig, models: dict[str, str]) -> Stage
         return {}
 
     after = ["sample-control", *(f"train-{arm}" for arm in models if arm != BASE)]
-    return Stage("diagnose", run, {"prompts": config.diagnose}, ["diagnosis.parquet"], after)
+    arms = len(models) - 1
+    mean = min(steps.planned(str(config.model), 1, config.max_tokens).mean, lockfork.LONGEST)
+    logits, width = 2 * min(config.max_tokens, lockfork.LONGEST), 4 if config.device == "cpu" else 2
+    reads = steps.reading(config.diagnose, mean, 2 * arms, ranks=1, width=width, resident=2, logits=logits)
+    return Stage("diagnose", run, {"prompts": config.diagnose}, ["diagnosis.parquet"], after, work=[reads])
 
 
 def write_report(config: SSDConfig, pipeline: Pipeline, steps: Steps) -> None:

@@ -22,6 +22,8 @@ from opd_ext.pipelines.t3s.config import T3SConfig
 from opd_ext.pipelines.t3s.merge import recovering_residual_transfer
 from opd_ext.pipelines.t3s.report import trajectory_lines
 from opd_ext.pipelines.traces import TRACES, TracedSteps
+from opd_ext.plan.run import dtype_bytes
+from opd_ext.plan.work import Work
 from opd_ext.progress import Progress
 from opd_ext.sampling.config import Decoding
 from opd_ext.sampling.jobs import Job
@@ -85,7 +87,9 @@ class T3S(TracedSteps):
             "reward": self.config.reward.described()
         }
         samples = [f"samples/step-{step:06d}.parquet" for step in self.checkpoints]
-        return Stage("score", run, settings, [CURVE, *samples], ["traces", "train-pilot"])
+        looks, limit = len(self.checkpoints), self.config.evaluate.max_tokens
+        work: list[Work] = [self.planned(str(self.config.model), b.n * looks, limit, loads=looks)]
+        return Stage("score", run, settings, [CURVE, *samples], ["traces", "train-pilot"], work=work)
 
     def bottleneck_stage(self) -> Stage:
         """The step whose checkpoint splits the tokens; without a real dip there is none, and that is said."""
@@ -127,8 +131,10 @@ class T3S(TracedSteps):
             models = {str(self.confidence_file(step)): model for step, model in self.checkpoints.items()}
             spec = self.folder / "logs" / "confidence.json"
             write_whole(spec, json.dumps(task | {"models": models}).encode())
-            ranks, log = self.config.train.ranks, spec.with_suffix(".log")
-            command = launch.Command("opd_ext.bridge.confidence", [str(spec)], log, ranks, ranks, self.environment)
+            train, log = self.config.train, spec.with_suffix(".log")
+            command = launch.Command(
+                "opd_ext.bridge.confidence", [str(spec)], log, train.ranks, train.ranks, self.environment, train.nodes
+            )
             with Progress("confidence", len(models), "checkpoints") as progress:
                 launch.run(
                     [command],
@@ -138,7 +144,15 @@ class T3S(TracedSteps):
             return {}
 
         outputs = [str(self.confidence_file(step).relative_to(self.folder)) for step in self.checkpoints]
-        return Stage("confidence", run, {"verl": plain(self.config.train.verl)}, outputs, ["traces", "train-pilot"])
+        train = self.config.train
+        traces = self.planned(str(self.config.model), 1, train.max_length).requests
+        engine = train.verl.get("engine") or {}
+        width = dtype_bytes((engine.get("mixed_precision") or {}).get("param_dtype", "bf16"))
+        budget = max(train.tokens_per_gpu, train.max_length)
+        sizes = {"ranks": train.ranks, "width": width, "resident": 1, "logits": budget}
+        reads = self.reading(traces, self.trained_tokens, len(self.checkpoints), **sizes)
+        settings = {"verl": plain(train.verl)}
+        return Stage("confidence", run, settings, outputs, ["traces", "train-pilot"], work=[reads])
 
     def confidences(self, step: int) -> list[np.ndarray]:
         """Per trace, float32 log-probs of its response tokens under the checkpoint of a step, [R_i]."""

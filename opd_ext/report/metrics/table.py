@@ -8,6 +8,8 @@ from opd_ext.report.metrics.entries import COMPARISON, MODELS, SFT_LOG, SUMMARY,
 
 _TRAINED = "if the step trained"
 _TAUGHT = "in steps with a teacher"
+_SEVERAL = "with opd.teachers"
+_FOREIGN = "with a teacher of another tokenizer"
 _PLACED = "with a colocated teacher"
 _FEEDBACK = "context feedback"
 _LABELLED = "with an annotator"
@@ -34,6 +36,8 @@ SECTIONS: tuple[Section, ...] = (
             Metric("memory/max_memory_allocated_gb memory/max_memory_reserved_gb", "GiB",
                 "most memory that tensors, or the allocator, held on one device", _TRAINED, "level"),
             Metric("memory/cpu_memory_used_gb", "GiB", "host memory in use, of all processes", _TRAINED, "level"),
+            Metric("alarm/entropy alarm/length alarm/accuracy alarm/divergence alarm/teacher alarm/hacking", "",
+                "1: this step raises the alarm; alarms.jsonl says why, and what was done", "if it does", "absent"),
             Metric("training/global_step", "", "the step"),
             Metric("training/epoch", "", "passes over the training data that are complete"),
         ),
@@ -73,18 +77,33 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
-        "The teacher's weights", "bridge/trainer.py",
+        "The teacher's weights", "bridge/schedule.py",
         (
             Metric("teacher/version", "step", "the student's step whose weights teach in this step", "with a teacher"),
-            Metric("teacher/age", "steps", "how many steps ago that was", "with a teacher",
-                "a saw-tooth below interval"),
+            Metric("teacher/age", "steps", "how many steps ago that was; of several the youngest that moves",
+                "with a teacher", "a saw-tooth below interval"),
             Metric("teacher/refreshed", "0 or 1", "the weights moved after this step", "with a teacher"),
+            Metric("teacher/<name>/version teacher/<name>/age teacher/<name>/refreshed", "", "of each", _SEVERAL),
+        ),
+    ),
+    Section(
+        "Several teachers", "objective/objective.py",
+        (
+            Metric("teacher/<name>/divergence", "nats", "divergence from it, on its tokens", _SEVERAL, "falls"),
+            Metric("teacher/<name>/entropy", "nats", "its entropy on these tokens", f"{_SEVERAL}; colocated"),
+            Metric("teacher/<name>/token_share", "share", "distilled tokens that are its own", _SEVERAL),
+            Metric("teacher/<name>/context/<word>", "", "what its context counts, as context/...", _SEVERAL),
         ),
     ),
     Section(
         "Which rollouts have a teacher", "bridge/teacher_inputs.py",
         (
             Metric("teacher/samples", "share", "rollouts with a teacher", _PLACED, "1, or as the context decides"),
+            Metric("context/another", "share", "rollouts whose teacher could be shown another problem's",
+                "opd.context.problem=another", "1, or what has a teacher without the control"),
+            Metric("byte_spans/covered", "share", "trained tokens that such a teacher reads; only they are distilled",
+                _FOREIGN, "1, less what is cut within a character"),
+            Metric("byte_spans/tokens", "tokens", "of the student per span", _FOREIGN, "near 1"),
             Metric("teacher/prompt_tokens_max", "tokens", "the teacher's longest prompt", _PLACED,
                 "well below opd.max_pair_length"),
             Metric("rollout/too_long", "share", "rollouts whose pair exceeds opd.max_pair_length", _PLACED, "0"),
@@ -94,6 +113,8 @@ SECTIONS: tuple[Section, ...] = (
         "Which rollouts leave the batch", "bridge/trainer.py",
         (
             Metric("rollout/dropped", "share", "too long, and no policy term that could train them", _PLACED, "0"),
+            Metric("data/filtered", "share", "prompts that verl's filter dropped before the run, too long or refused "
+                "by the chat template; of training and validation the larger share", "", "0"),
         ),
     ),
     Section(
@@ -130,6 +151,10 @@ SECTIONS: tuple[Section, ...] = (
             Metric("rollout/tokens_max val/tokens_max val/<source>/tokens_max", "tokens", "longest response"),
             Metric("rollout/truncated val/truncated val/<source>/truncated", "share",
                 "responses that met the limit without an end", "", "a few percent"),
+            Metric("rollout/horizon", "tokens", "how many tokens of a response train, from its first on",
+                "`opd.horizon`"),
+            Metric("rollout/stopped", "share", "rollouts that were stopped at the horizon, which have no grade",
+                "`opd.horizon`", "with stop=false 0"),
             Metric("rollout/empty val/empty val/<source>/empty", "share", "responses without a token", "", "0"),
             Metric("rollout/samples val/samples val/<source>/samples", "", "number of responses", "", "constant"),
             Metric("rollout/acc_strict val/acc_strict val/<source>/acc_strict", "share",

@@ -3,8 +3,9 @@
 
 The sandbox has no network, no files of this machine and limits on time, memory, processes and files; what is left when
 a test ends is killed with its namespace. What a test expects is compared here, and never enters the process that runs
-the program, so that there is nothing to find in it. :mod:`find` says which sandbox a machine has; a SandboxFusion
-server can stand in for it.
+the program, so that there is nothing to find in it. ``checks`` (HumanEval, MBPP) are the exception: they are code that
+runs in that process, and a program that looks for it could pass without solving anything, so evaluate with them, and do
+not train. :mod:`find` says which sandbox a machine has; a SandboxFusion server can stand in for it.
 """
 
 import re
@@ -117,7 +118,7 @@ def _failures(
     program: str, tests: Tests, limits: Limits, run: Callable[[Job], Outcome], threads: ThreadPoolExecutor
 ) -> list[tuple[int, Test, Outcome]]:
     """Number, test and outcome of tests that fail: of all public ones, else of the first other one that is known to."""
-    attempt = _Attempt(program, tests.function, limits, run)
+    attempt = _Attempt(program, tests, limits, run)
     numbered = list(enumerate(tests.tests, start=1))
     shown = [test for test in numbered if test[1].public]
     failed = [result for result in threads.map(attempt, shown) if result is not None]
@@ -140,9 +141,9 @@ def _first(futures: Iterable[Future]) -> list[tuple[int, Test, Outcome]]:
 class _Attempt:
     """One program, tried on any of its tests; a name that it forgot to import is found once."""
 
-    def __init__(self, program: str, function: str | None, limits: Limits, run: Callable[[Job], Outcome]) -> None:
-        self._run = run
-        self._job = Job(program, function=function, limits=limits)
+    def __init__(self, program: str, tests: Tests, limits: Limits, run: Callable[[Job], Outcome]) -> None:
+        self._run, function = run, None if tests.tests[0].check else tests.function
+        self._job = Job(program, function=function, limits=limits, prelude=tests.prelude)
         self._known = names_in(program)
         if function and not re.search(r"\bimport\b.*\btyping\b|\btyping\s+import\b", program):
             typing = {name: source for name, source in self._known.items() if source == "typing"}
@@ -156,6 +157,8 @@ class _Attempt:
             self._job = replace(self._job, names=self._known)
             outcome = self._try(test)
         if outcome.end == "finished":
+            if test.check:
+                return None if same_value(outcome.result or "", True) else (number, test, outcome)
             if test.arguments is None and same_text(outcome.output, test.expected):
                 return None
             if test.arguments is not None and same_value(outcome.result or "", test.expected):
@@ -163,5 +166,7 @@ class _Attempt:
         return number, test, outcome
 
     def _try(self, test: Test) -> Outcome:
+        if test.check:
+            return self._run(replace(self._job, check=test.check))
         given = {"stdin": test.stdin} if test.arguments is None else {"arguments": test.arguments}
         return self._run(replace(self._job, **given))

@@ -48,6 +48,7 @@ def run(job, tell):
 
     Args:
         job: ``program``, ``function`` (a name, or None for a program that reads standard input), ``arguments`` of it,
+            ``check`` (Python behind the program, or empty; ``result`` is true if it passes), ``prelude`` (before it),
             ``names`` ({name: module} that the program may use without importing them), ``paths`` of packages,
             ``recursion`` (the limit).
     """
@@ -58,7 +59,7 @@ def run(job, tell):
     sys.path += job["paths"]
     sys.setrecursionlimit(job["recursion"])
     sys.argv = [FILE]
-    module = type(sys)("solution" if job["function"] else "__main__")
+    module = type(sys)("solution" if job["function"] or job["check"] else "__main__")
     module.__file__ = FILE
     sys.modules[module.__name__] = module
     if "threading" in job["program"]:
@@ -69,9 +70,13 @@ def run(job, tell):
         for name, source in job["names"].items():
             found = __import__(source)
             setattr(module, name, found if name == source else getattr(found, name))
+        exec(compile(job["prelude"], "Prelude.py", "exec", dont_inherit=True), module.__dict__)
         exec(compile(job["program"], FILE, "exec", dont_inherit=True), module.__dict__)
         if job["function"]:
             tell(_result(_callable(module, job["function"])(*job["arguments"])))
+        if job["check"]:
+            exec(compile(job["check"], "Test.py", "exec", dont_inherit=True), module.__dict__)
+            tell(_result(True))
     except SystemExit as leaving:
         if isinstance(leaving.code, str):
             print(leaving.code, file=sys.stderr)

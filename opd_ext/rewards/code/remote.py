@@ -29,6 +29,7 @@ def run_remote(url: str, job: Job) -> Outcome:
 
     described = {
         "program": job.program, "function": job.function, "arguments": list(job.arguments), "names": dict(job.names),
+        "check": job.check, "prelude": job.prelude,
         "paths": [], "recursion": 600_000,
     }  # fmt: skip
     source = Path(inside.__file__).read_text() + _TAIL.replace("__JOB__", repr(json.dumps(described)))

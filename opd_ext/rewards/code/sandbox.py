@@ -65,7 +65,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """A program and one input: text for standard input, or the arguments of a function."""
+    """A program and one input: text for standard input, the arguments of a function, or a ``check``.
+
+    A check is Python behind the program, in its process; ``prelude`` is Python before it.
+    """
 
     program: str
     stdin: str = ""
@@ -73,6 +76,8 @@ class Job:
     arguments: tuple = ()
     names: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = Limits()
+    check: str = ""
+    prelude: str = ""
     filtered: bool = True  # by the system calls that it makes; the other walls are tried without
 
 
@@ -128,6 +133,7 @@ class Sandbox:
             try:
                 described = {
                     "program": job.program, "function": job.function, "arguments": list(job.arguments),
+                    "check": job.check, "prelude": job.prelude,
                     "names": dict(job.names), "paths": list(self.paths), "recursion": _RECURSION,
                     "limits": job.limits.of_process(), "jail": self.jail and dict(self.jail), "ready": told,
                     "filter": filter_of_this_machine() if job.filtered else b"",
@@ -138,7 +144,7 @@ class Sandbox:
                 process = subprocess.Popen(
                     [*self.command, interpreter(), "-I", "-S", "-B", "-X", "utf8", "-c", _START, str(files["job"])],
                     stdin=files["stdin"], stdout=files["stdout"], stderr=files["stderr"], cwd="/",
-                    env={"OPENBLAS_NUM_THREADS": "1"} if "numpy" in job.program else {},
+                    env={"OPENBLAS_NUM_THREADS": "1"} if "numpy" in job.program + job.check else {},
                     pass_fds=(files["job"], files["report"], told), start_new_session=not self.walls,
                 )  # fmt: skip
                 os.close(told)

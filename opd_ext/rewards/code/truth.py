@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests that a row of a data set holds."""
 
+import ast
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,10 +16,11 @@ class Test:
     """One test.
 
     Attributes:
-        stdin: of a program; for a function the text that feedback shows as its input.
+        stdin: of a program; for a function, and a check, the text that feedback shows as its input.
         arguments: of a function, else None.
         expected: the output as text; of a function the value that JSON makes of it.
         public: feedback may show it.
+        check: Python that is run behind the program, in its process, and passes unless it raises; else empty.
     """
 
     __test__ = False  # pytest looks for classes of this name
@@ -27,17 +29,19 @@ class Test:
     arguments: tuple | None
     expected: Any
     public: bool
+    check: str = ""
 
 
 @dataclass(frozen=True)
 class Tests:
-    """All tests of a problem, public ones first."""
+    """All tests of a problem, public ones first; ``prelude`` is Python that is run before the program of a check."""
 
     __test__ = False
 
     function: str | None
     seconds: float
     tests: tuple[Test, ...]
+    prelude: str = ""
 
 
 @lru_cache(maxsize=64)
@@ -48,6 +52,8 @@ def read_tests(ground_truth: str, name: str = "") -> Tests:
         ground_truth: JSON with ``inputs`` and ``outputs``, one text per test (or a list of lines); ``fn_name`` where a
             function is asked for, whose arguments are then one JSON value per line and whose output is one; optionally
             ``time_limit`` in seconds and ``public``: feedback may show so many tests, from the first, by default none.
+            Or, instead of inputs and outputs, ``checks``: Python texts, each a test, as HumanEval and MBPP publish
+            them, and ``prelude``; ``fn_name`` then says which block of a response is its program.
         name: put before what is wrong.
 
     Raises:
@@ -57,6 +63,8 @@ def read_tests(ground_truth: str, name: str = "") -> Tests:
         found = json.loads(ground_truth)
     except (TypeError, ValueError):
         raise ValueError(f"{name}the ground_truth is no JSON; give it inputs and outputs of tests") from None
+    if isinstance(found, dict) and "checks" in found:
+        return _checks(found, name)
     if not isinstance(found, dict) or not isinstance(found.get("inputs"), list):
         raise ValueError(f"{name}the ground_truth has no list of inputs; give it inputs and outputs of tests")
     inputs, outputs = found["inputs"], found.get("outputs")
@@ -64,9 +72,7 @@ def read_tests(ground_truth: str, name: str = "") -> Tests:
         raise ValueError(f"{name}there are no tests, so that every program would pass; leave the row out")
     if not isinstance(outputs, list) or len(outputs) != len(inputs):
         raise ValueError(f"{name}there are {len(inputs)} inputs and not as many outputs")
-    function, seconds, public = found.get("fn_name") or None, found.get("time_limit") or SECONDS, found.get("public", 0)
-    if not (isinstance(seconds, int | float) and seconds > 0 and isinstance(public, int) and public >= 0):
-        raise ValueError(f"{name}time_limit must be positive seconds and public a number of tests")
+    function, (seconds, public) = found.get("fn_name") or None, _limits(found, name)
     tests = []
     for number, (given, wanted) in enumerate(zip(inputs, outputs, strict=True), start=1):
         try:
@@ -74,7 +80,27 @@ def read_tests(ground_truth: str, name: str = "") -> Tests:
                          Test(_lines(given), None, _lines(wanted), number <= public))  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{name}test {number} cannot be read ({error})") from None
-    return Tests(function, float(seconds), tuple(tests))
+    return Tests(function, seconds, tuple(tests))
+
+
+def _limits(found: dict[str, Any], name: str) -> tuple[float, int]:
+    seconds, public = found.get("time_limit") or SECONDS, found.get("public", 0)
+    if not (isinstance(seconds, int | float) and seconds > 0 and isinstance(public, int) and public >= 0):
+        raise ValueError(f"{name}time_limit must be positive seconds and public a number of tests")
+    return float(seconds), public
+
+
+def _checks(found: dict[str, Any], name: str) -> Tests:
+    checks, prelude, (seconds, public) = found["checks"], found.get("prelude") or "", _limits(found, name)
+    if not isinstance(checks, list) or not checks or not isinstance(prelude, str):
+        raise ValueError(f"{name}checks must be a list of Python texts, not empty, and prelude a text")
+    for number, text in enumerate((prelude, *checks)):
+        try:
+            ast.parse(text)
+        except (SyntaxError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}test {number} is no Python ({' '.join(str(error).split())})") from None
+    tests = (Test(text, None, "", number <= public, text) for number, text in enumerate(checks, start=1))
+    return Tests(found.get("fn_name") or None, seconds, tuple(tests), prelude)
 
 
 def _lines(text: Any) -> str:

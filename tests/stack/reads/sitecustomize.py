@@ -17,7 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 FILE = os.environ.get("OPD_READ_KEYS")
 # Whose accesses count, and which of them only check or convert.
 READERS = ("/verl/", "/opd_ext/")
-NOT_READERS = ("/verl/utils/config.py", "/verl/base_config.py", "/opd_ext/config/", "/opd_ext/train.py")
+NOT_READERS = (
+    "/verl/utils/config.py",
+    "/verl/base_config.py",
+    "/opd_ext/config/",
+    "/opd_ext/preflight/",
+    "/opd_ext/bridge/known_keys.py",
+    "/opd_ext/train.py",
+)
 CONFIG_CLASSES = "/verl/workers/config/"  # their own checks; the model's class alone does its work there
 _PATH = "_path_in_the_configuration"
 

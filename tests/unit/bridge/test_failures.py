@@ -17,7 +17,9 @@ from opd_ext.bridge import failures
 from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 from opd_ext.bridge.first_cause import first_cause
 from opd_ext.bridge.rollouts import first_draws, summarise
-from opd_ext.bridge.teacher_inputs import plan_teacher_inputs, rendered_with
+from opd_ext.bridge.teacher_inputs import Desk, plan_teacher_inputs
+from opd_ext.credit.horizon import HorizonConfig
+from opd_ext.lessons import rendered_with
 from opd_ext.seeds import Copies
 
 
@@ -70,7 +72,8 @@ def test_a_failed_rollout_counts_as_wrong_in_metrics_that_only_graders_give():
 @pytest.mark.parametrize("error, delivered", [(TimeoutError("tool"), True), (ActorDiedError(), False)])
 def test_what_an_agent_loop_raises_leaves_a_row_unless_a_server_is_dead(error, delivered):
     worker = object.__new__(OPDAgentLoopWorker)
-    worker.opd = SimpleNamespace(seed=1, rollout=SimpleNamespace(train_tokens=4, val_tokens=4))
+    rollout = SimpleNamespace(train_tokens=4, val_tokens=4)
+    worker.opd = SimpleNamespace(seed=1, rollout=rollout, horizon=HorizonConfig())
     worker._first_exception = None
     worker.tokenizer = SimpleNamespace(eos_token_id=7, apply_chat_template=lambda *_, **__: list(range(9)))
     data = SimpleNamespace(apply_chat_template_kwargs={}, max_prompt_length=5)
@@ -161,7 +164,7 @@ def planned(kind: str, prompt: list[int], mask: list[int]):
     )
     with patch.object(tq, "kv_batch_get", lambda **_: data):
         batch = SimpleNamespace(keys=["u0_0_0"], partition_id="train")
-        (shown,), _ = plan_teacher_inputs([row], batch, context, template, {}, None, 64, 1, None)
+        (shown,), _ = plan_teacher_inputs([row], batch, [Desk(context)], template, {}, None, 64, 1)
     return shown.ids
 
 

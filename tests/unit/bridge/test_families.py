@@ -66,6 +66,7 @@ def examined(tmp_path_factory):
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
     from opd_ext.bridge.engine import OPDEngine
+    from opd_ext.bridge.teachers import Tutor
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -87,7 +88,7 @@ def examined(tmp_path_factory):
             CheckpointConfig(),
         )
         engine.initialize()
-        engine.engine_config.infer_micro_batch_size_per_gpu, engine.kind = 1, Live()
+        engine.engine_config.infer_micro_batch_size_per_gpu, engine.tutors = 1, (Tutor(Live()),)
         engine.alone = engine.alone and not leaks
         state = torch.get_rng_state()
         found = selftest.examine(engine, PROBES)
@@ -207,7 +208,8 @@ def test_what_the_engine_trains_has_no_fault(family, kind):
 # ---------------------------------------------------------------------- what is said
 
 FOUND = {
-    **{"head": 1e-6, "packing": 1e-6, "alone": False, "tolerance": 1e-3, "alike": 1e-4, "sampler": 1e-6},
+    **{"head": 1e-6, "packing": 1e-6, "alone": False, "shared_by": 1},
+    **{"tolerance": 1e-3, "alike": 1e-4, "sampler": 1e-6},
     **{"equal_input": 0.0, "teacher_input": 0.3, "teacher_input_token0": 5.4, "teacher_input_rest": 0.1},
     **{"ends": {"tokenizer": [2], "generation_config": [2, 3]}, "equal_weights": True, "untaught": "there is none"},
 }
@@ -223,6 +225,7 @@ told = partial(pytest.mark.parametrize, "change, warning, stopped")
         ({"sampler": 0.1}, "sampler's log-probs differ", False),
         ({"ends": {"tokenizer": [2], "teacher's config": [7]}}, "different tokens", False),
         ({"head": 0.7}, None, True),
+        ({"head": 0.7, "shared_by": 2}, None, True),
     ]
 )
 def test_four_lines_and_one_sentence_for_what_is_wrong(change, warning, stopped):

@@ -39,7 +39,9 @@ def teacher_prompts(monkeypatch):
             for i in range(2)
         ]
         batch = SimpleNamespace(keys=["u_0_0", "u_1_0"], partition_id="p")
-        inputs, _ = teacher_inputs.plan_teacher_inputs(rows, batch, context, TOKENIZER, {}, None, 10_000, 1, None)
+        inputs, _ = teacher_inputs.plan_teacher_inputs(
+            rows, batch, [teacher_inputs.Desk(context)], TOKENIZER, {}, None, 10_000, 1
+        )
         return [shown.ids[:-2] for shown in inputs if shown.ids is not None]
 
     return plan

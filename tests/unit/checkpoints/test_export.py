@@ -20,11 +20,14 @@ from opd_ext.tinymath.shipped import FOLDER
 IDS = torch.tensor([[3, 5, 7, 11, 13]])
 RANKS, STEP = 2, 2
 LORA = {"lora_rank": 2, "lora_alpha": 6, "target_modules": "all-linear"}
-MODELS = {"untied": {}, "tied": {}, "lora": LORA}
+MODELS = {"untied": {}, "tied": {}, "lora": LORA, "lora-periodic": LORA}
 
 
-def build(name: str):
-    """A random Qwen3, odd in its vocabulary so that shards differ; with an adapter that is not zero."""
+def build(name: str, teacher: bool = False):
+    """A random Qwen3, odd in its vocabulary so that shards differ; with an adapter that is not zero.
+
+    With ``teacher`` it has the adapter of the teacher: half of B, and A the other way round.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -32,12 +35,14 @@ def build(name: str):
     sizes = {"vocab_size": 373, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
     model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=name == "tied", eos_token_id=370))
-    if name == "lora":
+    if name in ("lora", "lora-periodic"):
         config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, lora_alpha=6, target_modules="all-linear", bias="none")
         model = get_peft_model(model, config)
         for key, weight in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(weight, std=0.3)
+        for key, weight in model.named_parameters() if teacher else ():
+            weight.data = weight.data / 2 if "lora_B" in key else weight.data.flip(1) if "lora_A" in key else weight
     return model.eval()
 
 
@@ -56,11 +61,18 @@ def job(rank: int, port: int, base: Path) -> None:
         model = build(name)
         if rank == 0:
             torch.save(answers(model), run / "answers.pt")
-            write_run(run, folder, model, lora)
+            write_run(run, folder, model, lora, moved=name != "lora")
         for block in (model.base_model.model if lora else model).model.layers:
             fully_shard(block)
         fully_shard(model)
         torch.save(model.state_dict(), folder / "actor" / shard_name(MODEL, RANKS, rank))
+        if name == "lora-periodic":  # an adapter alone, cut as the student's
+            (folder / "teacher").mkdir(exist_ok=True)
+            cut, local = model.state_dict(), {}
+            for key, value in build(name, teacher=True).state_dict().items():
+                if "lora_" in key:
+                    local[key] = value.tensor_split(_bounds(cut[key]))[rank].clone()
+            torch.save(local, folder / "teacher" / shard_name(TEACHER, RANKS, rank))
         if name == "tied":  # plain tensors, a tied one once; twice the student's
             (folder / "teacher").mkdir(exist_ok=True)
             local = {
@@ -73,7 +85,12 @@ def job(rank: int, port: int, base: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def write_run(run: Path, folder: Path, model, lora: dict) -> None:
+def _bounds(tensor: DTensor) -> list[int]:
+    """Where FSDP2 cuts the rows of a tensor for two ranks."""
+    return [-(-tensor.shape[0] // RANKS)]
+
+
+def write_run(run: Path, folder: Path, model, lora: dict, moved: bool) -> None:
     """What the trainer writes once: config, tokenizer, generation config, the state, the run's configuration."""
     from transformers import AutoTokenizer
 
@@ -85,9 +102,9 @@ def write_run(run: Path, folder: Path, model, lora: dict) -> None:
     (template / "config.json").write_text(json.dumps(saved))
     AutoTokenizer.from_pretrained(FOLDER / "base").save_pretrained(template)
     (template / "generation_config.json").write_text('{"eos_token_id": [370, 371]}')
-    TrainerState(global_step=STEP, teacher_version=0 if lora else 1, method="crisp").write(folder)
+    TrainerState(global_step=STEP, teacher_version=int(moved), method="crisp").write(folder)
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(STEP))
-    teacher = {"weights": "base" if lora else "periodic"}
+    teacher = {"weights": "periodic" if moved else "base"}
     said = {"actor_rollout_ref": {"model": {"path": "the/model", **lora}, "rollout": {"dtype": "float32"}}}
     (run / "config.yaml").write_text(yaml.dump(said | {"opd": {"teacher": teacher}}))
 
@@ -132,7 +149,7 @@ def test_the_exported_student_answers_like_the_trained_one(runs, tmp_path, name)
     model = loaded(tmp_path / "model")
     assert model.dtype == torch.float32, "as the rollouts had it"
     assert (answers(model) - torch.load(runs / name / "answers.pt")).abs().max() < ROUNDING
-    if name != "lora":
+    if not MODELS[name]:
         assert all(torch.equal(model.state_dict()[key], weight) for key, weight in build(name).state_dict().items())
     tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert tied == (name == "tied")
@@ -152,6 +169,28 @@ def test_an_adapter_comes_by_itself(runs, tmp_path):
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (2, 6, "the/model")
     assert not (tmp_path / "adapter" / "config.json").exists(), "vLLM would take it for a whole model"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_teacher_of_a_lora_run_is_its_base_with_the_teachers_adapter(runs, tmp_path, alone):
+    """Merged, or as an adapter; and of a checkpoint that has the student's adapter alone, too."""
+    from peft import PeftModel
+
+    run, base = shutil.copytree(runs / "lora-periodic", tmp_path / "run"), build("lora-periodic").unload()
+    expected = answers(build("lora-periodic", teacher=True))
+    if alone:  # verl's checkpoint.save_lora_only
+        base.save_pretrained(tmp_path / "base")
+        for path in run.glob(f"checkpoints/*/actor/{MODEL}*.pt"):
+            kept = {name: tensor for name, tensor in torch.load(path, weights_only=False).items() if "lora_" in name}
+            torch.save(kept, path)
+        config = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(config.replace("the/model", str(tmp_path / "base")))
+    assert "teacher of step 2" in export(run, "--teacher")
+    assert (answers(loaded(run / "export" / "step_2-teacher")) - expected).abs().max() < ROUNDING
+    assert "teacher adapter of step 2" in export(run, "--teacher", "--adapter")
+    found = PeftModel.from_pretrained(base, run / "export" / "step_2-teacher-adapter").eval()
+    assert (answers(found) - expected).abs().max() < ROUNDING
+    assert (expected - torch.load(run / "answers.pt")).abs().max() > 0.1, "it is another than the student"
 
 
 def test_a_checkpoint_of_the_adapter_alone_is_merged_into_the_model_that_it_was_trained_on(runs, tmp_path):

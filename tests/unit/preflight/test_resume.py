@@ -107,6 +107,40 @@ def test_a_teacher_that_moved_must_be_there_if_it_is_read_again(start, saved, pr
     assert start("opd.teacher.interval=1")[0] == 0
 
 
+def test_an_adapter_that_teaches_must_be_there_from_the_first_checkpoint_on(start, saved, presets_composed_once):
+    """Its A began at random: a run that was saved with another teacher does not have it."""
+    folder = saved(lora=8)
+    adapter = ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=32", LORA[0])
+    status, said, started, _ = start(*adapter, "opd.teacher.interval=2")
+    assert (status, started) == (2, []) and "holds no adapter of the teacher, and opd.teacher.weights=periodic" in said
+    assert start(*adapter, "opd.teacher.weights=trust_region")[0] == 0, "one that never moves is the base"
+    (folder / "teacher").mkdir()
+    torch.save({}, folder / "teacher" / shard_name(TEACHER, RANKS, 0))
+    assert start(*adapter, "opd.teacher.interval=2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("versions", "single", "said"),
+    [
+        ({"gone": 2}, 0, "holds weights of the teacher gone, and by that name"),
+        ({}, 2, "was saved with one teacher, which had moved"),
+        ({"past": 2}, 0, "holds no teacher past"),
+    ],
+)
+def test_several_teachers_go_on_with_their_own_weights_or_not_at_all(
+    start, saved, presets_composed_once, versions, single, said
+):
+    folder = saved(teacher=single)
+    TrainerState(global_step=3, teacher_version=single, teacher_versions=versions).write(folder)
+    words = "opd.teacher_key=data_source", "opd.teachers={past: {interval: 2, rows: [sums]}, live: {weights: live}}"
+    status, told, started, _ = start(*words)
+    assert (status, started) == (2, []) and said in told
+    if "past" in versions:
+        (folder / "teachers" / "past").mkdir(parents=True)
+        torch.save({}, folder / "teachers" / "past" / shard_name(TEACHER, RANKS, 0))
+        assert start(*words)[0] == 0
+
+
 def test_a_checkpoint_that_is_named_must_exist(start, tmp_path, presets_composed_once):
     status, said, started, _ = start(
         "trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_9"

@@ -18,7 +18,7 @@ from opd_ext.preflight import machine
 from opd_ext.train import compose_config, validate
 
 from .conftest import World, row, rows
-from .test_wrong_input import MODEL, grader
+from .wrong import ACTOR, MODEL, grader
 
 RIGHT = {
     "as it is": (),
@@ -26,6 +26,7 @@ RIGHT = {
     "no checkpoint and no validation": ("trainer.save_freq=-1", "trainer.test_freq=-1"),
     "epochs instead of steps": ("trainer.total_training_steps=null", "trainer.total_epochs=2"),
     "a rate of nothing": ("actor_rollout_ref.actor.optim.lr=0",),
+    "ranks that share sequences": ("trainer.n_gpus_per_node=2", f"{ACTOR}.ulysses_sequence_parallel_size=2"),
     "two loggers": ("trainer.logger=[tensorboard,console]",),
     "a method alone": ("grpo",),
     "added keys that vLLM, an optimiser, a template, Ray and a grader read": (
@@ -80,7 +81,8 @@ def test_steps_decide_where_nobody_names_epochs(start, presets_composed_once):
 
 def test_prompts_that_the_template_refuses_are_counted_with_its_words(start, world, presets_composed_once):
     """Gemma 2's template does so; verl drops such prompts without a word."""
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    refusing += "{{ messages[0]['content'] }}"
     path = world.model(lambda folder: (folder / "chat_template.jinja").write_text(refusing))
     asked = {"role": "user", "content": "1+1?"}
     systems = [row(i, prompt=[{"role": "system", "content": "Be brief."}, asked]) for i in range(24)]
@@ -124,6 +126,16 @@ def test_a_teacher_that_ends_otherwise_is_told(start, world, presets_composed_on
     status, said, _, printed = start(*words)
     assert status == 0, said
     assert "note: The student ends with <|im_end|>, the teacher with <|endoftext|>" in printed
+
+
+@pytest.mark.parametrize("written", ["parquet", "lines"])
+def test_several_teachers_are_told_with_their_rows_and_who_has_none(start, world, presets_composed_once, written):
+    """Of a field of more rows than are looked at otherwise."""
+    data = getattr(world, written)(rows(2050, extra_info={"index": 0, "subject": "sums", "solution": "Count on."}))
+    words = f"data.train_files={data}", "opd.teacher_key=subject"
+    status, _, started, printed = start(*words, "opd.teachers={sums: {interval: 2}, idle: {weights: live}}")
+    assert status == 0 and started
+    assert "note: opd.teachers.idle has none of the rows" in printed and "opd.teachers.sums" not in printed
 
 
 def test_data_without_reference_answers_trains_what_reads_no_grade(start, world, presets_composed_once):

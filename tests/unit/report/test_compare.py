@@ -60,6 +60,13 @@ def test_differences_are_paired_by_problem(folder):
     assert differences.iloc[0]["accuracy_low"] > 0
 
 
+def test_a_control_is_no_seed_of_its_method(folder):
+    config = folder / "fast-seed3" / "config.yaml"
+    config.write_text(config.read_text() + "  control: prefix_only\n")
+    arms = {arm.name: arm.seeds for arm in load_arms(folder)}
+    assert arms == {"slow": [1, 2, 3], "fast": [1, 2], "fast, prefix_only": [3]}
+
+
 def test_seeds_that_disagree_widen_the_interval(tmp_path):
     for seed, last in ((1, 0.2), (2, 0.5), (3, 0.8)):
         write_run(tmp_path, "shaky", seed, (0.5, 0.5, last))

@@ -73,3 +73,10 @@ def test_what_a_step_loses_is_a_line_below_its_row_and_an_alarm_where_it_is_much
     assert lost == "lost: failed 3.1%"
     _, _, lost, _ = lines(metrics=METRICS | {"annotation/skipped": 1.0, "annotation/failures": 0.01})
     assert lost == "ALARM, lost: annotations failed 1.0%, annotations skipped 100.0%"
+
+
+def test_prompts_that_a_filter_dropped_are_told_with_every_header():
+    printed = lines(steps=21, metrics=METRICS | {"data/filtered": 0.25})
+    told = "ALARM, lost: 25.0% of the prompts to train on, too long or refused by the chat template"
+    assert [number for number, line in enumerate(printed) if line == told] == [0, 22]
+    assert lines(metrics=METRICS | {"data/filtered": 0.01})[0].startswith("lost: 1.0% of the prompts")

@@ -60,7 +60,7 @@ def test_an_option_that_a_users_piece_does_not_have_is_refused_by_name(monkeypat
             check(compose_config(["method=surprise", *PATHS, f"opd.{key}=1"], [folder]))
 
 
-@pytest.mark.parametrize("scale", ["cpu_tiny", "node_8xh200"])
+@pytest.mark.parametrize("scale", ["cpu_tiny", "cpu_tiny_long", "node_8xh200"])
 @pytest.mark.parametrize("method", sorted(read_methods()))
 def test_every_method_composes_at_every_scale(method, scale, presets_composed_once):
     opd = check(compose_config([f"method={method}", f"scale={scale}", *PATHS]))

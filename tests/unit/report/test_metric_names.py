@@ -12,17 +12,23 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from opd_ext.bridge import failures, rollouts
+from opd_ext.alarms.config import ALARMS
+from opd_ext.alarms.record import PREFIX
+from opd_ext.bridge import failures, rollouts, schedule
+from opd_ext.checkpoints.layout import TrainerState
+from opd_ext.config.schema import OPDConfig
+from opd_ext.config.teachers import NamedTeacher
 from opd_ext.context import build_context, context_names, get_context
 from opd_ext.context.config import ContextConfig
 from opd_ext.credit.annotate import annotation_metrics
 from opd_ext.credit.annotate.base import STATUSES
-from opd_ext.divergence.config import Branch
+from opd_ext.divergence.config import Branch, DivergenceConfig
 from opd_ext.divergence.sampled import Surrogate
 from opd_ext.objective.metrics import means
 from opd_ext.objective.objective import MicroBatch, Objective
@@ -33,6 +39,7 @@ from opd_ext.report.metrics import SECTIONS, undescribed
 from opd_ext.report.metrics.entries import COMPARISON, LOG, MODELS, SUMMARY
 from opd_ext.report.run_report import before_after
 from opd_ext.spans import ERROR, KEY
+from opd_ext.teacher.config import TeacherConfig
 
 VERL = Path(importlib.util.find_spec("verl").submodule_search_locations[0])
 CLASSES = {"eos": [1], "think": [2, 3]}
@@ -68,8 +75,21 @@ def objective_metrics() -> set[str]:
         teacher = (torch.randn(total, hidden), torch.randn(vocabulary, hidden)) if taught else ()
         student = torch.randn(total, hidden, requires_grad=True)
         weight = torch.randn(vocabulary, hidden, requires_grad=True)
-        found |= set(means(objective.sums(batch, objective(batch, student, weight, *teacher))))
-    return {f"opd/{name}" for name in found}
+        marks = {"a": torch.ones(total, dtype=torch.bool)}
+        found |= set(means(objective.sums(batch, objective(batch, student, weight, *teacher), marks)))
+    return {name if name.startswith("teacher/") else f"opd/{name}" for name in found}
+
+
+def schedule_metrics() -> set[str]:
+    """Of one teacher, and of several."""
+    places = {"context": ContextConfig("instruction"), "divergence": DivergenceConfig()}
+    one = OPDConfig(teacher=TeacherConfig("periodic"), **places)
+    several = OPDConfig(teachers={"a": NamedTeacher("live", **places)}, teacher_key="data_source")
+    found: dict[str, float] = {}
+    for opd in (one, several):
+        trainer = SimpleNamespace(opd=opd, global_steps=1, state=TrainerState(), actor_rollout_wg=None)
+        schedule.refresh(trainer, found, updates=1)
+    return set(found)
 
 
 def rollout_metrics() -> set[str]:
@@ -79,7 +99,8 @@ def rollout_metrics() -> set[str]:
     phases = ("rollout", "val", "monitor")
     counted = {name for prefix in phases for name in failures.account(rows, 6, "stop", prefix, list)[0]}
     places = (*phases, "val/a/b c", "monitor/a/b c")
-    return counted | {name for prefix in places for name in rollouts.summarise(rows, prefix)}
+    cut = rollouts.summarise([one | {"stopped": True} for one in rows], "rollout")  # at the horizon, in training alone
+    return counted | cut.keys() | {name for prefix in places for name in rollouts.summarise(rows, prefix)}
 
 
 def annotation_names() -> set[str]:
@@ -94,7 +115,12 @@ def context_metrics() -> set[str]:
     sample |= {"score": 1.0, "feedback": "f", "response": "r", "types": [], "correct": True, "step": 1}
     sample["group"] = [{"session": session, "score": 1.0, "response": "r"} for session in (0, 1)]
     ours = [name for name in context_names() if get_context(name).__module__.startswith("opd_ext.")]
-    return {f"context/{name}" for kind in ours for name in build_context(ContextConfig(kind)).metrics([sample])}
+    sample["batch"] = [sample]
+    built = [build_context(ContextConfig(kind)) for kind in ours]
+    built.append(build_context(ContextConfig("solution", problem="another")))
+    return {
+        f"{of}context/{name}" for context in built for name in context.metrics([sample]) for of in ("", "teacher/a/")
+    }
 
 
 def written_names(file: str) -> set[str]:
@@ -134,6 +160,8 @@ def stored_keys(tree: ast.AST) -> list[ast.expr]:
 def emitted(tmp_path_factory) -> dict[str, set[str]]:
     """File -> the names that are written to it."""
     log = objective_metrics() | rollout_metrics() | annotation_names() | context_metrics()
+    log |= schedule_metrics()
+    log |= {f"{PREFIX}{alarm}" for alarm in ALARMS}
     for module in ("trainer", "evaluation", "teacher_inputs"):
         log |= written_names(f"bridge/{module}.py")
     return {LOG: log, **report_columns(tmp_path_factory.mktemp("runs"))}

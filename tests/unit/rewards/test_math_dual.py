@@ -104,6 +104,7 @@ def test_an_answer_that_never_evaluates_costs_its_deadline_once_and_nothing_else
     assert compute_score("math", "Once more.\nAnswer: $10^{10^{10}}$", "42") == result
     assert time.monotonic() - started < 0.1, "a text that has had its time is remembered"
     assert len(caplog.records) == 1 and len(caplog.text) < 300
+    monkeypatch.setattr(verifier, "DEADLINE", 30)  # what can be graded has its time on a busy machine
     assert compute_score("math", "Answer: 42", "42")["acc"] == 1
 
 
@@ -244,6 +245,8 @@ SAME = [  # reference, answer; every one is graded in a line and in a box
     ("\\frac{1}{3000}", "0.000333"),
     ("10080", "x = 10,\\!080"),
     ("\\dfrac{9}{7}", "9/7"),  # Math-Verify 70
+    ("C", "C. because 9 is odd"),
+    ("C", "(C) 5 apples"),
 ]
 DIFFERENT = [
     ("5\\%", "500\\%"),
@@ -257,6 +260,9 @@ DIFFERENT = [
     ("\\{1331, 1728\\}", "1728"),  # Math-Verify 47
     ("\\{1,2,3\\}", "\\{1,2\\}"),
     ("3x-y+13=0", "3x+4y+14=0"),  # Math-Verify 60
+    ("C", "B. because C is even"),
+    ("C", "C. or D."),
+    ("C", "B because C is even"),
 ]
 
 

@@ -3,7 +3,6 @@
 
 import copy
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from opd_ext.context import (
     register_context,
     render,
 )
+from opd_ext.context.config import ContextConfig
 from opd_ext.context.contexts import InstructionContext
 from opd_ext.context.sequence import render_teacher
 
@@ -317,14 +317,14 @@ def test_a_template_that_opens_no_answer_has_no_ending_to_exchange(tokenizer):
 
 
 def test_options_come_from_the_config_and_unknown_ones_are_refused():
-    built = build_context(SimpleNamespace(kind="instruction", args={"text": "v4"}), tokenizer="ignored")
+    built = build_context(ContextConfig("instruction", args={"text": "v4"}), tokenizer="ignored")
     assert built == get_context("instruction")(text="v4")
     with pytest.raises(TypeError, match="txt"):
-        build_context(SimpleNamespace(kind="instruction", args={"txt": "v4"}))
+        build_context(ContextConfig("instruction", args={"txt": "v4"}))
 
 
 def test_a_context_that_declares_a_tokenizer_receives_it(tokenizer):
-    config = SimpleNamespace(kind="feedback", args={"max_body_tokens": 8})
+    config = ContextConfig("feedback", args={"max_body_tokens": 8})
     assert build_context(config, tokenizer).tokenizer is tokenizer
     assert build_context(config).tokenizer is None
 

@@ -18,6 +18,7 @@ from opd_ext.tinymath import build as building
 from opd_ext.tinymath import measure, shipped
 from opd_ext.tinymath.build import WorldError, build
 from opd_ext.tinymath.grader import compute_score
+from opd_ext.tinymath.levels import SIZES
 from opd_ext.tinymath.pretrain import (
     SPECS,
     batches,
@@ -27,7 +28,7 @@ from opd_ext.tinymath.pretrain import (
     pretrain,
     reply_loss,
 )
-from opd_ext.tinymath.splits import SIZES, draw_splits
+from opd_ext.tinymath.splits import draw_splits
 from opd_ext.tinymath.tokenizer import make_tokenizer
 
 trained = partial(build, rebuild=True, progress=False)

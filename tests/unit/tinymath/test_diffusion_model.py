@@ -19,8 +19,8 @@ from opd_ext.tinymath.diffusion import (
     sample_denoised,
     to_diffusion,
 )
+from opd_ext.tinymath.levels import SIZES
 from opd_ext.tinymath.pretrain import SPECS, DiffusionSpec, make_corpus, make_model, pretrain
-from opd_ext.tinymath.splits import SIZES
 from opd_ext.tinymath.tokenizer import make_tokenizer
 
 BLOCK = 4

@@ -119,7 +119,7 @@ def forward_only(engine):
 
 @seam(
     "bridge/engine.py",
-    covers="OPDEngine.prepare_model_inputs",
+    covers="OPDEngine.prepare_model_inputs OPDEngine.use_ulysses_sp",
     pins={f"{HEAD}.prepare_model_inputs": "self micro_batch"},
 )
 def packing(engine, jagged):
@@ -129,6 +129,7 @@ def packing(engine, jagged):
     assert inputs["input_ids"].tolist() == [flat] and inputs["attention_mask"] is None
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1]]
     assert outputs["input_ids_rmpad_rolled"].tolist() == flat[1:] + flat[:1]
+    assert engine.use_ulysses_sp is False and not outputs.get("pad_size"), "else ranks share these sequences"
 
 
 @seam(
@@ -288,6 +289,30 @@ def adapters():
     from peft import PeftModel
 
     assert callable(PeftModel.disable_adapter)
+
+
+@seam(
+    "bridge/engine.py",
+    covers="OPDEngine._build_lora_module",
+    pins={f"{FSDP}_build_lora_module": "self module"},
+)
+def first_adapter(model):
+    """``_build_lora_module`` puts an adapter on the model, whose A it draws on the CPU; B is 0, nothing else trains."""
+    from transformers import AutoModelForCausalLM
+    from verl.workers.config import HFModelConfig
+
+    settings = HFModelConfig(path=model, lora_rank=2, lora_alpha=4, target_modules="all-linear", lora={"merge": True})
+
+    def adapter(seed):
+        engine = bare(FSDPEngineWithLMHead, model_config=settings)
+        torch.default_generator.manual_seed(seed)
+        built = engine._build_lora_module(AutoModelForCausalLM.from_pretrained(model))
+        return {name: p.detach() for name, p in built.named_parameters() if p.requires_grad}
+
+    first, again, other = adapter(1), adapter(1), adapter(2)
+    assert all("lora_" in name for name in first) and not any(w.any() for n, w in first.items() if "lora_B" in n)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
 
 
 @seam(

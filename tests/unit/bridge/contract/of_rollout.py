@@ -22,6 +22,8 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
+from opd_ext.config import schema
+from opd_ext.credit.horizon import HorizonConfig
 
 from .seams import bare, parameters, says, seam
 
@@ -109,7 +111,8 @@ def sessions(config, monkeypatch):
 def grades():
     """A rollout that has a ``reward_score`` is not graded again; a row without an answer gets 0 and no grade."""
     output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
-    ours = bare(OPDAgentLoopWorker, reward_loop_worker_handles=["would be asked"])
+    opd = SimpleNamespace(rollout=SimpleNamespace(grading_seconds=60))
+    ours = bare(OPDAgentLoopWorker, reward_loop_worker_handles=["would be asked"], opd=opd)
     asyncio.run(ours._compute_score([output], kwargs={"reward_model": {"ground_truth": None}}))
     assert output.reward_score == 0.0 and math.isnan(output.extra_fields["reward_extra_info"]["acc"])
     asyncio.run(ours._compute_score([output], kwargs={"reward_model": {"ground_truth": "2"}}))
@@ -180,6 +183,41 @@ def _finish(worker, queue, monkeypatch, output, session):
     asyncio.run(worker._agent_loop_postprocess(output, False, **sample))
 
 
+@seam("bridge/agent_loop.py", covers="OPDAgentLoopWorker._agent_loop_postprocess one.response_mask")
+def horizon(config, monkeypatch, queue):
+    """What ``response_mask`` leaves out trains in no loss, teacher's or verl's; a stopped rollout is not graded."""
+    from opd_ext.bridge.rollouts import read_rows
+
+    opd = schema.load(config.opd)
+    opd.rollout.train_tokens = 8
+    opd.horizon = HorizonConfig(start=0.25, end=0.5, steps=2)
+    parts = {"config": config, "processor": None, "hf_model_type": None, "distillation_enabled": False}
+    worker = bare(OPDAgentLoopWorker, **parts, annotator=None, stop_ids=[4], opd=opd, reward_loop_worker_handles=[])
+    assert [worker._limit(False, step) for step in (1, 3)] == [8, 8]
+    assert worker._limit(True, 1) == opd.rollout.val_tokens
+
+    def finish(session, response, mask):
+        output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=response, response_mask=mask, metrics={})
+        output.reward_score = None if opd.horizon.stop else 1.0
+        _finish(worker, queue, monkeypatch, output, session)
+        name = f"t9p0_{session}_0"
+        data = queue.kv_batch_get(keys=[name], partition_id="train")
+        (row,) = read_rows(SimpleNamespace(keys=[name], partition_id="train"), tokenizer, max_tokens=8, stops=[4])
+        return [data[field].unbind()[0].tolist() for field in ("responses", "loss_mask", "response_mask")], row
+
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "text")
+    found, row = finish(0, [3, 5, 3, 4], [1, 0, 1, 1])  # of step 1, whose horizon is two tokens
+    assert found == [[3, 5, 3, 4], [1, 0, 0, 0], [1, 0, 0, 0]]
+    assert (row["score"], row["stopped"], row["truncated"]) == (1.0, False, False)
+    opd.horizon.stop = True
+    assert [worker._limit(False, step) for step in (1, 2, 3)] == [2, 3, 4]
+    _, row = finish(1, [3, 5], [1, 1])
+    assert (row["stopped"], row["truncated"], row["score"]) == (True, False, 0.0) and math.isnan(row["acc"])
+    opd.horizon.stop = False  # else a grader would be asked
+    _, row = finish(2, [3, 4], [1, 1])
+    assert row["stopped"] is False and row["acc"] == 1.0
+
+
 @seam(
     "bridge/failures.py",
     covers="output.reward_score",
@@ -234,7 +272,9 @@ def raising_graders(config, monkeypatch, queue):
         mm_processor_kwargs=None,
         annotator=None,
         stop_ids=[4],
-        opd=SimpleNamespace(rollout=SimpleNamespace(train_tokens=8, val_tokens=8)),
+        opd=SimpleNamespace(
+            rollout=SimpleNamespace(train_tokens=8, val_tokens=8, grading_seconds=60), horizon=HorizonConfig()
+        ),
     )
     output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[3, 4], response_mask=[1, 1], metrics={})
     _finish(worker, queue, monkeypatch, output, 2)

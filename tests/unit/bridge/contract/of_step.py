@@ -5,13 +5,15 @@ import math
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.protocol import DataProto
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.trainer.ppo.v1.utils import MetricsAggregator
+from verl.trainer.ppo.v1.utils import MetricsAggregator, compute_advantage_for_multi_trajectories
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
@@ -142,6 +144,31 @@ def advantages(config, queue, jagged):
 
 
 @seam(
+    "bridge/recorded_policy.py",
+    pins={
+        "verl.trainer.ppo.v1.utils:compute_advantage_for_multi_trajectories": "data batch_keys adv_estimator gamma= "
+        "lam= num_repeat= norm_adv_by_std_in_grpo= config=",
+        "verl.protocol:DataProto": None,
+    },
+)
+def advantages_without_a_queue(config, queue, jagged):
+    """What ``_compute_advantage`` leaves in the queue is a function of masks, rewards, names of rows and prompts."""
+    scores = [[0.0, 1.0], [0.0, 0.0], [1.0], [1.0]]
+    rewards = jagged(scores, torch.float32)
+    mask = jagged([[1] * len(row) for row in scores])
+    fields = {"response_mask": mask, "rm_scores": rewards, "uid": ["p0", "p0", "p1", "p1"]}
+    config.algorithm.adv_estimator, config.actor_rollout_ref.rollout.n = "grpo", 2
+    bare(PPOTrainerSync, config=config)._compute_advantage(_put(queue, KEYS, fields, seq_len=[3] * 4), {})
+    padded = {"response_mask": mask.to_padded_tensor(0), "token_level_rewards": rewards.to_padded_tensor(0.0)}
+    names = {"uid": np.array(fields["uid"], dtype=object)}
+    found = compute_advantage_for_multi_trajectories(
+        DataProto(TensorDict(padded, batch_size=4), names), KEYS, "grpo", num_repeat=2, config=config.algorithm
+    )
+    rows = [row[: len(score)].tolist() for row, score in zip(found.batch["advantages"], scores, strict=True)]
+    assert rows == _get(queue, KEYS, "advantages")
+
+
+@seam(
     "bridge/old_policy.py",
     covers="config.algorithm.rollout_correction _compute_old_log_prob",
     pins={
@@ -187,6 +214,20 @@ def update(config):
     told = workers.update_actor.call_args.args[0].extra_info
     assert told["global_batch_size"] == told["mini_batch_size"] == 8 and told["epochs"] == 1
     assert {"calculate_entropy", "seed", "dataloader_kwargs", "temperature"} <= told.keys()
+
+
+@seam("bridge/old_policy.py", covers="actor.calculate_entropy", pins={f"{TRAINER}_update_actor": "self batch metrics"})
+def asked_for_entropies(config):
+    """The update is told to compute entropies by a switch that the trainer reads at every step, or for a bonus."""
+    numbers = {"metrics": {"loss": [0.5], "mfu": [0.0]}}
+    workers = Mock(update_actor=Mock(return_value=tu.get_tensordict({}, numbers)))
+    trainer, actor = bare(PPOTrainerSync, config=config, actor_rollout_wg=workers), config.actor_rollout_ref.actor
+    told = []
+    for switch, bonus in ((True, 0.0), (False, 0.0), (False, 0.1)):
+        actor.calculate_entropy, actor.entropy_coeff = switch, bonus
+        trainer._update_actor(KVBatchMeta(keys=["a"], tags=[{}], partition_id="train"), {})
+        told.append(workers.update_actor.call_args.args[0].extra_info["calculate_entropy"])
+    assert told == [True, False, True]
 
 
 @seam(

@@ -7,10 +7,11 @@ from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
+import pytest
 import ray
 import torch
 from omegaconf import OmegaConf
-from transfer_queue import KVBatchMeta
+from transfer_queue import KVBatchMeta, interface
 from verl.checkpoint_engine import CheckpointEngineManager
 from verl.experimental.reward_loop import RewardLoopManager
 from verl.trainer.ppo.utils import Role
@@ -21,6 +22,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from opd_ext.bridge import checkpoint
+from opd_ext.errors import RunError
 
 from .seams import bare, says, seam
 
@@ -83,6 +85,43 @@ def replay(config, queue, monkeypatch):
     assert slept == [0.05] and isinstance(metrics, dict)
     assert (batch.keys, batch.tags, batch.partition_id) == (["t1p0_0_0"], [{"seq_len": 5}], "train")
     assert batch.extra_info == {}, "what the trainer adds its temperature to"
+
+
+@seam(
+    "bridge/liveness.py",
+    covers="buffer._wait_for_next_poll __ray_ready__ OPDTrainer.llm_server_manager _TQ_CONTROLLER _TQ_STORAGE",
+    pins={
+        "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._wait_for_next_poll": "self partition_id last_debug_time",
+        "verl.workers.rollout.llm_server:LLMServerManager.get_replicas": "self",
+        "ray:wait": None,
+        "transfer_queue.interface:_TQ_CONTROLLER": None,
+        "transfer_queue.interface:_TQ_STORAGE": None,
+        "ray:get": None,
+        "ray.exceptions:RayActorError": None,
+        "ray.exceptions:ActorUnavailableError": None,
+    },
+)
+def waiting(config, queue):
+    """A wait for rollouts goes through ``_wait_for_next_poll``, with what is out in ``pending_keys`` and
+    ``running_keys``; a replica lists its ``servers``; every actor answers ``__ray_ready__``."""
+    config.trainer.v1.trainer_mode = "sync"
+    buffer = PPOTrainerSync(config).replay_buffer
+    buffer.poll_interval = 0.001
+    prompt = {"is_prompt": True, "global_steps": 1}
+    queue.kv_batch_put(keys=["t1p0"], partition_id="train", tags=[prompt | {"status": "pending"}])
+    queue.kv_batch_put(keys=["t1p1"], partition_id="train", tags=[prompt | {"status": "running"}])
+    from opd_ext.bridge.liveness import impatient
+
+    with pytest.raises(RunError, match="those of 2 prompts are still out"), impatient(buffer, 0.05):
+        buffer.sample(global_steps=1, partition_id="train", batch_size=2)
+    assert "_wait_for_next_poll" not in vars(buffer), "the buffer is verl's own again"
+    says("verl.workers.rollout.replica:RolloutReplica.__init__", "self.servers: list[ActorHandle] = []")
+    assert issubclass(ray.exceptions.ActorUnavailableError, ray.exceptions.RayActorError)
+    says("verl.trainer.ppo.v1.trainer_base:PPOTrainer._setup", "self.llm_server_manager: LLMServerManager =")
+    says("ray.actor:_modify_class", "def __ray_ready__(self): return True")
+    assert interface._TQ_CONTROLLER is None and not interface._TQ_STORAGE, (
+        "handles, where this process has started them"
+    )
 
 
 @seam(
@@ -215,7 +254,7 @@ for _hook in ("prepare_step", "_save_checkpoint", "on_step_end", "on_train_begin
 
 @seam(
     "bridge/trainer.py",
-    covers="OPDTrainer.fit OPDTrainer._validate OPDTrainer._compute_metrics OPDTrainer._step_once "
+    covers="OPDTrainer.fit OPDTrainer._validate _validate OPDTrainer._compute_metrics OPDTrainer._step_once "
     "OPDTrainer.global_steps OPDTrainer.agent_loop_manager trainer.total_training_steps",
     pins={
         f"{TRAINER}fit": "self agent_loop_manager",

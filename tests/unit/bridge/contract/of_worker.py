@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import pytest
 import torch
 import verl
 from omegaconf import OmegaConf
@@ -48,7 +49,7 @@ def _built(role: str, config, **kinds):
 @seam(
     "bridge/worker.py",
     covers="OPDWorker.__init__ OPDWorker.actor_worker_cls OPDWorker.ref_worker_cls OPDWorker.init_model "
-    "OPDWorker.actor OPDWorker.ref config.actor_rollout_ref.teacher_path",
+    "OPDWorker.actor config.actor_rollout_ref.teacher_paths config.actor_rollout_ref.teacher_adapters",
     pins={
         f"{HYBRID}__init__": "self config role distillation_config= **kwargs",
         f"{HYBRID}init_model": "self",
@@ -104,6 +105,15 @@ def external_teacher(model):
 
 MANAGER = "verl.utils.checkpoint.checkpoint_manager:BaseCheckpointManager."
 FSDP = "verl.workers.engine.fsdp.transformer_impl:FSDPEngine."
+
+
+@seam("bridge/worker.py", covers="engine.lr_scheduler.base_lrs")
+def learning_rate(engine):
+    """The engine's schedule is one of torch's: a rate is ``base_lrs`` times a factor of the step."""
+    schedule = engine.lr_scheduler
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    assert len(schedule.base_lrs) == len(engine.optimizer.param_groups) == len(schedule.lr_lambdas)
+    says("torch.optim.lr_scheduler:LambdaLR.get_lr", "base_lr * lmbda(self.last_epoch)")
 
 
 @seam(
@@ -303,6 +313,8 @@ def weight_socket():
         "verl.trainer.ppo.utils:need_critic": "config",
         "verl.trainer.ppo.utils:need_reference_policy": "config",
         "verl.utils.config:omega_conf_to_dataclass": None,
+        "verl.trainer.ppo.core_algos:get_adv_estimator_fn": "name_or_enum",
+        "verl.experimental.agent_loop.agent_loop:_agent_loop_registry": None,
     },
 )
 def validation(config):
@@ -312,6 +324,10 @@ def validation(config):
 
     validate_verl(config)
     OmegaConf.set_struct(config, False)
+    config.actor_rollout_ref.actor.optim.lr_scheduler_type = "linear"
+    with pytest.raises(ConfigError, match="AssertionError at assert self.lr_scheduler_type in"):  # verl has no words
+        validate_verl(config)
+    config.actor_rollout_ref.actor.optim.lr_scheduler_type = "constant"
     config.actor_rollout_ref.actor.no_such_key = 1
     try:
         validate_verl(config)

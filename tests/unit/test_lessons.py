@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels of annotated tokens: where they are, and when they must not be seen."""
 
-import os
-
 import pytest
 
-os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this process
-
-from opd_ext.bridge.teacher_inputs import span_labels, usable_runs
+from opd_ext.lessons import is_correct, span_labels, usable_runs
 
 KEY, ERROR = (1, 3, 1), (1, 3, 2)
 
@@ -28,3 +24,9 @@ def test_runs_become_labels_within_the_response():
 )
 def test_a_span_that_no_teacher_trains_is_not_gated(runs, active, has_teacher, seen):
     assert usable_runs(runs, active, has_teacher) == seen
+
+
+def test_a_rollout_that_is_not_paid_for_is_not_labelled_right():
+    """`acc` reads all of a response, the score one final answer: a label must not teach what the reward refuses."""
+    assert is_correct(acc=1.0, score=1.0) and is_correct(acc=1.0, score=10.0)
+    assert not is_correct(acc=1.0, score=0.0) and not is_correct(acc=0.0, score=0.1)

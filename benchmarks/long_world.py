@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on the second level of the miniature world: same base, same number of rollouts, several seeds.
+
+    python benchmarks/long_world.py                                   10 methods x 3 seeds, one after the other
+    python benchmarks/long_world.py --methods grpo,sdpo --seeds 1,2   some of them
+    python benchmarks/long_world.py --report                          the tables again, of what is finished
+    python benchmarks/long_world.py -- opd.selftest=false             any setting of `opd train`, for all trainers alike
+
+Each run has a folder of its own in ``--out``. Started again, finished runs and evaluations are left alone and the one
+that was interrupted goes on. Base and every trained model answer the 1,000 test problems four times, at temperature 1.
+``comparison.{md,json,png}`` hold accuracies and paired differences, with 95 % intervals over problems and seeds.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from measure import provenance
+
+from opd_ext.files import write_whole
+from opd_ext.home import home
+from opd_ext.report.compare import Arm, compare, finite
+
+SCALE = "cpu_tiny_long"
+# Method -> problems per step; with the rollouts of each that makes 64.
+TRAINED = {"grpo": 8, "cispo": 8, "opd": 64, "iw_opd": 64, "crisp": 64, "opsd": 64, "sdpo": 8, "trace": 8}
+PIPELINES = ("ssd", "t3s")
+BASE = "base"
+PAIRS = (
+    *((method, BASE) for method in (*TRAINED, *PIPELINES)),
+    ("cispo", "grpo"), ("sdpo", "grpo"), ("trace", "grpo"), ("iw_opd", "opd"), ("opsd", "opd"), ("t3s", "opd"),
+)  # fmt: skip
+
+
+def opd(log: Path, *arguments: str) -> float:
+    """Run the command to its end, output into ``log``; seconds that it took. Raises CalledProcessError if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with log.open("a") as file:
+        subprocess.run([sys.executable, "-m", "opd_ext.cli", *arguments], stdout=file, stderr=file, check=True)
+    return time.perf_counter() - began
+
+
+def train(out: Path, method: str, seed: int, steps: int, overrides: Sequence[str]) -> Path:
+    """Have the trained model of a method: its run folder, or a pipeline's model."""
+    folder = out / f"{method}-seed{seed}"
+    done = folder / "seconds.json"
+    if method in PIPELINES:
+        arguments = [method, f"scale={SCALE}", f"seed={seed}", f"run_dir='{folder}'"]
+        # One arm, in place of the controls that the pipelines are published with.
+        arguments += ["sweep=[]", "diagnose=0"] if method == "ssd" else ["arms=[t3s]", "rrt=false"]
+    else:
+        arguments = ["train", f"method={method}", f"scale={SCALE}", f"opd.seed={seed}", f"opd.run_dir='{folder}'"]
+        arguments += [f"trainer.total_training_steps={steps}", f"data.train_batch_size={TRAINED[method]}"]
+        arguments += ["data.val_max_samples=64", "trainer.test_freq=10", "trainer.save_freq=10"]
+        arguments += ["trainer.max_actor_ckpt_to_keep=1", *overrides]
+    if not done.is_file():
+        seconds = opd(out / f"{method}-seed{seed}.log", *arguments)
+        write_whole(done, json.dumps({"seconds": seconds}).encode())
+    if method not in PIPELINES:
+        return folder
+    found = sorted((folder / "train" / method / "checkpoints").glob("global_step_*/huggingface"), key=_step)
+    return found[-1]
+
+
+def _step(path: Path) -> int:
+    return int(path.parent.name.rpartition("_")[2])
+
+
+def evaluate(out: Path, name: str, model: Path, count: int | None, samples: int) -> None:
+    """Have the grades of a model on the test problems."""
+    asked = [f"count={count}"] if count else []
+    opd(
+        out / f"eval-{name}.log", "eval", str(model), "--on", str(home() / "tinymath_long" / "test.parquet"),
+        "--n", str(samples), "--scale", SCALE, f"run_dir='{out / 'eval' / name}'", "sampling.temperature=1.0",
+        "sampling.top_p=1.0", "sampling.top_k=-1", "sampling.max_tokens=416", *asked,
+    )  # fmt: skip
+
+
+def read(out: Path, name: str) -> pd.DataFrame | None:
+    """Accuracy and tokens by problem, None where a model has not been evaluated."""
+    files = sorted((out / "eval" / name / "grades").glob("*.parquet"))
+    return pd.read_parquet(files[0]).groupby("uid")[["acc", "tokens"]].mean().sort_index() if files else None
+
+
+def arms(out: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
+    """What is finished, as the comparison of runs reads it. Raises ValueError if other problems were evaluated."""
+    start = read(out, BASE)
+    if start is None:
+        raise SystemExit(f"{out} has no evaluation of the base model: run the benchmark first.")
+    found = [_arm(BASE, {1: start}, out)]
+    for method in methods:
+        tables = {seed: read(out, f"{method}-seed{seed}") for seed in seeds}
+        finished = {seed: table for seed, table in tables.items() if table is not None}
+        if any(not table.index.equals(start.index) for table in finished.values()):
+            raise ValueError(f"{method} was evaluated on other problems than the base model: remove {out / 'eval'}")
+        if finished:
+            found.append(_arm(method, finished, out))
+    return found
+
+
+def _arm(name: str, tables: dict[int, pd.DataFrame], out: Path) -> Arm:
+    accuracy, tokens = (np.stack([table[key].to_numpy() for table in tables.values()]) for key in ("acc", "tokens"))
+    records = [out / f"{name}-seed{seed}" / "seconds.json" for seed in tables]
+    seconds = [json.loads(file.read_text())["seconds"] for file in records if file.is_file()]
+    # One validation, at the end: `step` has no other meaning here.
+    return Arm(
+        name, list(tables), {1: accuracy}, {1: tokens}, {"minutes": np.mean(seconds) / 60 if seconds else np.nan}
+    )
+
+
+def report(out: Path, methods: Sequence[str], seeds: Sequence[int], steps: int) -> str:
+    """Write ``comparison.{md,json,png}`` and return the tables."""
+    found = arms(out, methods, seeds)
+    there = {arm.name for arm in found}
+    table, differences = compare(found, [pair for pair in PAIRS if there.issuperset(pair)])
+    problems = found[0].accuracy[1].shape[1]
+    made = provenance("cpu", "", "verl")
+    lines = [
+        f"{problems} test problems; {steps} steps of 64 rollouts; {made['date']}, {made['hardware']['name']}.",
+        "",
+        "| method | seeds | accuracy % | seeds' range | tokens | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['method']} | {row['seeds']} | {_interval(row, 'accuracy')} | {row['seed_min']:.1f} to "
+        f"{row['seed_max']:.1f} | {_interval(row, 'tokens')} | {row['minutes']:.0f} |"
+        for _, row in table.iterrows()
+    ]
+    lines += ["", "| method - baseline | accuracy, points | tokens |", "|---|---|---|"]
+    lines += [
+        f"| {row['method']} - {row['baseline']} | {_interval(row, 'accuracy', '+')} | {_interval(row, 'tokens', '+')} |"
+        for _, row in differences.iterrows()
+    ]
+    text = "\n".join(lines) + "\n"
+    records = {"made": made, "methods": table.to_dict("records"), "differences": differences.to_dict("records")}
+    write_whole(out / "comparison.md", text.encode())
+    write_whole(out / "comparison.json", (json.dumps(finite(records), indent=2) + "\n").encode())
+    draw(table, differences).savefig(out / "comparison.png", dpi=120)
+    return text
+
+
+def _interval(row: pd.Series, key: str, sign: str = "") -> str:
+    value, low, high = (format(row[f"{key}{end}"], f"{sign}.1f") for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
+
+
+def draw(table: pd.DataFrame, differences: pd.DataFrame) -> Figure:
+    """Accuracies of all models, and the paired differences, each with its interval."""
+    figure = Figure(figsize=(12, 0.8 + 0.35 * max(len(table), len(differences))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    named = [f"{row['method']} - {row['baseline']}" for _, row in differences.iterrows()]
+    for axes, frame, names in ((left, table, list(table["method"])), (right, differences, named)):
+        for place, (_, row) in enumerate(frame.iterrows()):
+            axes.plot([row["accuracy_low"], row["accuracy_high"]], [place, place], color="tab:blue")
+            axes.plot(row["accuracy"], place, "o", color="tab:blue")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+    left.set_xlabel("correct responses (%)")
+    right.set_xlabel("difference, paired by problem (points)")
+    right.axvline(0, color="black", linewidth=0.8)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join((*TRAINED, *PIPELINES)))
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--steps", type=int, default=40, help="of the trainers; pipelines have their own lengths")
+    parser.add_argument("--problems", type=int, help="the first so many test problems; all 1,000 by default")
+    parser.add_argument("--samples", type=int, default=4, help="per test problem")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OPD_RUNS", "runs")) / "long_world")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the tables of what is there")
+    parser.add_argument("overrides", nargs="*", help="settings of `opd train`, after --")
+    asked = parser.parse_args(arguments)
+    out, methods = asked.out.absolute(), asked.methods.split(",")
+    seeds = [int(seed) for seed in asked.seeds.split(",")]
+    if unknown := [method for method in methods if method not in (*TRAINED, *PIPELINES)]:
+        parser.error(f"--methods {unknown[0]} is none of {', '.join((*TRAINED, *PIPELINES))}")
+    if not asked.report:
+        world = home() / "tinymath_long"
+        if not (world / "large" / "config.json").is_file():
+            parser.error("the world is not there: make it with `opd data tinymath long --rebuild`")
+        evaluate(out, BASE, world / "base", asked.problems, asked.samples)
+        for seed in seeds:
+            for method in methods:
+                model = train(out, method, seed, asked.steps, asked.overrides)
+                evaluate(out, f"{method}-seed{seed}", model, asked.problems, asked.samples)
+                print(f"{time.strftime('%H:%M:%S')}  {method} seed {seed} is finished", flush=True)
+    print(report(out, methods, seeds, asked.steps))
+
+
+if __name__ == "__main__":
+    main()

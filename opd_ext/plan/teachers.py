@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teachers of a run, as its memory and time see them."""
+
+from collections.abc import Mapping
+
+from opd_ext.config.schema import OPDConfig
+from opd_ext.config.teachers import View
+from opd_ext.plan.shapes import ModelShape, model_shape
+
+# Tokens of the teacher's prompt beyond the student's, by what it is shown.
+_SHOWN = {"same": 0, "instruction": 30, "label": 100, "feedback": 2200, "solution": 3700}
+
+
+def asked(opd: OPDConfig) -> list[View]:
+    """Those that pass over their rows here; a served one does so elsewhere."""
+    return [view for view in opd.views if opd.distils and view.opd.teacher.backend == "engine"]
+
+
+def moving(opd: OPDConfig, steps: int) -> list[str]:
+    """Teachers whose weights do not stay what they were within so many steps; of those that share some, the first."""
+    return [
+        view.name
+        for view in opd.teacher_weights.values()
+        if any(view.opd.teacher.kind.share(step, 1) > 0 for step in range(1, steps + 1))
+    ]
+
+
+def models(opd: OPDConfig, student: ModelShape) -> dict[str, ModelShape] | None:
+    """The model of every teacher, by its name; None where the size of one that is held here is not known."""
+    found = {}
+    for view in opd.views:
+        shape = model_shape(view.opd.teacher.path) if view.opd.teacher.path else student
+        if shape is None and view.weights is not None:
+            return None
+        found[view.name] = shape or student
+    return found
+
+
+def unsized(student: str, opd: OPDConfig) -> list[str]:
+    """The models without which there is no estimate, the student's among them."""
+    held = [view.opd.teacher.path for view in opd.views if view.weights is not None and view.opd.teacher.path]
+    return [path for path in dict.fromkeys([student, *held]) if model_shape(path) is None]
+
+
+def prompt(opd: OPDConfig) -> int:
+    """Mean tokens of the teacher's prompt, of settings with one teacher."""
+    return opd.plan.mean_teacher_prompt or opd.plan.mean_prompt + _SHOWN.get(opd.context.kind, 0)
+
+
+def projections(opd: OPDConfig, taught: Mapping[str, ModelShape]) -> int:
+    """Elements of the teachers' projections, those of equal teachers once; of a served one none is here."""
+    heads = {
+        (view.weights, view.opd.teacher.weights if view.weights is None else ""): taught[view.name].head
+        for view in asked(opd)
+    }
+    return sum(heads.values())

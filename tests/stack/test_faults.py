@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of a run is killed while rollouts are awaited: the run ends, and its last line says who died."""
+
+import shlex
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests.stack.conftest import alone, command, finish, metrics
+
+# Holds every rollout of step 2, so that the others of its step are still out when somebody dies.
+GRADER = """
+import time
+from pathlib import Path
+from opd_ext.tinymath.grader import compute_score as grade
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    calls = Path("{folder}/calls")
+    with calls.open("a") as file:
+        file.write(".")
+    if len(calls.read_text()) > 40:  # those of step 1, and the first look at the grader
+        Path("{folder}/waiting").touch()
+        time.sleep({seconds})
+    return grade(data_source, solution_str, ground_truth, extra_info, **kwargs)
+"""
+ENDS_IN_S = 60  # a look every 5 s, and what Ray and verl need to take everything down on two busy cores
+
+
+def processes(root: int, title: str) -> list[psutil.Process]:
+    """Those below ``root`` whose title begins so."""
+    found = []
+    for process in psutil.Process(root).children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    "title, name, extra",
+    [
+        pytest.param("ray::OPDAgentLoopWorker", "agent loop worker 0 is dead", [], marks=pytest.mark.slow),
+        pytest.param("ray::RewardLoopWorker", "RewardLoopWorker reward_loop_worker_", [], marks=pytest.mark.slow),
+        pytest.param("ray::vLLMHttpServer", "vLLMHttpServer ", [], marks=pytest.mark.slow),
+        # Forked from a warm Python, the engine has no title of its own.
+        pytest.param("VLLM::EngineCore", "EngineDeadError", ["opd.warm_python=false"], marks=pytest.mark.slow),
+        pytest.param("ray::WorkerDict", "trainer rank 0 is dead", [], marks=pytest.mark.slow),
+        pytest.param("ray::SimpleStorageUnit", "queue 1 is dead", [], marks=pytest.mark.slow),
+    ],
+    ids=["agent_loop", "grader", "server", "engine", "trainer", "queue"],
+)
+def test_a_run_whose_processes_die_ends_and_says_so(world, tmp_path, title, name, extra):
+    (tmp_path / "grader.py").write_text(GRADER.format(folder=tmp_path, seconds=15))
+    settings = [
+        f"reward.custom_reward_function.path={tmp_path}/grader.py",
+        "trainer.total_training_steps=4",
+        "data.train_batch_size=8",
+        "actor_rollout_ref.rollout.n=4",
+        "trainer.save_freq=1",
+        *extra,
+    ]
+    run = subprocess.Popen(
+        command(tmp_path / "run", *settings),
+        env=alone(world),
+        cwd=tmp_path,
+        stdout=(tmp_path / "console").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + 400
+        while not (tmp_path / "waiting").exists():
+            assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "console").read_text()[-4000:]
+            time.sleep(0.2)
+        victims = processes(run.pid, title)
+        assert victims, f"no process is called {title}, but {[one.cmdline() for one in processes(run.pid, '')]}"
+        for victim in victims:
+            victim.kill()
+        killed = time.monotonic()
+        run.wait(ENDS_IN_S)
+    finally:
+        run.kill()
+    said = (tmp_path / "console").read_text()
+    print(f"ended {time.monotonic() - killed:.0f} s after the kill\n{said[-3000:]}")
+    assert run.returncode == 1
+    (last,) = [line for line in said.split("\n") if line.startswith("opd train: ")]
+    assert name in last, said[-3000:]
+    assert (tmp_path / "run/checkpoints/global_step_1").is_dir(), "step 1 is not lost"
+
+
+# Step 2 finds a disk without room for its checkpoint: the grader has filled it.
+FILLER = """
+from pathlib import Path
+from opd_ext.tinymath.grader import compute_score as grade
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    disk = Path("{disk}")
+    if (disk / "global_step_1").is_dir() and not (disk / "filler").exists():
+        with (disk / "filler").open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(1 << 20)) == 1 << 20:
+                    pass
+            except OSError:
+                pass
+    return grade(data_source, solution_str, ground_truth, extra_info, **kwargs)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_the_one_before_goes_on(world, tmp_path):
+    """A disk of its own, of 128 MiB, below the checkpoints; then one with room again, of the same content."""
+    run, kept, disk = tmp_path / "run", tmp_path / "kept", tmp_path / "run/checkpoints"
+    disk.mkdir(parents=True)
+    (tmp_path / "grader.py").write_text(FILLER.format(disk=disk))
+    settings = [f"reward.custom_reward_function.path={tmp_path}/grader.py", "trainer.total_training_steps=3"]
+    words = command(run, *settings, "trainer.save_freq=1")
+    mount = f"mount -t tmpfs -o size=128m none {disk}"
+    mounted = f"{mount} && {{ {shlex.join(words)}; code=$?; cp -a {disk} {kept}; exit $code; }}"
+    ended = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", mounted],
+        env=alone(world), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    said = ended.stdout + ended.stderr
+    if "unshare: " in said or "mount: " in said:
+        pytest.skip("this machine lets nobody mount a file system of their own")
+    assert ended.returncode == 1, said[-3000:]
+    *_, last = said.split("opd train: ")
+    assert f"The disk of {disk} is full, so that the checkpoint of step 2" in last, said[-3000:]
+    assert "goes on from the checkpoint of step 1" in last
+    assert sorted(path.name for path in kept.glob("*global_step*")) == ["global_step_1"]
+    (kept / "filler").unlink()
+    disk.rmdir()
+    kept.rename(disk)
+    (disk / "filler").touch()  # so that nobody fills the disk below the test
+    finish(words, alone(world), tmp_path)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    assert (disk / "global_step_3").is_dir()
+
+
+@pytest.mark.slow
+def test_a_teachers_server_that_never_comes_up_ends_the_run_and_says_why(world, tmp_path):
+    """vLLM refuses a flag that it does not have; its own words are the run's last ones."""
+    flag = "+distillation.teacher_models.teacher_model.inference.engine_kwargs.vllm.no_such_flag=1"
+    settings = ["method=opd", "teacher_server=cpu_tiny", flag, "trainer.total_training_steps=2"]
+    words = command(tmp_path / "run", *settings)
+    ended = subprocess.run(words, env=alone(world), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 1, said[-3000:]
+    *_, last = said.split("opd train: ")
+    assert "vLLMHttpServer vllm_server_teacher" in last and "unrecognized arguments: --no-such-flag" in last, last
