@@ -2,6 +2,7 @@
 """The image files of `docker/`, played without a container engine: same files, same commands, a folder for a root."""
 
 import fnmatch
+import itertools
 import json
 import os
 import re
@@ -100,6 +101,52 @@ def test_the_commands_of_the_documents_name_what_there_is():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def documented(command: str) -> list[list[str]]:
+    """The words of every `docker build` or `docker run` of the documents, comments and line ends taken away."""
+    text = (ROOT / "docker" / "README.md").read_text() + (ROOT / "README.md").read_text()
+    lines = re.findall(rf"^docker {command} .*$", re.sub(r"\\\n\s*", "", text), flags=re.MULTILINE)
+    assert lines
+    return [shlex.split(line, comments=True)[2:] for line in lines]
+
+
+def values(words: list[str], *flags: str) -> list[str]:
+    """What follows each of these flags."""
+    return [value for flag, value in itertools.pairwise(words) if flag in flags]
+
+
+def started(words: list[str]) -> tuple[str, list[str]]:
+    """Image and command of a `docker run`."""
+    (place,) = (place for place, word in enumerate(words) if word.startswith("opd-ext:"))
+    return words[place], words[place + 1 :]
+
+
+def test_the_builds_of_the_documents_fit_the_image_files():
+    for words in documented("build"):
+        (file,), (tag,) = values(words, "-f"), values(words, "-t")
+        image = file.rpartition(".")[2]
+        assert tag == f"opd-ext:{image}" and words[-1] == "."
+        arguments = {rest.partition("=")[0] for do, rest in instructions(image) if do == "ARG"}
+        assert {value.partition("=")[0] for value in values(words, "--build-arg")} <= arguments
+    offered = set(re.findall(r"--build-arg (\w+)", (ROOT / "docker" / "README.md").read_text()))
+    assert offered <= {rest.partition("=")[0] for image in IMAGES for do, rest in instructions(image) if do == "ARG"}
+
+
+def test_the_containers_of_the_documents_run_what_is_in_the_image(context):
+    """Known images, mounts on the folders in which runs and models are looked for, and scripts that were copied."""
+    for words in documented("run"):
+        image, command = started(words)
+        name = image.partition(":")[2]
+        (place,) = (rest for do, rest in instructions(name) if do == "WORKDIR")
+        assert name in IMAGES
+        targets = {value.split(":")[1] for value in values(words, "-v")}
+        assert targets <= {f"{place}/runs", "/home/opd/.cache", "/models", "/data"}
+        given = [value.partition("=")[2] for value in values(words, "-e")]
+        for target in targets & {"/models", "/data"}:
+            assert any(value.startswith(target) for value in given), f"nothing reads {target}"
+        assert not command or {f"{place}/runs", "/home/opd/.cache"} <= targets, "nothing of a run would be left"
+        assert all((context / word).is_file() for word in command if "/" in word)
+
+
 @pytest.mark.slow  # installs the whole stack once more
 def test_the_image_of_the_cpu_stack_builds_and_its_container_plans_a_run(context, tmp_path):
     """Every COPY and every RUN that needs no root, in their order, then the container's own command and a dry run."""
@@ -142,4 +189,7 @@ def test_the_image_of_the_cpu_stack_builds_and_its_container_plans_a_run(context
             doctor = run(shlex.join(json.loads(rest)))
     assert "cpu stack" in doctor
     assert run("python -c 'import opd_ext; print(opd_ext.__file__)'").startswith(str(place))
-    assert "passes this package's schema" in run("bash recipes/crisp/tiny_cpu.sh --dry-run")
+    commands = [command for image, command in map(started, documented("run")) if image == "opd-ext:cpu" and command]
+    assert commands
+    for command in commands:
+        assert "passes this package's schema" in run(shlex.join([*command, "--dry-run"]))
