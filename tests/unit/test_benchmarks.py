@@ -155,6 +155,12 @@ def test_the_memory_of_a_run_is_that_of_every_process_below_it_once(benchmark, c
     assert "200%" in capsys.readouterr().out
 
 
+def test_a_run_that_has_ended_is_no_longer_looked_at(benchmark):
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as run:
+        run.stdout.read()  # ends with it; its status is asked for below
+        assert benchmark("memory").watch(run.pid, seconds=20)["seconds"] < 10
+
+
 def test_the_run_whose_start_is_measured_is_accepted(benchmark, tmp_path, opd_train):
     assert opd_train(*benchmark("startup").settings(tmp_path / "run", []), "--dry-run") == 0
 
