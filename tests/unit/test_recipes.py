@@ -28,7 +28,7 @@ VARIANTS += ["sdpo/qwen3_8b_tools.sh"]
 ONE_CARD = [
     "crisp/qwen3_0_6b_gpu_1_24gb.sh", "crisp/qwen3_1_7b_gpu_1.sh", "crisp/qwen3_4b_gpu_1.sh",
     "opsd/qwen3_1_7b_gpu_1_24gb.sh", "opsd/qwen3_1_7b_gpu_1.sh", "opsd/qwen3_4b_gpu_1.sh",
-    "sdpo/qwen3_0_6b_gpu_1_24gb.sh", "sdpo/qwen3_1_7b_gpu_1.sh",
+    "sdpo/qwen3_0_6b_gpu_1_24gb.sh", "sdpo/qwen3_1_7b_gpu_1.sh", "sdpo/qwen3_4b_gpu_1.sh",
 ]  # fmt: skip
 VARIANTS += ONE_CARD
 # Their names are what a user finds in runs/ and in reports.
@@ -45,6 +45,7 @@ RUN_FOLDERS = {
     "opsd/qwen3_4b_gpu_1.sh": "opsd-qwen3-4b-gpu-1",
     "sdpo/qwen3_0_6b_gpu_1_24gb.sh": "sdpo-qwen3-0.6b-gpu-1-24gb",
     "sdpo/qwen3_1_7b_gpu_1.sh": "sdpo-qwen3-1.7b-gpu-1",
+    "sdpo/qwen3_4b_gpu_1.sh": "sdpo-qwen3-4b-gpu-1",
     "grpo/qwen3_8b.sh": "grpo-qwen3-8b",
     "cispo/qwen3_8b_base.sh": "cispo-qwen3-8b-base",
     "opd/qwen3_0_6b.sh": "opd-qwen3-0.6b",
