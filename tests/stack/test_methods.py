@@ -73,7 +73,8 @@ def generations(run_dir, step):
     return [json.loads(line) for line in (run_dir / "generations" / f"train_{step}.jsonl").read_text().splitlines()]
 
 
-SLOW = {"exopd", "opsd-lora", "surprise", "trace-self"}  # whose pieces others have, or the tests of pieces
+# Whose pieces others have, or the tests of pieces: GRPO's run has CISPO's path, IW-OPD's has OPD's.
+SLOW = {"cispo", "exopd", "opd", "opsd", "opsd-lora", "surprise", "trace-self"}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,7 @@ def test_three_steps(run, method):
     assert any(not torch.equal(first[name], last[name]) for name in first) or len(trained) == 1
 
 
+@pytest.mark.slow
 def test_several_updates_per_batch_reach_the_cap_of_cispo(run):
     lines = metrics(run("cispo"))
     assert all("actor/pg_clipfrac" in line for line in lines)
@@ -100,12 +102,17 @@ def test_several_updates_per_batch_reach_the_cap_of_cispo(run):
 def test_an_external_teacher_sees_what_the_student_saw(run):
     for row in generations(run("iw_opd"), 1):
         assert re.sub(r"<\|im_(start|end)\|>", "", row["teacher_prompt"]) == row["input"]
+
+
+@pytest.mark.slow
+def test_credit_by_position_weighs_the_tokens_that_opd_counts_alike(run):
     uniform, weighted = (metrics(run(method))[0] for method in ("opd", "iw_opd"))
     # The same rollouts, since seeds depend on prompt and step; gamma 0.5 gives weights between 1 and 1.5.
     assert uniform["rollout/tokens_mean"] == weighted["rollout/tokens_mean"]
     assert uniform["opd/credit"] == pytest.approx(1.0) and 1.05 < weighted["opd/credit"] <= 1.5
 
 
+@pytest.mark.slow
 def test_a_served_teacher_says_what_a_colocated_one_says(run):
     """verl's teacher server and our engine score the same rollouts: the log-probs agree to the kernels' rounding."""
     engine, served = (metrics(run(method)) for method in ("opd", "opd-server"))
@@ -114,6 +121,7 @@ def test_a_served_teacher_says_what_a_colocated_one_says(run):
     assert served[0]["opd/divergence"] == pytest.approx(engine[0]["opd/divergence"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_opsd_shows_the_reference_solution_and_keeps_the_first_weights(run):
     for row in generations(run("opsd"), STEPS):
         assert prompts.OPSD_SOLUTION_OPENING in row["teacher_prompt"]
@@ -179,6 +187,7 @@ def test_the_map_of_a_run_with_a_policy_term_adds_up_to_its_loss(run, tmp_path):
     assert sum(shown) == pytest.approx(trained_on["opd/loss"], rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_map_of_a_run_shows_ratios_to_the_policy_that_sampled(run, tmp_path):
     """Rollouts of step 2 by the weights after its two updates: ratios have left 1, and CISPO's cap is far away."""
     out = tmp_path / "map"

@@ -93,7 +93,7 @@ def two(folder) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("ranks", ["one", "two"])
+@pytest.mark.parametrize("ranks", ["one", pytest.param("two", marks=pytest.mark.slow)])
 def test_an_update_that_is_its_own_old_policy_is_the_one_behind_a_pass(request, ranks, name):
     found = request.getfixturevalue(ranks)["updates"][name]
     assert distance(found["update"], found["pass"]) <= 1e-6

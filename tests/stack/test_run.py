@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from opd_ext.bridge import checkpoint
 from opd_ext.cli import app
 from opd_ext.report.metrics import undescribed
-from tests.stack.conftest import finish, metrics, shards
+from tests.stack.conftest import ROOT, finish, metrics, shards
 from tests.stack.replay import in_prompt_order, replay
 from tests.unit.inspection.folder import shown_loss
 
@@ -148,6 +148,20 @@ def test_the_map_of_a_run_adds_up_to_the_loss_that_it_trained_on(two_ranks, tmp_
     assert answer.exit_code == 0, answer.output
     trained_on = next(line["opd/loss"] for line in metrics(run_dir) if line["training/global_step"] == step + 1)
     assert shown_loss(out, "crisp") == pytest.approx(trained_on, rel=1e-3)
+
+
+def test_a_self_teacher_is_measured_by_what_it_would_answer(two_ranks, tmp_path, monkeypatch):
+    """The model of the first step samples from its teacher's prompts, which ask to be brief."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from self_teacher import main
+
+    main(two_ranks[0], n=2, date="2026-01-01", out=tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["rollouts"] == found["prompts"] == found["found"]["all"]["problems"] == 16
+    student, teacher = (found["found"]["all"][f"tokens of the {who}"][0] for who in ("student", "teacher"))
+    rows = [json.loads(row) for row in (two_ranks[0] / "generations" / "train_1.jsonl").read_text().splitlines()]
+    assert student == pytest.approx(sum(row["response_tokens"] for row in rows) / 16, abs=0.01)
+    assert 5 < teacher < 0.9 * student
 
 
 @pytest.mark.slow  # a minute of imports

@@ -15,6 +15,8 @@ from opd_ext.report.methods import preset_files
 from opd_ext.run_state import running
 from tests.unit.test_presets import leaves
 
+pytestmark = pytest.mark.usefixtures("presets_composed_once")
+
 CHANGES = {
     "constant_weight": {"opd.credit.placement"},
     "random_places": {"opd.credit.placement"},
@@ -45,7 +47,7 @@ def plan(*overrides, wanted="all", seeds=1, folder=None, dirs=()):
 
 
 @pytest.mark.parametrize("method", sorted(preset_files()))
-def test_a_control_applies_to_the_methods_that_it_can_say_something_about(method, presets_composed_once):
+def test_a_control_applies_to_the_methods_that_it_can_say_something_about(method):
     study = plan(f"method={method}")
     assert {arm.name for arm in study.arms} == {METHOD, *APPLY[method]}
     assert set(study.skipped) == set(CHANGES) - APPLY[method]
