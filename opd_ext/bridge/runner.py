@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from ray.exceptions import RayError
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
+from opd_ext.bridge.cluster_head import head_watched
 from opd_ext.bridge.first_cause import first_cause, session_roots
 from opd_ext.config import schema
 from opd_ext.errors import RunError
@@ -53,7 +54,8 @@ def train(config: DictConfig) -> None:
         RunError: it ended before; the whole traceback goes to standard output, which `opd train` keeps.
     """
     try:
-        run_ppo(config, OPDTaskRunner)
+        with head_watched():
+            run_ppo(config, OPDTaskRunner)
     except RayError as error:
         traceback.print_exc(file=sys.stdout)
         raise RunError(first_cause(error, session_roots(config.ray_kwargs.ray_init.get("_temp_dir")))) from error
