@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's agent loop with additions per request: its own sampling seed, the token limit of its phase, annotation.
 
-Every request leaves a row, one that fails too (:mod:`opd_ext.bridge.failures`).
+Every request leaves a row, one that fails too (:mod:`opd_ext.bridge.failures`); of several turns see
+:mod:`opd_ext.bridge.turns`.
 """
 
 import asyncio
@@ -12,11 +13,13 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import RayActorError
+from verl.experimental.agent_loop.agent_loop import register
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from vllm.sampling_params import RequestOutputKind
 
 from opd_ext.bridge.failures import FAILURE, in_words, mark_ungraded, unfinished
 from opd_ext.bridge.rollouts import ANNOTATION, STOPPED, is_truncated
+from opd_ext.bridge.turns import ANSWERED, OUT_OF_TOKENS, ROLLOUT, TURNS, OPDToolAgentLoop, TurnClient, Turns, finish
 from opd_ext.config import schema
 from opd_ext.context.sequence import render
 from opd_ext.credit.annotate import Request, build_annotator
@@ -41,6 +44,9 @@ def rollout_seed(run_seed: int, step: int, prompt: Any, draw: int) -> int:
     return request_seed(canonical([run_seed, step, prompt, draw]))
 
 
+TOOL_AGENT = "tool_agent"
+"""verl's name of its agent with tools, under which ours is found."""
+
 # verl decorates its worker with `ray.remote`; the class itself is what can be subclassed.
 _Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
@@ -49,7 +55,9 @@ class OPDAgentLoopWorker(_Worker):
     """Sets ``seed``, ``max_tokens`` and what vLLM need not produce, and annotates rollouts as they are finished."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        register(TOOL_AGENT)(OPDToolAgentLoop)  # before a file of the user's, which may name another
         super().__init__(*args, **kwargs)
+        self.servers, self.llm_client = self.llm_client, TurnClient(self.llm_client)
         self.opd = schema.load(self.config.opd)
         self.opd.import_external_libs()
         self.stop_ids = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
@@ -66,6 +74,7 @@ class OPDAgentLoopWorker(_Worker):
         params["max_tokens"] = self._limit(validate, step)
         # Only the finished token ids are read: no text and no intermediate output per token and request.
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        ROLLOUT.set(Turns(params["seed"], params["max_tokens"]))  # of this task, and of those that it starts
         try:
             try:
                 return await super()._run_agent_loop(params, trajectory=trajectory, **kwargs)
@@ -100,15 +109,21 @@ class OPDAgentLoopWorker(_Worker):
         return horizon.tokens(step, rollout.train_tokens) if horizon.stop else rollout.train_tokens
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> Any:
-        """Tells the grader, in ``extra_info``, whether the response was cut: its text does not show that.
+        """Tells the grader, in ``extra_info``, whether the response was cut, which its text does not show, and of
+        several turns the text of the last.
 
         What lies beyond the horizon does not train, as what the environment has said does not.
         """
         step, whole = int(kwargs["global_steps"]), self.opd.rollout.train_tokens
         limit = self._limit(validate, step)
+        rollout = ROLLOUT.get()
         for one in output if isinstance(output, list) else [output]:
             cut = is_truncated(one.response_ids, self.stop_ids, limit)
-            one.extra_fields["truncated"] = cut
+            if rollout is not None and rollout.several and FAILURE not in one.extra_fields:
+                finish(one, rollout, self.stop_ids)
+                one.extra_fields["last_turn"] = self.tokenizer.decode(rollout.last, skip_special_tokens=True)
+                cut = rollout.ended == OUT_OF_TOKENS
+            one.extra_fields["truncated"] = cut or (TURNS in one.extra_fields and rollout.ended != ANSWERED)
             if not validate and self.opd.horizon.limited:
                 one.extra_fields[STOPPED] = cut and limit < whole
                 seen = self.opd.horizon.tokens(step, whole)
@@ -189,7 +204,7 @@ class OPDAgentLoopWorker(_Worker):
             raise ValueError(f"annotation needs {len(prompt)} + {max_tokens} tokens, max_model_len is {longest}")
         params = {"temperature": temperature, "max_tokens": max_tokens, "top_p": 1.0, "top_k": -1, "logprobs": False}
         params.update(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-        answer = await self.llm_client.generate(request_id=uuid4().hex, prompt_ids=prompt, sampling_params=params)
+        answer = await self.servers.generate(request_id=uuid4().hex, prompt_ids=prompt, sampling_params=params)
         text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         return text, len(prompt), len(answer.token_ids)
 

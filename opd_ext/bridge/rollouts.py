@@ -11,6 +11,7 @@ import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
 from opd_ext.bridge.failures import FAILURE
+from opd_ext.bridge.turns import ANSWERED, OUT_OF_TURNS, TURNS
 from opd_ext.estimators import pass_at_k
 from opd_ext.moved import old_functions
 from opd_ext.seeds import Copies
@@ -24,6 +25,7 @@ STOPPED = "opd_stopped"
 
 __getattr__ = old_functions(__name__)
 
+_OF_TURNS = ("turns", "environment_tokens", "tool_calls", "tool_failures", "ignored_calls", "ended")
 _FIELDS = ["prompts", "responses", "rm_scores", "data_source", "reward_model", "extra_info", "extra_fields"]
 
 
@@ -32,7 +34,9 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
 
     Returns:
         Rows with ``uid``, ``sample``, ``index``, ``data_source``, ``difficulty``, ``input``, ``output``,
-        ``response_tokens``, ``truncated``, ``stopped`` (where there is a horizon), ``failed`` (an exception in words,
+        ``response_tokens`` (those that the model wrote), ``truncated`` (without an answer: out of tokens, or turns),
+        of an agent with tools ``turns``, ``environment_tokens``, ``tool_calls``, ``tool_failures``, ``ignored_calls``
+        and ``ended``, ``stopped`` (where there is a horizon), ``failed`` (an exception in words,
         or None), ``score``, every key of the
         grader (``acc``, ``feedback``, ...), ``ground_truth`` and, where an annotator has been at work, its
         ``annotation``.
@@ -49,7 +53,7 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
         extra_info = dict(_item(data, "extra_info", i) or {})
         extra_fields = _item(data, "extra_fields", i) or {}
         grade = dict(extra_fields.get("reward_extra_info") or {})
-        tokens = responses[i]
+        tokens, turns = responses[i], extra_fields.get(TURNS)
         rows.append(
             {
                 "uid": uid,
@@ -59,8 +63,9 @@ def read_rows(batch: KVBatchMeta, tokenizer: Any, max_tokens: int, stops: Collec
                 "difficulty": extra_info.get("difficulty"),
                 "input": inputs[tuple(prompts[i])],
                 "output": outputs[i],
-                "response_tokens": len(tokens),
-                "truncated": is_truncated(tokens, stops, max_tokens),
+                "response_tokens": turns["written"] if turns else len(tokens),
+                "truncated": turns["ended"] != ANSWERED if turns else is_truncated(tokens, stops, max_tokens),
+                **({name: turns[name] for name in _OF_TURNS} if turns else {}),
                 **({"stopped": bool(extra_fields[STOPPED])} if STOPPED in extra_fields else {}),
                 "failed": extra_fields.get(FAILURE),
                 "score": scores[i],
@@ -156,7 +161,23 @@ def summarise(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
             metrics[f"{prefix}/{key}"] = mean([row.get(key, 0.0) for row in rows])
     if any("stopped" in row for row in rows):  # not in those that failed
         metrics[f"{prefix}/stopped"] = mean([row.get("stopped", False) for row in rows])
+    metrics |= _of_turns([row for row in rows if "turns" in row], prefix)
     return metrics | (_pass_at_k(rows, prefix) if math.isfinite(accuracy) else {})
+
+
+def _of_turns(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """What agents with tools did; nothing where none was at work."""
+    if not rows:
+        return {}
+    calls = sum(row["tool_calls"] for row in rows)
+    return {
+        f"{prefix}/turns_mean": float(np.mean([row["turns"] for row in rows])),
+        f"{prefix}/environment_tokens_mean": float(np.mean([row["environment_tokens"] for row in rows])),
+        f"{prefix}/tool_calls_mean": calls / len(rows),
+        f"{prefix}/tool_failures": sum(row["tool_failures"] for row in rows) / calls if calls else 0.0,
+        f"{prefix}/ignored_calls": float(np.mean([row["ignored_calls"] > 0 for row in rows])),
+        f"{prefix}/out_of_turns": float(np.mean([row["ended"] == OUT_OF_TURNS for row in rows])),
+    }
 
 
 def summarise_by_source(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:

@@ -251,7 +251,7 @@ class OPDTrainer(PPOTrainerSync):
         if taught:
             for tag, shown in zip(batch.tags, inputs, strict=True):
                 tag["seq_len"] += len(shown.ids or ())
-            lengths = [rows[i]["response_tokens"] for i in kept]
+            lengths = [rows[i]["response_tokens"] + rows[i].get("environment_tokens", 0) for i in kept]
             put_teacher_inputs(batch, inputs, self.tokenizer.eos_token_id, lengths if self.foreign else None)
         return batch, taught
 

@@ -27,15 +27,17 @@ class Level(str, Enum):
 
     first = "first"
     long = "long"
+    tools = "tools"
 
 
 @data.command()
 def tinymath(
-    level: Annotated[Level, typer.Argument(help="first: short sums; long: chains of steps that hang together")] = (
+    level: Annotated[Level, typer.Argument(help="first: short sums; long: chains; tools: bills, in several turns")] = (
         Level.first
     ),
     out: Annotated[
-        Path | None, typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/tinymath, or tinymath_long")
+        Path | None,
+        typer.Option(help="folder", file_okay=False, show_default="$OPD_HOME/tinymath, or with _LEVEL"),
     ] = None,
     models: Annotated[
         str | None, typer.Option(help="models to have, separated by commas", show_default="all of the level")

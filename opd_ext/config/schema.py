@@ -62,6 +62,7 @@ class RolloutConfig:
     failed: str = "stop"  # a rollout that raises (grader, tool, agent loop): stop: ends the run; zero: scores 0
     poll_interval: float = 0.05  # seconds between looks into the replay buffer (verl: 2.0)
     grading_seconds: float = 600.0  # that the reward function may take for one rollout; then it has failed
+    tool_seconds: float = 60.0  # that a tool may take for one call; then the model is told so
     silence_seconds: float = 3600.0  # without one rollout that arrives while some are awaited; then the run ends
 
 

@@ -167,6 +167,7 @@ def check_lengths(opd: OPDConfig, config: DictConfig) -> None:
         )
     positive("opd.rollout.poll_interval", opd.rollout.poll_interval)
     positive("opd.rollout.grading_seconds", opd.rollout.grading_seconds)
+    positive("opd.rollout.tool_seconds", opd.rollout.tool_seconds)
     positive("opd.rollout.silence_seconds", opd.rollout.silence_seconds)
     if not data.filter_overlong_prompts:
         raise ConfigError(

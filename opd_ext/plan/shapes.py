@@ -186,6 +186,7 @@ _KNOWN = {
     "tinymath/diffusion": _tiny(3, 128, 256, (4, 2), 374),
     "tinymath_long/base": _tiny(3, 128, 256, (4, 2), 407),
     "tinymath_long/large": _tiny(4, 128, 256, (4, 2), 407),
+    "tinymath_tools/base": _tiny(3, 128, 256, (4, 2), 421),
 }
 _SUFFIX = r"(-base|-instruct|-thinking)?(-\d{4})?"  # Qwen3-4B-Instruct-2507
 

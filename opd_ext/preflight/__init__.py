@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from opd_ext.bridge.known_keys import check_added_keys
 from opd_ext.config.checks import check_inputs
 from opd_ext.config.schema import OPDConfig
-from opd_ext.preflight.agents import check_agents
+from opd_ext.preflight.agents import check_agents, check_next_turn, check_turns
 from opd_ext.preflight.data import check_data, open_data
 from opd_ext.preflight.findings import Findings
 from opd_ext.preflight.machine import check_loggers, check_machine, on_cluster
@@ -42,7 +42,8 @@ def look(config: DictConfig, opd: OPDConfig, starting: bool, findings: Findings)
     if starting:
         check_inputs(config)
     data = open_data(config, opd)
-    check_agents(config, opd, [samples for files in data.values() for samples in files])
+    check_agents(config, opd, _all(data))
+    check_turns(config, opd, _all(data))
     check_reward(config, _graded(data), findings, here=starting and not on_cluster())
     return data
 
@@ -62,11 +63,16 @@ def preflight(
     """
     check_resume(config, opd, starting, findings)
     tokenizer = check_models(config, opd, starting, findings)
+    check_next_turn(config, _all(data), tokenizer)
     check_size(config, opd, starting, findings)
     check_data(data, config, opd, tokenizer, findings)
     check_verls(config, _graded(data), findings, here=starting and not on_cluster())
 
 
+def _all(data: dict[str, list[Samples]]) -> list[Samples]:
+    return [samples for files in data.values() for samples in files]
+
+
 def _graded(data: dict[str, list[Samples]]) -> list[Samples]:
     """The files whose rows have reference answers."""
-    return [samples for files in data.values() for samples in files if samples.answered]
+    return [samples for samples in _all(data) if samples.answered]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Agent loops that a run or a row of its data names: verl looks them up minutes later, when a rollout begins."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,6 +17,9 @@ from opd_ext.preflight.tables import Samples
 COLUMN = "agent_name"
 """Of a row that is not to be rolled out by the run's default loop."""
 _AGENT = "actor_rollout_ref.rollout.agent"
+_TURNS = "actor_rollout_ref.rollout.multi_turn"
+SINGLE, TOOLS = "single_turn_agent", "tool_agent"
+"""verl's names of a loop that asks once, and of one that lets the model call tools."""
 
 
 def check_agents(config: DictConfig, opd: OPDConfig, files: Iterable[Samples]) -> None:
@@ -37,6 +42,75 @@ def check_agents(config: DictConfig, opd: OPDConfig, files: Iterable[Samples]) -
         for i, row in enumerate(samples.sample if COLUMN in samples.columns else ()):
             if (name := row.get(COLUMN)) not in known:
                 raise ConfigError(f"{samples.name}: row {i} has {COLUMN}={name}, which does not exist; {choices}.")
+
+
+def loops(config: DictConfig, files: Iterable[Samples]) -> set[str]:
+    """The loops that a run uses, as far as its files are here."""
+    files = list(files)
+    named = {row.get(COLUMN) for samples in files if COLUMN in samples.columns for row in samples.sample}
+    rest = not files or any(COLUMN not in samples.columns for samples in files)
+    return named | ({config.actor_rollout_ref.rollout.agent.default_agent_loop} if rest else set())
+
+
+def check_turns(config: DictConfig, opd: OPDConfig, files: Iterable[Samples]) -> None:
+    """What several turns need: tools, and places that know of turns.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    used = loops(config, files) - {SINGLE}
+    if not used:
+        return
+    loop = sorted(map(str, used))[0]
+    if opd.credit.annotates:
+        raise ConfigError(
+            f"opd.credit.annotator reads one answer, and the agent loop {loop} has turns: choose {SINGLE}, or a credit "
+            "without an annotator."
+        )
+    if any(view.opd.teacher.foreign for view in opd.views):
+        raise ConfigError(
+            f"opd.teacher.tokenizer=own reads one answer, and the agent loop {loop} has turns, written in the "
+            f"student's control tokens: choose {SINGLE}, or a teacher of the student's tokenizer."
+        )
+    if TOOLS not in used:
+        return
+    turns = config.actor_rollout_ref.rollout.multi_turn
+    if not (turns.tool_config_path or turns.function_tool_path):
+        raise ConfigError(
+            f"{_AGENT}.default_agent_loop={TOOLS} has no tools to call: name a file with some in "
+            f"{_TURNS}.function_tool_path or .tool_config_path."
+        )
+    for key in ("tool_config_path", "function_tool_path"):
+        if turns[key] and not Path(turns[key]).is_file():
+            raise ConfigError(f"{_TURNS}.{key}={turns[key]} is not there: name a file with tools.")
+
+
+def check_next_turn(config: DictConfig, files: Iterable[Samples], tokenizer: Any) -> None:
+    """The model's template goes on behind what a tool answers.
+
+    Args:
+        tokenizer: the student's; None where it is not at hand.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if tokenizer is None or TOOLS not in loops(config, files):
+        return
+    from opd_ext.bridge.inputs import next_turn  # verl, which takes seconds
+
+    model = Path(config.actor_rollout_ref.model.path)
+    file = model / "config.json"
+    kind = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    try:
+        said = next_turn(config, tokenizer, kind)
+    except Exception as error:
+        raise refuse(
+            f"{model} cannot go on behind a tool's answer: choose another chat template, or another "
+            f"{_TURNS}.format={config.actor_rollout_ref.rollout.multi_turn.format}",
+            error,
+        ) from None
+    if "17" not in said:
+        raise ConfigError(f"{model}: the chat template leaves out what a tool answers: choose another one.")
 
 
 def _of_file(path: str | None) -> list[str]:

@@ -5,6 +5,7 @@
     <out>/MODEL_CARD.md                  the same for people
     <out>/{train,val,test}.parquet       problems in verl's format
     <out>/base/, <out>/large/, ...       transformers checkpoints with their tokenizer
+    <out>/tools.py                       on the level of several turns, the tools as verl takes them
 
 The models come with the package (:mod:`opd_ext.tinymath.shipped`), the problems are drawn here. Models can be
 trained from nothing as well: a function of the settings alone, up to floating-point differences between machines,
@@ -169,6 +170,8 @@ def _write_record(world: Path, record: dict, level: Level) -> None:
 
 def _start_world(folder: Path, settings: dict, seed: int, level: Level) -> None:
     write_splits(draw_splits(seed, level), folder, level)
+    if level.tools is not None:
+        write_whole(folder / "tools.py", level.tools)
     _write_record(folder, {"settings": settings, "models": {}}, level)
 
 

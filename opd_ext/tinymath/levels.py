@@ -2,7 +2,7 @@
 """The levels of the miniature world: what building, measuring and shipping need to know of each.
 
 The first is short problems whose steps are columns of a sum; the second, :mod:`opd_ext.tinymath.long`, is long chains
-in which one wrong line spoils the rest.
+in which one wrong line spoils the rest; the third, :mod:`opd_ext.tinymath.tools`, is worked through with tools.
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ from opd_ext.tinymath.long import grader as long_grader
 from opd_ext.tinymath.long import problems as long_problems
 from opd_ext.tinymath.long import specs as long_specs
 from opd_ext.tinymath.long import words as long_words
+from opd_ext.tinymath.tools import chats as tool_chats
+from opd_ext.tinymath.tools import grader as tool_grader
+from opd_ext.tinymath.tools import problems as tool_problems
+from opd_ext.tinymath.tools import specs as tool_specs
+from opd_ext.tinymath.tools import words as tool_words
+from opd_ext.tinymath.tools.rollout import play
 
 SIZES = {"val": 256, "test": 512, "train": 20_000}
 """Problems of each split; the held-out ones are drawn first, so that they do not depend on the size of the training."""
 LONG_SIZES = {"val": 256, "test": 1_000, "train": 12_000}
+TOOL_SIZES = {"val": 256, "test": 1_000, "train": 12_000}
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,9 @@ class Level:
         max_new_tokens: of a response that is measured; None: as :mod:`opd_ext.tinymath.measure` has it.
         measured: validation problems for the card; None: all.
         teachers: models of which the card has the student prompt alone.
+        play: lets a model work through prompts in several turns; None: it answers at once. Then ``max_new_tokens`` is
+            of one turn.
+        tools: text of the module that registers the tools with verl; None: there are none.
     """
 
     name: str
@@ -58,6 +68,8 @@ class Level:
     max_new_tokens: int | None = None
     measured: int | None = None
     teachers: tuple[str, ...] = ()
+    play: Callable[..., list[tuple[list[int], int]]] | None = None
+    tools: str | None = None
 
     @property
     def difficulties(self) -> tuple[int, ...]:
@@ -109,4 +121,22 @@ LONG = Level(
     measured=128,
     teachers=("large",),
 )
-LEVELS = {"first": FIRST, "long": LONG}
+TOOLS = Level(
+    name="tinymath_tools",
+    shipped="tools",
+    specs=tool_specs.SPECS,
+    sizes=TOOL_SIZES,
+    problems=tool_problems,
+    chats=tool_chats,
+    vocabulary=tool_words,
+    compute_score=tool_grader.compute_score,
+    decisive_types=tool_chats.decisive_types,
+    about=(
+        "Bills made out with a price list and a calculator, in up to six turns, pre-trained from scratch.",
+        "Tokens are those that the model wrote, over all turns. Difficulty: items of a basket.",
+    ),
+    max_new_tokens=tool_specs.MAX_NEW_TOKENS,
+    play=play,
+    tools=tool_specs.TOOLS_FILE,
+)
+LEVELS = {"first": FIRST, "long": LONG, "tools": TOOLS}

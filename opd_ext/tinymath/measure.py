@@ -109,14 +109,20 @@ def measure(
         level: whose grader, and how long a response may be.
     """
     outcomes = []
-    if is_diffusion(model):
-        replies = sample_denoised(model, tokenizer, prompts, MAX_NEW_TOKENS)
+    if level.play is not None:
+        shown = tokenizer(render_requests(tokenizer, prompts)).input_ids
+        most = level.max_new_tokens or MAX_NEW_TOKENS
+        replies = level.play(
+            tokenizer, shown, lambda ids, turn: continue_from(model, tokenizer, ids, seed * 100 + turn, most)
+        )
+    elif is_diffusion(model):
+        replies = [(ids, len(ids)) for ids in sample_denoised(model, tokenizer, prompts, MAX_NEW_TOKENS)]
     else:
-        replies = sample(model, tokenizer, prompts, seed, level.max_new_tokens)
-    for (difficulty, question, answer), reply in zip(problems, replies, strict=True):
+        replies = [(ids, len(ids)) for ids in sample(model, tokenizer, prompts, seed, level.max_new_tokens)]
+    for (difficulty, question, answer), (reply, written) in zip(problems, replies, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)
         grade = level.compute_score(level.name, text, answer, {"question": question})
-        outcomes.append(Outcome(difficulty, text, float(grade["acc"]), len(reply)))
+        outcomes.append(Outcome(difficulty, text, float(grade["acc"]), written))
     return outcomes
 
 

@@ -22,6 +22,7 @@ import torch
 from opd_ext.context import render_text
 from opd_ext.progress import Progress
 from opd_ext.tinymath.chats import Chat, Corpus, chats, textbook
+from opd_ext.tinymath.tokenizer import TURN_START
 from opd_ext.tinymath.writing import VERBOSE
 
 if TYPE_CHECKING:
@@ -113,10 +114,11 @@ SPECS: dict[str, ModelSpec] = {
 
 @dataclass
 class Example:
-    """Token ids of one chat; the reply is ``ids[reply_start:]``."""
+    """Token ids of one chat; the reply is ``ids[reply_start:]``, less what tools said in it (``said``: start, end)."""
 
     ids: list[int]
     reply_start: int
+    said: tuple[tuple[int, int], ...] = ()
 
 
 def make_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
@@ -179,7 +181,23 @@ def _questions(rng: random.Random, corpus: Corpus, count: int, held_out: set[str
 def _tokenise(tokenizer: PreTrainedTokenizerFast, drawn: list[Chat]) -> list[Example]:
     shown = tokenizer(render_requests(tokenizer, [chat.prompt for chat in drawn])).input_ids
     replies = tokenizer([chat.response + tokenizer.eos_token for chat in drawn]).input_ids
-    return [Example(p + r, len(p)) for p, r in zip(shown, replies, strict=True)]
+    start, end = tokenizer.convert_tokens_to_ids(TURN_START), tokenizer.eos_token_id
+    return [Example(p + r, len(p), _said(p + r, len(p), start, end)) for p, r in zip(shown, replies, strict=True)]
+
+
+def _said(ids: list[int], reply_start: int, turn_start: int, turn_end: int) -> tuple[tuple[int, int], ...]:
+    """Stretches of a reply of several turns that are not the assistant's: from the end of a turn, which is, to behind
+    the opening of the assistant's next (its mark, the role, a line break)."""
+    found, begins = [], None
+    for i in range(reply_start, len(ids)):
+        if begins is None and i and ids[i - 1] == turn_end and i > reply_start:
+            begins, turns = i, 0
+        if begins is not None and ids[i] == turn_start:
+            turns += 1
+            if turns == 2:  # the tool's, and the assistant's
+                found.append((begins, i + 3))
+                begins = None
+    return tuple(found)
 
 
 def batches(examples: list[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
@@ -194,13 +212,15 @@ def batches(examples: list[Example], batch_size: int, seed: int) -> Iterator[lis
 
 
 def collate(batch: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ``ids [B, T]`` (int64) and the mask of reply tokens ``[B, T]`` (bool)."""
+    """Right-padded ``ids [B, T]`` (int64) and the mask of the reply's own tokens ``[B, T]`` (bool)."""
     width = max(len(example.ids) for example in batch)
     ids = torch.full((len(batch), width), pad)
     reply = torch.zeros(len(batch), width, dtype=torch.bool)
     for row, example in enumerate(batch):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         reply[row, example.reply_start : len(example.ids)] = True
+        for start, end in example.said:
+            reply[row, start:end] = False
     return ids, reply
 
 

@@ -41,6 +41,14 @@ ELSEWHERE = {
         "enable_full_determinism(seed=self.engine_config.seed)",
         "only with full_determinism",
     ),
+    **{
+        f"actor_rollout_ref.rollout.multi_turn.{name}": (
+            VERL / "experimental/agent_loop/tool_agent_loop.py",
+            f"self.rollout_config.multi_turn.{name}",
+            "the traced run has one turn",
+        )
+        for name in ("format", "max_assistant_turns")
+    },
     "actor_rollout_ref.model.lora_alpha": (
         VERL / "workers/engine/fsdp/transformer_impl.py",
         '"lora_alpha": self.model_config.lora_alpha',

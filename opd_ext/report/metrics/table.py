@@ -16,6 +16,7 @@ _LABELLED = "with an annotator"
 _MARKED = "with an annotator, where a rollout has spans"
 _RL = "with a policy term"
 _ALONE = "without a teacher"
+_AGENTS = "with an agent loop of several turns"
 _GRADED = "graders that report it"
 _CHECKED = "with a policy term and actor_rollout_ref.rollout.calculate_log_probs"
 _WEIGHED = "with algorithm.rollout_correction.rollout_is"
@@ -145,12 +146,25 @@ SECTIONS: tuple[Section, ...] = (
             Metric("rollout/accuracy val/accuracy val/<source>/accuracy", "share", "correct responses (acc)", "",
                 "val rises; rollout far above val: memorised"),
             Metric("rollout/tokens_mean val/tokens_mean val/<source>/tokens_mean", "tokens",
-                "mean length of a response", "", "falls with crisp; no race to the limit"),
+                "mean length of a response; of several turns what the model wrote", "",
+                "falls with crisp; no race to the limit"),
             Metric("rollout/tokens_min val/tokens_min val/<source>/tokens_min", "tokens", "shortest response", "",
                 "not 0"),
             Metric("rollout/tokens_max val/tokens_max val/<source>/tokens_max", "tokens", "longest response"),
             Metric("rollout/truncated val/truncated val/<source>/truncated", "share",
-                "responses that met the limit without an end", "", "a few percent"),
+                "responses that met the limit of tokens, or turns, without an end", "", "a few percent"),
+            Metric("rollout/turns_mean val/turns_mean val/<source>/turns_mean", "turns", "turns of the model", _AGENTS),
+            Metric("rollout/environment_tokens_mean val/environment_tokens_mean val/<source>/environment_tokens_mean",
+                "tokens", "mean length of what tools said, template included, which trains nowhere", _AGENTS),
+            Metric("rollout/tool_calls_mean val/tool_calls_mean val/<source>/tool_calls_mean", "",
+                "calls that were made, per rollout", _AGENTS, "falls with crisp"),
+            Metric("rollout/tool_failures val/tool_failures val/<source>/tool_failures", "share",
+                "calls of tools that do not exist, with arguments that they refuse, or that took too long", _AGENTS,
+                "falls"),
+            Metric("rollout/ignored_calls val/ignored_calls val/<source>/ignored_calls", "share",
+                "rollouts with more calls in one turn than multi_turn.max_parallel_calls", _AGENTS, "0"),
+            Metric("rollout/out_of_turns val/out_of_turns val/<source>/out_of_turns", "share",
+                "rollouts that called a tool in their last turn, and so have no answer", _AGENTS, "a few percent"),
             Metric("rollout/horizon", "tokens", "how many tokens of a response train, from its first on",
                 "`opd.horizon`"),
             Metric("rollout/stopped", "share", "rollouts that were stopped at the horizon, which have no grade",

@@ -15,7 +15,7 @@ from opd_ext.config.checks import check, external_models
 from opd_ext.config.compose import CONFIG_DIR, compose_config
 from opd_ext.pipelines import command
 from opd_ext.plan.shapes import model_shape, of_config
-from opd_ext.tinymath.levels import FIRST, LONG
+from opd_ext.tinymath.levels import FIRST, LONG, TOOLS
 
 RECIPES = sorted(f"{file.parent.name}/{file.stem}" for file in (CONFIG_DIR / "recipe").glob("*/*.yaml"))
 PIPELINES = sorted((CONFIG_DIR / "pipelines" / "recipe").glob("*/*.yaml"))
@@ -44,7 +44,7 @@ def test_the_models_of_a_recipe_for_a_pipeline_have_sizes(file):
     assert [path for path in paths if path and model_shape(path) is None] == []
 
 
-@pytest.mark.parametrize("level", [FIRST, LONG], ids=lambda level: level.name)
+@pytest.mark.parametrize("level", [FIRST, LONG, TOOLS], ids=lambda level: level.name)
 def test_the_miniature_worlds_have_the_sizes_that_they_are_built_with(level):
     words = len(level.make_tokenizer())
     for name, spec in level.specs.items():

@@ -21,6 +21,28 @@ def _without_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
+def _without_tools(folder: Path) -> None:
+    """A chat template that knows two roles, and says so."""
+    file = folder / "chat_template.jinja"
+    refusal = "{%- if message.role == 'tool' -%}{{- raise_exception('who is that') -}}{%- endif -%}"
+    opening = "{%- for message in messages -%}"
+    file.write_text(file.read_text().replace(opening, opening + refusal))
+
+
+TOOL_FILE = """
+from verl.tools.function_tool import function_tool
+
+@function_tool()
+def bill_of(a: int) -> int:
+    '''The bill.
+
+    Args:
+        a: of whom.
+    '''
+    return a
+"""
+
+
 DATA = [
     wrong(
         "a question that is empty",
@@ -283,6 +305,16 @@ MODELS = [
         lambda w: f"method=opd\nopd.teacher.tokenizer=own\nopd.teacher.path={w.model(_lower_case)}",
         "does not give back",
         "byte by byte",
+    ),
+    wrong(
+        "a template that cannot go on behind a tool's answer",
+        lambda w: (
+            f"{ROLLOUT}.agent.default_agent_loop=tool_agent\n"
+            f"{ROLLOUT}.multi_turn.function_tool_path={w.file('tools.py', TOOL_FILE)}\n"
+            f"{MODEL}={w.model(_without_tools)}"
+        ),
+        "cannot go on behind a tool's answer",
+        "who is that",
     ),
     wrong(
         "a teacher of another tokenizer that nobody can ask",

@@ -3,6 +3,8 @@
 
 from .wrong import ACTOR, ROLLOUT, wrong
 
+AGENT = f"{ROLLOUT}.agent.default_agent_loop=tool_agent"
+
 VALUES = [
     wrong("a negative rate", f"{ACTOR}.optim.lr=-1e-5", "optim.lr=-1e-05", "at least 0"),
     wrong("a rate in words", f"{ACTOR}.optim.lr=fast", "optim.lr=fast", "a number"),
@@ -42,6 +44,19 @@ VALUES = [
     ),
     wrong("a sampler's dtype misspelt", f"{ROLLOUT}.dtype=bloat16", "rollout.dtype=bloat16", "bfloat16"),
     wrong("an agent loop that is not there", f"{ROLLOUT}.agent.default_agent_loop=mine", "=mine", "single_turn_agent"),
+    wrong("no time for tools", "opd.rollout.tool_seconds=0", "tool_seconds=0.0 must be positive"),
+    wrong("an agent without tools", AGENT, "default_agent_loop=tool_agent has no tools to call", "function_tool_path"),
+    wrong(
+        "tools that are not there",
+        f"{AGENT} {ROLLOUT}.multi_turn.function_tool_path=nowhere.py",
+        "multi_turn.function_tool_path=nowhere.py is not there",
+    ),
+    wrong(
+        "an annotator of several turns",
+        f"method=trace {AGENT}",
+        "opd.credit.annotator reads one answer",
+        "the agent loop tool_agent has turns",
+    ),
     wrong("a horizon beyond the limit", "opd.horizon.end=1.5", "opd.horizon.end=1.5", "(0, 1]"),
     wrong("a horizon that never begins", "opd.horizon.start=0.2", "start=0.2 is never used", "set the steps"),
     wrong("a horizon that stops nothing", "opd.horizon.stop=true", "stop=true stops nothing", "end below 1"),

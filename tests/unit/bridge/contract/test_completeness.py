@@ -17,6 +17,14 @@ OURS = {
     "trainer.tested",  # of OPDTrainer, from the self-test
     "trainer.state",  # of OPDTrainer, from a checkpoint
     "engine.alone",  # of OPDEngine, from the self-test
+    *(
+        "rollout.agent",
+        "rollout.calls",
+        "rollout.ended",
+        "rollout.failures",
+        "rollout.ignored",
+        "rollout.last",
+    ),  # Turns
     *("state.global_step", "state.attempts", "state.rollbacks"),  # of TrainerState
 }
 
