@@ -6,11 +6,13 @@ Plain values in and out, so that the trainer and whoever looks at its rollouts a
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from opd_ext.context.base import STUDENT
 from opd_ext.context.contexts import TeacherContext
 from opd_ext.context.sequence import build_teacher_sequence, render, render_teacher
+from opd_ext.context.turns import tell
 from opd_ext.control_tokens import as_text
 from opd_ext.credit.placement import moved_spans
 from opd_ext.tokens.byte_spans import ByteSpans, Foreign, align
@@ -26,6 +28,8 @@ class TeacherInput:
         span_label: class of every response token (0 none, 1 key, 2 error), or None without an annotator.
         prompt: the teacher's prompt, as part of ``ids`` or of what was too long; None without a teacher.
         lesson: the place of its teacher among several.
+        own: of ``ids`` behind ``prompt``, 1 where an id is the rollout's, 0 where its teacher was told it in a turn;
+            None: all are the rollout's.
         byte_spans: how a teacher of another tokenizer reads the response; its tokens stand in ``ids``. None of others.
     """
 
@@ -35,6 +39,7 @@ class TeacherInput:
     prompt: list[int] | None = None
     lesson: int = 0
     byte_spans: ByteSpans | None = None
+    own: list[int] | None = None
 
 
 def plan(
@@ -121,7 +126,11 @@ def plan(
                 if row["uid"] not in sent_with:
                     sent_with[row["uid"]] = rendered_with(tokenizer, sent, sample, template_kwargs, tools)
                 shown.prompt = render_teacher(tokenizer, messages, sent_with[row["uid"]], overrides, context.ending)
-            shown.ids = build_teacher_sequence(shown.prompt, response, max_pair_length, student_prompt_ids=sent)
+            read = response
+            if context.in_turns:
+                kwargs = {**template_kwargs, **overrides}
+                read, shown.own = tell(tokenizer, response, masks[i], partial(context.told, sample), kwargs)
+            shown.ids = build_teacher_sequence(shown.prompt, read, max_pair_length, student_prompt_ids=sent)
             shown.too_long = shown.ids is None
         if active_spans is not None:
             runs = usable_runs(annotation.get("runs", ()), active_spans, shown.ids is not None)

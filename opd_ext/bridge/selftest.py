@@ -200,7 +200,7 @@ def run(trainer: Any, batch: KVBatchMeta, taught: bool) -> None:
     opd, model = trainer.opd, trainer.config.actor_rollout_ref.model.path
     if not opd.selftest or trainer.tested:
         return
-    trainer.tested, placed = True, taught and "engine" in opd.backends
+    trainer.tested, placed = True, taught and "engine" in opd.backends and not opd.told_in_turns
     fields = ["prompts", "responses", "loss_mask", *(["has_teacher", "teacher_input_ids", LESSON] if placed else [])]
     if trainer.config.actor_rollout_ref.rollout.calculate_log_probs:
         fields.append("rollout_log_probs")
@@ -215,6 +215,8 @@ def run(trainer: Any, batch: KVBatchMeta, taught: bool) -> None:
         said["equal_weights"] = trainer.global_steps == 1 and not view.opd.teacher.path
         served = opd.distils and view.opd.teacher.backend == "server"
         said["untaught"] = "its server scores tokens alone" if served else "there is none in this step"
+        if opd.told_in_turns:
+            said["untaught"] = "it is told something in later turns, which its prompt does not show"
         if view.opd.teacher.foreign:
             said["untaught"] = "it reads tokens of its own, and no distribution can be compared"
     lines, warnings, stop = report(found)

@@ -12,7 +12,7 @@ from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 
 from opd_ext import lessons
-from opd_ext.bridge.teachers import LESSON, STUDENT_SPANS, TEACHER_SPANS
+from opd_ext.bridge.teachers import LESSON, READ, STUDENT_SPANS, TEACHER_SPANS
 from opd_ext.context.contexts import TeacherContext
 from opd_ext.credit.annotate import annotation_metrics
 from opd_ext.lessons import TeacherInput
@@ -138,12 +138,17 @@ def _covered(planned: Sequence[TeacherInput], masks: Sequence[Sequence[int]]) ->
 
 
 def put_teacher_inputs(
-    batch: KVBatchMeta, inputs: list[TeacherInput], eos: int, lengths: Sequence[int] | None = None
+    batch: KVBatchMeta,
+    inputs: list[TeacherInput],
+    eos: int,
+    lengths: Sequence[int] | None = None,
+    in_turns: bool = False,
 ) -> None:
     """Write ``teacher_input_ids``, ``has_teacher``, ``lesson`` and, with labels, ``span_label`` beside the rollouts.
 
     With ``lengths``, of the responses, the byte spans of either side as well: a teacher of the student's tokenizer has
-    one for every token. A rollout without a teacher gets a placeholder of one prompt and one response token.
+    one for every token. With ``in_turns``, where a teacher may be told something in a turn, which of the tokens that it
+    reads are the rollout's. A rollout without a teacher gets a placeholder of one prompt and one response token.
     """
     fields: dict[str, Any] = {
         "teacher_input_ids": _jagged([[eos, eos] if shown.ids is None else shown.ids for shown in inputs]),
@@ -152,10 +157,18 @@ def put_teacher_inputs(
     }
     if any(shown.span_label is not None for shown in inputs):
         fields["span_label"] = _jagged([shown.span_label for shown in inputs])
+    if in_turns:
+        fields[READ] = _jagged([_own(shown) for shown in inputs])
     if lengths is not None:
         spans = [_spans(shown, length) for shown, length in zip(inputs, lengths, strict=True)]
         fields |= {STUDENT_SPANS: _jagged([own for own, _ in spans]), TEACHER_SPANS: _jagged([its for _, its in spans])}
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=tu.get_tensordict(fields))
+
+
+def _own(shown: TeacherInput) -> list[int]:
+    if shown.ids is None or shown.prompt is None:
+        return [1]
+    return shown.own or [1] * (len(shown.ids) - len(shown.prompt))
 
 
 def _spans(shown: TeacherInput, length: int) -> tuple[list[int], list[int]]:
@@ -190,7 +203,9 @@ def without_rows(batch: KVBatchMeta, dropped: Collection[int]) -> KVBatchMeta:
     )
 
 
-def neutralise_padding(batch: KVBatchMeta, eos: int, annotated: bool, foreign: bool = False) -> None:
+def neutralise_padding(
+    batch: KVBatchMeta, eos: int, annotated: bool, foreign: bool = False, in_turns: bool = False
+) -> None:
     """Take the teacher's input from the rows that fill the batch up.
 
     verl fills it to a multiple of the ranks with copies of a row whose mask is zero and whose response is one token;
@@ -200,4 +215,4 @@ def neutralise_padding(batch: KVBatchMeta, eos: int, annotated: bool, foreign: b
     if keys:
         padding = KVBatchMeta(partition_id=batch.partition_id, keys=keys, tags=[{} for _ in keys])
         nothing = TeacherInput(None, span_label=[0] if annotated else None)
-        put_teacher_inputs(padding, [nothing] * len(keys), eos, [1] * len(keys) if foreign else None)
+        put_teacher_inputs(padding, [nothing] * len(keys), eos, [1] * len(keys) if foreign else None, in_turns)

@@ -35,6 +35,10 @@ STUDENT_SPANS, TEACHER_SPANS = "student_byte_span", "teacher_byte_span"
 """Columns of a batch, jagged: of every response token, in the student's tokens and in the teacher's, the number of its
 span of text. Absent where every teacher has the student's tokenizer."""
 
+READ = "teacher_reads"
+"""Column of a batch, jagged: of every token that a teacher reads behind its prompt, 1 where it is the rollout's own, 0
+where the teacher was told it in a turn. Absent where no teacher is told anything there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tutor:
@@ -105,7 +109,7 @@ def ask(student: OPDEngine, data: TensorDict) -> Answers:
                 said.heads[i] = head[:vocabulary]  # what lies beyond are padding rows, which no id names
         for place, row in zip(where, rows, strict=False):  # behind them are those that fill the share up
             if not tutors[of[place]].foreign:
-                said.rows[place] = row
+                said.rows[place] = row if READ not in data.keys() else row[data[READ][place].bool().to(row.device)]
         read = [(place, row) for place, row in zip(where, rows, strict=False) if tutors[of[place]].foreign]
         for place, spoken in _spoken(student, data, [(i, row) for i, row in read if data["has_teacher"][i]], head):
             said.spoken[place] = spoken
@@ -119,10 +123,14 @@ def ask(student: OPDEngine, data: TensorDict) -> Answers:
 
 def _as_read(data: TensorDict) -> TensorDict:
     """``data`` with responses as long as the teachers read them."""
-    if TEACHER_SPANS not in data.keys():
+    if READ in data.keys():
+        read = READ
+    elif TEACHER_SPANS in data.keys():
+        read = TEACHER_SPANS
+    else:
         return data
     names = ["teacher_input_ids", "has_teacher", *([LESSON] if LESSON in data.keys() else [])]
-    return tu.get_tensordict({name: data[name] for name in names} | {"responses": data[TEACHER_SPANS]})
+    return tu.get_tensordict({name: data[name] for name in names} | {"responses": data[read]})
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from opd_ext.bridge.teacher_inputs import (
     put_teacher_inputs,
     without_rows,
 )
-from opd_ext.bridge.teachers import LESSON, STUDENT_SPANS, TEACHER_SPANS
+from opd_ext.bridge.teachers import LESSON, READ, STUDENT_SPANS, TEACHER_SPANS
 from opd_ext.bridge.watch import Watch
 from opd_ext.bridge.worker import OPDWorker
 from opd_ext.checkpoints.layout import TrainerState
@@ -187,7 +187,8 @@ class OPDTrainer(PPOTrainerSync):
             return batch
         batch = self._balance_batch(batch, metrics)
         if taught and "engine" in self.opd.backends:
-            neutralise_padding(batch, self.tokenizer.eos_token_id, self.opd.credit.annotates, self.foreign)
+            eos, annotates = self.tokenizer.eos_token_id, self.opd.credit.annotates
+            neutralise_padding(batch, eos, annotates, self.foreign, bool(self.opd.told_in_turns))
         selftest.run(self, batch, taught)
         old = self._old_log_probs(batch)
         if old in ("pass", "sampler"):
@@ -252,7 +253,8 @@ class OPDTrainer(PPOTrainerSync):
             for tag, shown in zip(batch.tags, inputs, strict=True):
                 tag["seq_len"] += len(shown.ids or ())
             lengths = [rows[i]["response_tokens"] + rows[i].get("environment_tokens", 0) for i in kept]
-            put_teacher_inputs(batch, inputs, self.tokenizer.eos_token_id, lengths if self.foreign else None)
+            lengths = lengths if self.foreign else None
+            put_teacher_inputs(batch, inputs, self.tokenizer.eos_token_id, lengths, bool(self.opd.told_in_turns))
         return batch, taught
 
     def _mini_batches(self) -> int:
@@ -301,7 +303,7 @@ class OPDTrainer(PPOTrainerSync):
     ) -> KVBatchMeta:
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         mini_batch_size = actor.ppo_mini_batch_size * rollout.n
-        spans = [STUDENT_SPANS, TEACHER_SPANS] if self.foreign else []
+        spans = [STUDENT_SPANS, TEACHER_SPANS] if self.foreign else [READ] if self.opd.told_in_turns else []
         sources = {"engine": ["teacher_input_ids", LESSON, *spans], "server": ["teacher_logprobs"]}
         batch.fields = [*_UPDATE_FIELDS, *(name for where in sorted(self.opd.backends) for name in sources[where])]
         if rollout.calculate_log_probs:

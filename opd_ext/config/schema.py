@@ -148,6 +148,11 @@ class OPDConfig:
         return bool(self.teachers) or self.divergence.present
 
     @property
+    def told_in_turns(self) -> str:
+        """Kind of a context that speaks in later turns of a rollout, too; empty if none does."""
+        return next((view.opd.context.kind for view in self.views if view.opd.context.in_turns), "")
+
+    @property
     def views(self) -> tuple[View, ...]:
         """The teachers, each with the settings that a run with it alone would have; one where nobody names several."""
         alone: list[tuple[str, OPDConfig, float]] = [("", self, 1.0)]

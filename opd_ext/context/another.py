@@ -35,6 +35,8 @@ class AnotherProblem(TeacherContext):
             raise ValueError(f"problem={ANOTHER} has nothing to replace, because kind={kind} {why}")
         self._context, self._shown = context, context.shows
         self.thinking, self.ending = context.thinking, context.ending
+        if context.in_turns:
+            raise ValueError(f"problem={ANOTHER} is shown in the prompt, and kind={kind} speaks in later turns, too")
 
     def messages(self, sample: Mapping[str, Any]) -> list[dict] | None:
         if self._context.messages(sample) is None:

@@ -70,6 +70,23 @@ class TeacherContext:
         """
         raise NotImplementedError
 
+    @property
+    def in_turns(self) -> bool:
+        """Whether :meth:`told` may say something."""
+        return False
+
+    def told(self, sample: Mapping[str, Any], turn: int) -> str | None:
+        """What the teacher is told in front of a later turn of a rollout with tools, beyond what stands in its prompt.
+
+        Args:
+            sample: as :meth:`messages` has it.
+            turn: of the model, 2 or more.
+
+        Returns:
+            A message of the user, or None. It stands behind what the tools said, and the student does not read it.
+        """
+        return None
+
     def template_kwargs(self) -> dict[str, Any]:
         """What to change in verl's ``data.apply_chat_template_kwargs`` when the teacher's chat is rendered."""
         return {} if self.thinking is None else {"enable_thinking": self.thinking}

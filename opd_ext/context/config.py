@@ -23,6 +23,11 @@ class ContextConfig:
     def present(self) -> bool:
         return self.kind != ABSENT
 
+    @property
+    def in_turns(self) -> bool:
+        """Whether it speaks in later turns of a rollout, too."""
+        return build_context(self).in_turns
+
     def check(self) -> None:
         """Refuse what cannot work, whatever the other places say.
 

@@ -40,12 +40,21 @@ class InstructionContext(TeacherContext):
             repeats it, as the released code does.
         template: the teacher's request where prompts are not DAPO's, with ``{instruction}`` and ``{question}``; the
             question is then ``extra_info["question"]``, without what the student's prompt asks for besides.
+        every_turn: of a rollout with tools; the instruction is repeated in front of every later turn.
     """
 
     shows: ClassVar = ()
     text: str = "v2"
     strip_suffix: bool = True
     template: str | None = None
+    every_turn: bool = False
+
+    @property
+    def in_turns(self) -> bool:
+        return self.every_turn
+
+    def told(self, sample: Mapping[str, Any], turn: int) -> str | None:
+        return prompts.instruction(self.text) if self.every_turn else None
 
     def __post_init__(self) -> None:
         prompts.instruction(self.text)  # an unknown id is an error of the config, not of the first step

@@ -86,7 +86,7 @@ def _apply(
     """The one call of a chat template in this package: student, teacher and evaluation render alike."""
     chat = [dict(message) for message in messages]
     return tokenizer.apply_chat_template(
-        chat, tokenize=tokenize, add_generation_prompt=opened, **(template_kwargs or {})
+        chat, tokenize=tokenize, **{"add_generation_prompt": opened, **(template_kwargs or {})}
     )
 
 

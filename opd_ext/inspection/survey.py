@@ -50,6 +50,8 @@ def plans(
         return [lessons.TeacherInput(None) for _ in rollouts]
     foreign = next(iter(foreign_tokenizers(opd, tokenizer, stops).values()), None)  # a view has one teacher
     context = build_context(opd.context, tokenizer if foreign is None else foreign.teacher.tokenizer)
+    if context.in_turns:
+        raise CannotApply("its teacher is told something in later turns, which is not shown here.")
     if opd.credit.annotates and not any(row.get("annotation") for row in rollouts):
         raise CannotApply("it needs annotated spans, and no annotator was at work in this run.")
     spans = opd.divergence.active_spans if opd.credit.annotates else None

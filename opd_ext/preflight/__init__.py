@@ -43,7 +43,7 @@ def look(config: DictConfig, opd: OPDConfig, starting: bool, findings: Findings)
         check_inputs(config)
     data = open_data(config, opd)
     check_agents(config, opd, _all(data))
-    check_turns(config, opd, _all(data))
+    check_turns(config, opd, _all(data), starting)
     check_reward(config, _graded(data), findings, here=starting and not on_cluster())
     return data
 
@@ -63,7 +63,7 @@ def preflight(
     """
     check_resume(config, opd, starting, findings)
     tokenizer = check_models(config, opd, starting, findings)
-    check_next_turn(config, _all(data), tokenizer)
+    check_next_turn(config, opd, _all(data), tokenizer)
     check_size(config, opd, starting, findings)
     check_data(data, config, opd, tokenizer, findings)
     check_verls(config, _graded(data), findings, here=starting and not on_cluster())

@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.bridge.sources import agent_loops
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.sequence_parallel import sequence_parallel
+from opd_ext.context.turns import opened
 from opd_ext.errors import ConfigError
 from opd_ext.preflight.findings import refuse
 from opd_ext.preflight.tables import Samples
@@ -52,15 +54,28 @@ def loops(config: DictConfig, files: Iterable[Samples]) -> set[str]:
     return named | ({config.actor_rollout_ref.rollout.agent.default_agent_loop} if rest else set())
 
 
-def check_turns(config: DictConfig, opd: OPDConfig, files: Iterable[Samples]) -> None:
+def check_turns(config: DictConfig, opd: OPDConfig, files: Iterable[Samples], starting: bool) -> None:
     """What several turns need: tools, and places that know of turns.
+
+    Args:
+        starting: of a run that starts now; a plan may be for files that are elsewhere.
 
     Raises:
         ConfigError: one sentence.
     """
-    used = loops(config, files) - {SINGLE}
+    used, told = loops(config, files) - {SINGLE}, opd.told_in_turns
+    if told and not used:
+        raise ConfigError(
+            f"opd.context of kind={told} speaks in later turns, and {_AGENT}.default_agent_loop={SINGLE} has one: "
+            f"choose {TOOLS}, or say it in the prompt alone."
+        )
     if not used:
         return
+    if told and sequence_parallel(config.actor_rollout_ref.actor) > 1:
+        raise ConfigError(
+            f"opd.context of kind={told} speaks in later turns, and ranks that share sequences do not count what only "
+            "the teacher reads: set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1."
+        )
     loop = sorted(map(str, used))[0]
     if opd.credit.annotates:
         raise ConfigError(
@@ -81,11 +96,11 @@ def check_turns(config: DictConfig, opd: OPDConfig, files: Iterable[Samples]) ->
             f"{_TURNS}.function_tool_path or .tool_config_path."
         )
     for key in ("tool_config_path", "function_tool_path"):
-        if turns[key] and not Path(turns[key]).is_file():
+        if starting and turns[key] and not Path(turns[key]).is_file():
             raise ConfigError(f"{_TURNS}.{key}={turns[key]} is not there: name a file with tools.")
 
 
-def check_next_turn(config: DictConfig, files: Iterable[Samples], tokenizer: Any) -> None:
+def check_next_turn(config: DictConfig, opd: OPDConfig, files: Iterable[Samples], tokenizer: Any) -> None:
     """The model's template goes on behind what a tool answers.
 
     Args:
@@ -109,6 +124,12 @@ def check_next_turn(config: DictConfig, files: Iterable[Samples], tokenizer: Any
             f"{_TURNS}.format={config.actor_rollout_ref.rollout.multi_turn.format}",
             error,
         ) from None
+    kwargs = dict(config.data.apply_chat_template_kwargs or {})
+    if opd.told_in_turns and not said.endswith(tokenizer.decode(opened(tokenizer, kwargs))):
+        raise ConfigError(
+            f"{model}: the chat template opens the turn behind a tool's answer in another way than the first, so that "
+            f"opd.context of kind={opd.told_in_turns} has no place to speak there: say it in the prompt alone."
+        )
     if "17" not in said:
         raise ConfigError(f"{model}: the chat template leaves out what a tool answers: choose another one.")
 

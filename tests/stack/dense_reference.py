@@ -81,12 +81,13 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
         parts = {}
         if sample.taught:
             with torch.no_grad():
-                ids = torch.tensor([sample.teacher_prompt + (sample.heard[1] if sample.heard else sample.response)])
+                ids = torch.tensor([sample.teacher_prompt + (sample.heard[1] if sample.heard else sample.read[0])])
                 logits = teacher(ids).logits[0]
                 if update.trust is not None:
                     logits = (1 - update.trust) * logits + update.trust * student(ids).logits[0]
             start = len(sample.teacher_prompt) - 1 - shift
-            w = logits[start : start + len(sample.response), : z.shape[1]]
+            own = torch.tensor(sample.read[1] if not sample.heard else [1] * len(sample.response)).nonzero()[:, 0]
+            w = logits[start + own, : z.shape[1]]
             if sample.heard:
                 theirs = logits[len(sample.teacher_prompt) - 1 : -1]
                 credit, value, parts = _heard(update, sample, mask, z, theirs)

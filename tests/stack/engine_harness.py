@@ -47,6 +47,16 @@ class Sample:
     taught: bool = True
     lesson: int = 0  # which of several teachers it has
     heard: tuple[list[int], list[int], list[int]] | None = None  # spans; a foreign teacher's tokens; their spans
+    told: tuple[tuple[int, list[int]], ...] = ()  # what its teacher is told in front of so many response tokens
+
+    @property
+    def read(self) -> tuple[list[int], list[int]]:
+        """The response as its teacher reads it, and 1 where a token is the response's own."""
+        ids, own, told = [], [], dict(self.told)
+        for i, token in enumerate(self.response):
+            note = told.get(i, [])
+            ids, own = [*ids, *note, token], [*own, *([0] * len(note)), 1]
+        return ids, own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +213,8 @@ def to_batch(samples: list[Sample], old_policy: bool = False, policy: bool = Fal
         spans = [pair if s.taught else ([-1] * len(s.response), [-1]) for s, pair in zip(samples, spans, strict=True)]
         optional |= {"student_byte_span": jagged([own for own, _ in spans])}
         optional |= {"teacher_byte_span": jagged([theirs for _, theirs in spans])}
+    if any(s.told for s in samples):
+        optional["teacher_reads"] = jagged([s.read[1] if s.taught else [1] for s in samples])
     if old_policy or policy:
         optional["old_log_probs"] = jagged([s.old_log_probs for s in samples], torch.float32)
     if policy:
@@ -221,7 +233,7 @@ def to_batch(samples: list[Sample], old_policy: bool = False, policy: bool = Fal
             "has_teacher": torch.tensor([s.taught for s in samples]),
             "lesson": torch.tensor([s.lesson for s in samples]),
             "teacher_input_ids": jagged(
-                [s.teacher_prompt + (s.heard[1] if s.heard else s.response) if s.taught else [2, 2] for s in samples]
+                [s.teacher_prompt + (s.heard[1] if s.heard else s.read[0]) if s.taught else [2, 2] for s in samples]
             ),
         },
         non_tensors,

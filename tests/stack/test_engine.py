@@ -152,6 +152,27 @@ APART = {
     )
     for i, (model, objective, weight) in enumerate(MIXED)
 }
+# In front of later turns, which begin behind tokens that do not train, a teacher is told something.
+TOLD = [
+    dataclasses.replace(
+        s,
+        told=tuple(
+            (j, [3 + (i + j) % 60, 5, 7][: 1 + (i + j) % 3])
+            for j in range(1, len(s.mask))
+            if s.mask[j] and not s.mask[j - 1]
+        ),
+    )
+    for i, s in enumerate(SOME)
+]
+TURNS = {
+    "told in turns": Update(TOLD),
+    "told in turns, tight": Update(TOLD, **SPLITS["tight"]),
+    "told in turns beside a policy": Update(TOLD, policy=True, distillation_weight=0.1),
+    "told in turns, off-policy surrogate": Update(
+        TOLD, objective=Objective(surrogate=Surrogate(), rollout_cap=1.5, **POSITION), old_policy=True
+    ),
+    "told in turns, trust region": Update(TOLD, trust=0.25),
+}
 USUAL = Update(SAMPLES)
 TIED = Update(SAMPLES, model="tied", teacher="tied_teacher")
 
@@ -183,6 +204,7 @@ ON_ONE_RANK = {
     "hot rollout": Update(SAMPLES, rollout_temperature=0.6),
     **{name: Update(SAMPLES, objective=objective) for name, objective in DIVERGENCES.items()},
     **METHODS,
+    **TURNS,
     **{f"several: {name}": update for name, update in {**SEVERAL, **APART, **SPOKEN_APART}.items()},
     **{f"{name}, tight": dataclasses.replace(update, **SPLITS["tight"]) for name, update in METHODS.items()},
 }
@@ -194,6 +216,7 @@ ON_TWO_RANKS = {
     "only nothing": Update(NOTHING),
     "live": Update(SAMPLES, teacher=None),
     **METHODS,
+    **TURNS,
     **{f"several: {name}": update for name, update in SEVERAL.items()},
     **{f"{m} after a refresh": Update(make_samples([4, 6]), model=m, teacher=m) for m in ("untied", "tied")},
 }
@@ -253,16 +276,22 @@ def identical(a: dict, b: dict) -> bool:
 # ---------------------------------------------------------------------- the loss is the method's
 
 
-@pytest.mark.parametrize("name", ["untied", "tied", *DIVERGENCES, *METHODS, *(f"{r} whole" for r in REDUCTIONS)])
+@pytest.mark.parametrize(
+    "name", ["untied", "tied", *DIVERGENCES, *METHODS, *TURNS, *(f"{r} whole" for r in REDUCTIONS)]
+)
 def test_loss_and_every_gradient_equal_a_dense_unpacked_computation(one, folder, name):
     assert distance(one["updates"][name], dense_update(folder, ON_ONE_RANK[name])) < FP32
 
 
-@pytest.mark.parametrize("name", ["untied", "tied", *METHODS])
+@pytest.mark.parametrize("name", ["untied", "tied", *METHODS, *TURNS])
 def test_metrics_are_token_means_of_the_dense_quantities(one, folder, name):
     expected = dense_update(folder, ON_ONE_RANK[name])["metrics"]
     actual = one["updates"][name]["metrics"]
     assert {n: actual[n] for n in expected} == pytest.approx(expected, rel=FP32)
+
+
+def test_what_a_teacher_is_told_in_turns_changes_what_it_teaches(one):
+    assert one["updates"]["told in turns"]["loss"] != one["updates"]["some taught"]["loss"]
 
 
 def test_a_teacher_that_is_one_row_off_gives_another_loss(one, folder):
@@ -336,6 +365,7 @@ def test_the_split_does_not_matter_to_any_method(one, name):
         *(f"{r} tight" for r in REDUCTIONS),
         "live",
         *METHODS,
+        *TURNS,
         *(f"several: {name}" for name in SEVERAL),
     ],
 )

@@ -47,7 +47,7 @@ ELSEWHERE = {
             f"self.rollout_config.multi_turn.{name}",
             "the traced run has one turn",
         )
-        for name in ("format", "max_assistant_turns")
+        for name in ("format", "max_assistant_turns", "max_parallel_calls", "max_tool_response_length")
     },
     "actor_rollout_ref.model.lora_alpha": (
         VERL / "workers/engine/fsdp/transformer_impl.py",

@@ -161,6 +161,7 @@ def planned(kind: str, prompt: list[int], mask: list[int]):
         template_kwargs=dict,
         metrics=lambda samples: {},
         ending=None,
+        in_turns=False,
     )
     with patch.object(tq, "kv_batch_get", lambda **_: data):
         batch = SimpleNamespace(keys=["u0_0_0"], partition_id="train")

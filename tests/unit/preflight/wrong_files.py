@@ -313,8 +313,7 @@ MODELS = [
             f"{ROLLOUT}.multi_turn.function_tool_path={w.file('tools.py', TOOL_FILE)}\n"
             f"{MODEL}={w.model(_without_tools)}"
         ),
-        "cannot go on behind a tool's answer",
-        "who is that",
+        "cannot go on behind a tool's answer: choose another chat template",
     ),
     wrong(
         "a teacher of another tokenizer that nobody can ask",

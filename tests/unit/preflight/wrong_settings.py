@@ -52,6 +52,12 @@ VALUES = [
         "multi_turn.function_tool_path=nowhere.py is not there",
     ),
     wrong(
+        "a context that speaks in turns that are not there",
+        "opd.context.every_turn=true",
+        "opd.context of kind=instruction speaks in later turns",
+        "default_agent_loop=single_turn_agent has one",
+    ),
+    wrong(
         "an annotator of several turns",
         f"method=trace {AGENT}",
         "opd.credit.annotator reads one answer",

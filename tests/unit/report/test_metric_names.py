@@ -100,7 +100,10 @@ def rollout_metrics() -> set[str]:
     counted = {name for prefix in phases for name in failures.account(rows, 6, "stop", prefix, list)[0]}
     places = (*phases, "val/a/b c", "monitor/a/b c")
     cut = rollouts.summarise([one | {"stopped": True} for one in rows], "rollout")  # at the horizon, in training alone
-    return counted | cut.keys() | {name for prefix in places for name in rollouts.summarise(rows, prefix)}
+    turns = dict.fromkeys(("turns", "environment_tokens", "tool_calls", "tool_failures", "ignored_calls"), 2)
+    played = [one | turns | {"ended": "answer"} for one in rows]  # by an agent with tools
+    summed = {name for of in (rows, played) for prefix in places for name in rollouts.summarise(of, prefix)}
+    return counted | cut.keys() | summed
 
 
 def annotation_names() -> set[str]:
