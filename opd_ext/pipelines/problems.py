@@ -44,6 +44,10 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         raise ConfigError(f"{model} has no tokenizer that loads: {' '.join(str(error).split())}") from None
 
 
+AGENT = "agent_name"
+"""verl's column of rows that an agent loop of their own answers."""
+
+
 def read_problems(settings: PromptsConfig) -> pd.DataFrame:
     """Rows of ``settings.file`` in verl's format, with a ``uid`` (their place in the file) each.
 
@@ -71,6 +75,13 @@ def check_columns(file: str, graded: bool, worded: bool = False) -> None:
     schema = pq.read_schema(file)
     if missing := [name for name in needed if name not in schema.names]:
         raise ConfigError(f"{file} has no column {missing[0]}; verl's format has prompt, data_source and reward_model.")
+    if AGENT in schema.names:
+        loops = set(pq.read_table(file, columns=[AGENT])[AGENT].unique().to_pylist()) - {"single_turn_agent"}
+        if loops:
+            raise ConfigError(
+                f"{file} is for an agent of several turns ({AGENT}={sorted(map(str, loops))[0]}), and here a model "
+                "answers at once: validate on it in a run, with trainer.val_only=true."
+            )
     extra = schema.field("extra_info").type if "extra_info" in schema.names else None
     if worded and not (pa.types.is_struct(extra) and extra.get_field_index("starter_code") >= 0):
         raise ConfigError(

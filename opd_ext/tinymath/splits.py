@@ -19,7 +19,9 @@ def draw_splits(seed: int, level: Level = FIRST) -> dict[str, list[tuple[int, st
 
 def row(level: Level, split: str, index: int, difficulty: int, question: str) -> dict:
     """One row in the schema of verl's ``RLHFDataset``."""
+    agent = {} if level.play is None else {"agent_name": "tool_agent"}
     return {
+        **agent,
         "data_source": level.name,
         "prompt": [{"role": "user", "content": student_prompt(question)}],
         "ability": "math",

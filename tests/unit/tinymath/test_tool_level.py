@@ -3,10 +3,14 @@
 
 import random
 
+import pandas as pd
 import pytest
 
+from opd_ext.errors import ConfigError
+from opd_ext.pipelines.problems import check_columns
 from opd_ext.tinymath.levels import TOOLS
 from opd_ext.tinymath.pretrain import _tokenise, collate
+from opd_ext.tinymath.splits import write_splits
 from opd_ext.tinymath.tokenizer import TURN_END, TURN_START
 from opd_ext.tinymath.tools.chats import chats, textbook
 from opd_ext.tinymath.tools.grader import compute_score
@@ -94,6 +98,14 @@ def test_authors_stay_within_the_turns_and_go_wrong_as_often_as_they_should():
                 tokens[name] += sum(map(len, done.written))
     assert right["sure"] == 400 and 0.5 < right["ordinary"] / 400 < 0.7
     assert tokens["brief"] < 0.8 * tokens["ordinary"]
+
+
+def test_its_rows_name_their_agent_and_are_refused_where_a_model_answers_at_once(tmp_path):
+    write_splits({"val": [(1, QUESTION)]}, tmp_path, TOOLS)
+    (row,) = pd.read_parquet(tmp_path / "val.parquet").to_dict("records")
+    assert row["agent_name"] == "tool_agent" and row["reward_model"]["ground_truth"] == str(TOTAL)
+    with pytest.raises(ConfigError, match="for an agent of several turns .agent_name=tool_agent."):
+        check_columns(str(tmp_path / "val.parquet"), graded=True)
 
 
 def test_what_tools_say_is_no_target_of_the_pretraining():
