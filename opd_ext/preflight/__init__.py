@@ -63,7 +63,7 @@ def preflight(
     """
     check_resume(config, opd, starting, findings)
     tokenizer = check_models(config, opd, starting, findings)
-    check_next_turn(config, opd, _all(data), tokenizer)
+    check_next_turn(config, opd, _all(data), tokenizer, findings)
     check_size(config, opd, starting, findings)
     check_data(data, config, opd, tokenizer, findings)
     check_verls(config, _graded(data), findings, here=starting and not on_cluster())

@@ -13,7 +13,7 @@ from opd_ext.config.schema import OPDConfig
 from opd_ext.config.sequence_parallel import sequence_parallel
 from opd_ext.context.turns import opened
 from opd_ext.errors import ConfigError
-from opd_ext.preflight.findings import refuse
+from opd_ext.preflight.findings import Findings, refuse
 from opd_ext.preflight.tables import Samples
 
 COLUMN = "agent_name"
@@ -100,8 +100,10 @@ def check_turns(config: DictConfig, opd: OPDConfig, files: Iterable[Samples], st
             raise ConfigError(f"{_TURNS}.{key}={turns[key]} is not there: name a file with tools.")
 
 
-def check_next_turn(config: DictConfig, opd: OPDConfig, files: Iterable[Samples], tokenizer: Any) -> None:
-    """The model's template goes on behind what a tool answers.
+def check_next_turn(
+    config: DictConfig, opd: OPDConfig, files: Iterable[Samples], tokenizer: Any, findings: Findings
+) -> None:
+    """The model's template goes on behind what a tool answers; the plan says what an agent may do.
 
     Args:
         tokenizer: the student's; None where it is not at hand.
@@ -109,7 +111,13 @@ def check_next_turn(config: DictConfig, opd: OPDConfig, files: Iterable[Samples]
     Raises:
         ConfigError: one sentence.
     """
-    if tokenizer is None or TOOLS not in loops(config, files):
+    if TOOLS not in loops(config, files):
+        return
+    turns = config.actor_rollout_ref.rollout.multi_turn
+    paths = [turns[key] for key in ("tool_config_path", "function_tool_path") if turns[key]]
+    most = f"up to {turns.max_assistant_turns} turns" if turns.max_assistant_turns else "turns without a limit"
+    findings.fact("agent", f"{most}, {opd.rollout.train_tokens:,} tokens in all; tools of {', '.join(paths)}")
+    if tokenizer is None or not all(Path(path).is_file() for path in paths):  # a plan may be for files elsewhere
         return
     from opd_ext.bridge.inputs import next_turn  # verl, which takes seconds
 
@@ -121,7 +129,7 @@ def check_next_turn(config: DictConfig, opd: OPDConfig, files: Iterable[Samples]
     except Exception as error:
         raise refuse(
             f"{model} cannot go on behind a tool's answer: choose another chat template, or another "
-            f"{_TURNS}.format={config.actor_rollout_ref.rollout.multi_turn.format}",
+            f"{_TURNS}.format={turns.format}",
             error,
         ) from None
     kwargs = dict(config.data.apply_chat_template_kwargs or {})
