@@ -114,10 +114,14 @@ def formula(opd: OPDConfig) -> list[str]:
 
 
 def recipes(name: str) -> list[str]:
-    """Commands that run the method, the miniature world first."""
+    """Commands that run the method, the miniature world first, agents last."""
     commands = {"discover": "opd discover QUESTIONS"}  # a search is for one question
     stems = sorted(path.stem for path in (PRESETS / "recipe" / name).glob("*.yaml"))
     found = [f"{commands.get(stem, 'opd train')} recipe={name}/{stem}" for stem in stems]
+    if (PRESETS / "tuning" / f"{name}_cpu_tiny_tools.yaml").is_file():
+        found.append(f"opd train method={name} scale=cpu_tiny_tools")
+    agents = sorted((PRESETS / "recipe" / "agents").glob("*.yaml"))
+    found += [f"opd train recipe=agents/{path.stem}" for path in agents if f"- {name}/" in path.read_text()]
     return [f"opd train method={name} scale=cpu_tiny", *found]
 
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from opd_ext.cli import app
-from opd_ext.report.method_page import choices, formula
+from opd_ext.report.method_page import choices, formula, recipes
 from opd_ext.report.methods import preset, preset_files
 
 ROOT = Path(__file__).parents[3]
@@ -81,3 +81,9 @@ def test_an_unknown_method_and_a_module_that_is_not_there_are_one_sentence():
     assert unknown.exit_code == 2 and unknown.output.startswith("opd methods: nope is no method; choose one of: cispo")
     missing = _page("--config-dir", str(ROOT / "examples" / "custom_method" / "config"))
     assert missing.exit_code == 2 and "surprise cannot be imported" in missing.output
+
+
+def test_a_method_that_trains_agents_says_so():
+    assert recipes("crisp")[-2:] == ["opd train method=crisp scale=cpu_tiny_tools", "opd train recipe=agents/qwen3_8b"]
+    assert recipes("sdpo")[-1] == "opd train method=sdpo scale=cpu_tiny_tools"
+    assert not any("tools" in command for command in recipes("opd")), "it has no teacher there"
