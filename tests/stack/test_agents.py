@@ -18,7 +18,8 @@ from tests.stack.conftest import metrics
 STEPS = 2
 TOOL_WORLD = ["scale=cpu_tiny_tools", "data.max_response_length=256"]  # SMALL's 64 would end most rollouts
 GROUPS = ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4"]
-METHODS = {"crisp": [], "sdpo": GROUPS, "grpo": GROUPS}
+BOTH = "opd.context.feedback_only_without_solution=false"  # of four rollouts one mostly succeeds
+METHODS = {"crisp": [], "sdpo": [*GROUPS, BOTH], "grpo": GROUPS}
 
 
 @pytest.fixture(scope="module")
