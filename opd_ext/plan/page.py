@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.table import Table
 
+from opd_ext.config.one_step_off import is_one_step_off
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.teachers import adapter_weights
 from opd_ext.plan.advice import FULL, advice
@@ -23,6 +24,10 @@ from opd_ext.terminal import terminal
 
 WIDTH = 100
 GB = 1e9
+AHEAD = (
+    "of the next batch are sampled during the update, by the policy one version before the one that they train; below, "
+    "both are counted one after the other"
+)
 
 
 def print_plan(
@@ -91,6 +96,7 @@ def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> T
         ("teacher", f"{weights}, {places['teacher context']}" if opd.distils else "none"),
         ("policy", places["policy"]),
         *([("horizon", str(opd.horizon))] if opd.horizon.limited else []),
+        *([("rollouts", AHEAD)] if is_one_step_off(config) else []),
         ("model", config.actor_rollout_ref.model.path),
         (
             "devices",

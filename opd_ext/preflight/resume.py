@@ -40,6 +40,11 @@ def check_resume(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
         _check_whole(folder / "actor", config, files)
     except (CheckpointError, FileNotFoundError) as error:
         raise ConfigError(f"The run cannot go on from {folder}: {str(error).rstrip('.')}; {_OTHERWISE}.") from None
+    if state.trainer_mode != (mode := config.trainer.v1.trainer_mode):
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode}, and {folder} was saved with {state.trainer_mode}, which has taken other "
+            f"prompts from the data by then: set that (asynchronous=one_step_off, or null), or {_OTHERWISE}."
+        )
     _check_adapter(folder / "actor", config.actor_rollout_ref.model)
     _check_teachers(folder, state, opd, config)
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes

@@ -26,7 +26,7 @@ YAML = [
     CONFIG_DIR / "opd.yaml",
     *(
         path
-        for group in ("method", "world", "scale", "tuning", "teacher_server", "recipe")
+        for group in ("method", "world", "scale", "tuning", "teacher_server", "asynchronous", "recipe")
         for path in sorted((CONFIG_DIR / group).rglob("*.yaml"))
     ),
 ]
@@ -70,6 +70,11 @@ ELSEWHERE = {
         VERL / "workers/config/distillation.py",
         "self.num_replicas",
         "likewise",
+    ),
+    "trainer.v1.colocate_async.num_warmup_batches": (
+        VERL / "trainer/ppo/v1/trainer_colocate_async.py",
+        "self.config.trainer.v1.colocate_async.num_warmup_batches",
+        "the traced run is synchronous",
     ),
     "distillation.n_gpus_per_node": (
         VERL / "trainer/ppo/v1/trainer_base.py",
