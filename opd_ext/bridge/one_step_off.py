@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step off: while the student trains on a batch, the rollouts of the next one are sampled.
 
-verl's ``colocate_async`` trainer keeps the queue, the warm-up and the weight sync. Two things are ours, and make a run
-repeat itself whatever its machine does meanwhile:
+verl's asynchronous trainers keep the queue, the warm-up and the weight sync: ``colocate_async`` with vLLM on the
+trainer's devices, ``separate_async`` with vLLM on others. Two things are ours, and make a run repeat itself whatever
+its machine does meanwhile:
 
 * A batch belongs to the step that trains it. It is submitted one step earlier, under the name, the seeds and the tag of
   its own step, so that it has the prompts and random numbers that it has in a synchronous run; the policy that samples
@@ -13,14 +14,16 @@ repeat itself whatever its machine does meanwhile:
 So a checkpoint finds the queue at rest, with the whole next batch in it, and a killed run goes on from both.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.utils.debug import marked_timer
 
 from opd_ext.bridge import failures, staleness
@@ -28,11 +31,8 @@ from opd_ext.bridge.liveness import impatient
 from opd_ext.bridge.trainer import OPDTrainer
 
 
-@register_trainer("opd_one_step_off")
-class OneStepOffTrainer(OPDTrainer, PPOTrainerColocateAsync):
-    """Samples the next batch while it trains."""
-
-    verl_mode = "colocate_async"
+class AheadTrainer(OPDTrainer):
+    """What samples the next batch while it trains, wherever vLLM is; verl's trainer that says where is a base more."""
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -65,11 +65,6 @@ class OneStepOffTrainer(OPDTrainer, PPOTrainerColocateAsync):
             found |= staleness.measure(batch.tags, self.global_steps)
         return batch, found
 
-    def on_sample_end(self) -> None:
-        """The servers stay awake: they are at the next batch."""
-        if self.curr_step_profile:
-            self._stop_rollout_profiling()
-
     def on_step_end(self) -> None:
         self._drain()
         super().on_step_end()
@@ -92,3 +87,39 @@ class OneStepOffTrainer(OPDTrainer, PPOTrainerColocateAsync):
         prompts = {key for key, tag in rows.items() if tag.get("is_prompt")}
         if done := [key for key in rows if key.split("_")[0] not in prompts]:
             tq.kv_clear(keys=done, partition_id="train")
+
+
+@register_trainer("opd_one_step_off")
+class OneStepOffTrainer(AheadTrainer, PPOTrainerColocateAsync):
+    """vLLM shares the trainer's devices, and never sleeps."""
+
+    verl_mode = "colocate_async"
+
+    def on_sample_end(self) -> None:
+        """The servers stay awake: they are at the next batch."""
+        if self.curr_step_profile:
+            self._stop_rollout_profiling()
+
+
+@register_trainer("opd_separate")
+class SeparateTrainer(AheadTrainer, PPOTrainerSeparateAsync):
+    """vLLM has devices of its own.
+
+    Student and teacher stay in one worker, which has no servers of verl's beside it (``hybrid_engine=false``).
+    """
+
+    verl_mode = "separate_async"
+
+    def _setup(self) -> None:
+        """verl's, without its line about absent servers: verl 0.9.1 hands ``logging`` a word that it does not take."""
+        log = logging.getLogger("verl.trainer.ppo.v1.trainer_separate_async")
+        level = log.level
+        log.setLevel(logging.WARNING)
+        try:
+            super()._setup()
+        finally:
+            log.setLevel(level)
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """As in any step: weights are synced after each, so that there is no older policy to go back to."""
+        return PPOTrainer._compute_old_log_prob(self, batch, metrics)

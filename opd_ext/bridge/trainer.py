@@ -376,7 +376,7 @@ class OPDTrainer(PPOTrainer):
     def fit(self, agent_loop_manager: Any) -> None:
         self.log.say("the stack is up")
         graders = self.reward_loop_manager.reward_loop_worker_handles
-        replicas = self.llm_server_manager.get_replicas()
+        replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
         with guarded(Liveness(processes(agent_loop_manager, graders, replicas, self.actor_rollout_wg))):
             super().fit(agent_loop_manager)
 

@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tests.stack.replay import interrupted
 
 STEPS = 4
 AHEAD = ["asynchronous=one_step_off", f"trainer.total_training_steps={STEPS}"]
+MOVES = "opd.teacher.interval=2"
+APART = ["asynchronous=separate_cpu", *AHEAD[1:], MOVES, "trainer.val_before_train=true", "trainer.test_freq=2"]
 GROUPS = ["actor_rollout_ref.rollout.n=4", "data.train_batch_size=4"]
 METHODS = {
     "iw_opd": ["opd.max_teacher_entropy=null"],
@@ -31,7 +34,7 @@ def asked(run_dir, step):
 def crisp(train, tmp_path_factory):
     """CRISP with a teacher that moves after steps 2 and 4: the run, and its settings."""
     run_dir = tmp_path_factory.mktemp("ahead") / "crisp"
-    settings = [*AHEAD, "opd.teacher.interval=2"]
+    settings = [*AHEAD, MOVES]
     train(run_dir, *settings)
     return run_dir, settings
 
@@ -61,7 +64,7 @@ def test_the_last_step_leaves_no_batch_behind(crisp):
 @pytest.mark.slow
 def test_a_step_has_the_prompts_of_a_synchronous_run(train, crisp, tmp_path):
     """Names and seeds are of the step that trains: the first one, whose policy is the same, has the same rollouts."""
-    train(tmp_path / "sync", f"trainer.total_training_steps={STEPS}", "opd.teacher.interval=2")
+    train(tmp_path / "sync", f"trainer.total_training_steps={STEPS}", MOVES)
     for step in range(1, STEPS + 1):
         assert asked(tmp_path / "sync", step) == asked(crisp[0], step)
     first = [(run / "generations" / "train_1.jsonl").read_text() for run in (tmp_path / "sync", crisp[0])]
@@ -98,3 +101,35 @@ def test_other_methods_step_on_older_rollouts(train, tmp_path, method):
         assert all(sum(row[0] == uid for row in rows) == samples for uid, *_ in rows)
     first, last = (shards(run_dir, step, "actor")[0] for step in (1, STEPS))
     assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def apart(train, tmp_path_factory):
+    """The run of ``crisp`` with vLLM on a device of its own."""
+    run_dir = tmp_path_factory.mktemp("apart") / "crisp"
+    train(run_dir, *APART)
+    return run_dir
+
+
+@pytest.mark.slow
+def test_on_devices_of_its_own_vllm_samples_the_same(crisp, apart):
+    """Weights that came over gloo are those that came through shared memory, and validation between steps is nothing
+    to training."""
+    for part in ("actor", "teacher"):
+        for ours, theirs in zip(shards(apart, STEPS, part), shards(crisp[0], STEPS, part), strict=True):
+            assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    for name in ("opd/loss", "opd/rollout_gap", "policy/version", "policy/lag", "teacher/version"):
+        assert [line[name] for line in metrics(apart)] == [line[name] for line in metrics(crisp[0])], name
+    assert [line["step"] for line in metrics(apart, "val")] == [0, 2, 4]
+
+
+@pytest.mark.slow
+def test_on_devices_of_its_own_a_resumed_run_ends_with_the_same_bits(train, apart):
+    saved = {step: shards(apart, step, "actor") for step in (3, 4)}
+    for step in saved:
+        shutil.rmtree(apart / "checkpoints" / f"global_step_{step}")
+    (apart / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    train(apart, *APART)
+    for step, before in saved.items():
+        for ours, theirs in zip(shards(apart, step, "actor"), before, strict=True):
+            assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

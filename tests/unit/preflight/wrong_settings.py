@@ -3,7 +3,7 @@
 
 from .wrong import ACTOR, ROLLOUT, wrong
 
-AHEAD, SAMPLER = "asynchronous=one_step_off", "trainer.v1.sampler"
+AHEAD, APART, SAMPLER = "asynchronous=one_step_off", "asynchronous=separate_cpu", "trainer.v1.sampler"
 
 VALUES = [
     wrong("a negative rate", f"{ACTOR}.optim.lr=-1e-5", "optim.lr=-1e-05", "at least 0"),
@@ -99,6 +99,12 @@ VALUES = [
         "num_warmup_batches=2 does not go with trainer.v1.trainer_mode=opd_one_step_off",
         "set it to 1",
     ),
+    wrong(
+        "servers beside the trainer", f"{APART} actor_rollout_ref.hybrid_engine=true", "hybrid_engine=true does not go"
+    ),
+    wrong("no device for vLLM", f"{APART} {ROLLOUT}.nnodes=0", "devices of its own", "to at least 1"),
+    wrong("no way for weights", f"{APART} {ROLLOUT}.checkpoint_engine.backend=nccl", "backend=nccl", "set it to gloo"),
+    wrong("weights now and then", f"{APART} {ACTOR}.ppo_mini_batch_size=4", "must be data.train_batch_size"),
     wrong("rollouts that are dropped", f"{AHEAD} {SAMPLER}.max_off_policy_strategy=drop", "no rollout is dropped"),
     wrong("a sleeping vLLM that samples", f"{AHEAD} {ROLLOUT}.free_cache_engine=true", "set it to false"),
     wrong(

@@ -35,8 +35,8 @@ def _prompt(status, step):
 
 @seam(
     "bridge/one_step_off.py",
-    covers="OneStepOffTrainer._build_replay_buffer OneStepOffTrainer.replay_buffer OneStepOffTrainer.config "
-    "OneStepOffTrainer.agent_loop_manager buffer.refill_fn",
+    covers="AheadTrainer._build_replay_buffer AheadTrainer.replay_buffer AheadTrainer.config "
+    "AheadTrainer.agent_loop_manager buffer.refill_fn",
     pins={ASYNC: "config", f"{BUFFER}wait_for_sampleable": "self global_steps partition_id target_count"},
 )
 def whole_batches(config, queue, monkeypatch):
@@ -68,7 +68,7 @@ def whole_batches(config, queue, monkeypatch):
 
 @seam(
     "bridge/one_step_off.py",
-    covers="OneStepOffTrainer.prepare_step OneStepOffTrainer.global_steps OneStepOffTrainer.total_training_steps",
+    covers="AheadTrainer.prepare_step AheadTrainer.global_steps AheadTrainer.total_training_steps",
     pins={f"{TRAINER}prepare_step": "self", f"{TRAINER}_submit_batch_to_rollout": "self batch"},
 )
 def submitted(config, queue):
@@ -91,7 +91,7 @@ def submitted(config, queue):
 
 @seam(
     "bridge/one_step_off.py",
-    covers="OneStepOffTrainer.on_sample_end OneStepOffTrainer.on_step_end OneStepOffTrainer.timing_raw "
+    covers="OneStepOffTrainer.on_sample_end AheadTrainer.on_step_end AheadTrainer.timing_raw "
     "OneStepOffTrainer.curr_step_profile OneStepOffTrainer._stop_rollout_profiling",
     pins={
         f"{ASYNC}.on_sample_end": "self",
@@ -128,7 +128,7 @@ def awake_servers():
 
 @seam(
     "bridge/one_step_off.py",
-    covers="OneStepOffTrainer._save_checkpoint OneStepOffTrainer._load_checkpoint",
+    covers="AheadTrainer._save_checkpoint AheadTrainer._load_checkpoint",
     pins={
         f"{TRAINER}_load_checkpoint": "self",
         "transfer_queue:kv_list": "partition_id=",
