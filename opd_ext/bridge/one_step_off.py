@@ -44,6 +44,11 @@ class AheadTrainer(OPDTrainer):
         wanted, first = self.config.data.train_batch_size, self.agent_loop_manager.first_exception()
         raise RuntimeError(f"Of the prompts of a batch, {failures.missing(prompts, wanted, first)}")
 
+    def on_train_begin(self) -> None:
+        """Submit the batch of the first step, unless a run that had ended is started again."""
+        if self.global_steps <= self.total_training_steps:
+            super().on_train_begin()
+
     def prepare_step(self) -> dict:
         """Submit the batch of the next step; the last one has none."""
         if self.global_steps >= self.total_training_steps:

@@ -91,8 +91,8 @@ def submitted(config, queue):
 
 @seam(
     "bridge/one_step_off.py",
-    covers="OneStepOffTrainer.on_sample_end AheadTrainer.on_step_end AheadTrainer.timing_raw "
-    "OneStepOffTrainer.curr_step_profile OneStepOffTrainer._stop_rollout_profiling",
+    covers="OneStepOffTrainer.on_sample_end AheadTrainer.on_step_end AheadTrainer.on_train_begin "
+    "AheadTrainer.timing_raw OneStepOffTrainer.curr_step_profile OneStepOffTrainer._stop_rollout_profiling",
     pins={
         f"{ASYNC}.on_sample_end": "self",
         f"{ASYNC}.on_step_end": "self",
