@@ -27,10 +27,10 @@ def own_socket(handle: str) -> str:
 
     Args:
         handle: verl's, ``ipc:///tmp/...``; returned as it is where :func:`opd_ext.train.prepare_environment` has left
-            no mark of the run.
+            no mark of the run, and where it has the mark.
     """
     run = os.environ.get("OPD_RUN")
-    return f"{handle}.{run}" if run else handle
+    return f"{handle}.{run}" if run and not handle.endswith(f".{run}") else handle
 
 
 def _resident_bytes(*_: Any) -> int:

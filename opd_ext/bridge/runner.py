@@ -24,10 +24,10 @@ _Runner = TaskRunnerV1.__ray_metadata__.modified_class
 
 @ray.remote
 class OPDTaskRunner(_Runner):
-    """Runs ``config.trainer.v1.trainer_mode=opd``."""
+    """Runs the trainers of ours, by their names in ``config.trainer.v1.trainer_mode``."""
 
     def run(self, config: DictConfig) -> None:
-        importlib.import_module("opd_ext.bridge.trainer")  # registers the trainer in this process
+        importlib.import_module("opd_ext.bridge.one_step_off")  # registers our trainers in this process
         schema.load(config.opd).import_external_libs()
         check_folder(Path(config.opd.run_dir))
         os.environ["TENSORBOARD_DIR"] = str(Path(config.opd.run_dir) / "tensorboard")

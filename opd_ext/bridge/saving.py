@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transfer_queue as tq
 
 from opd_ext.alarms import record
 from opd_ext.bridge import checkpoint
@@ -42,6 +43,8 @@ def save(trainer: OPDTrainer) -> Path:
         for name in teachers:
             workers.save_teacher(str(folder / teacher_folder(name)), name)
         torch.save(trainer.train_dataloader.state_dict(), folder / "data.pt")
+        if trainer.trainer_mode != "sync":  # rollouts that no later policy could sample again
+            tq.save_checkpoint(folder / "transfer_queue", metadata={"global_steps": step})
         state.global_step = step
         state.rollbacks = max(state.rollbacks, record.rollbacks(trainer.run_dir))
         state.write(folder)

@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 
+from opd_ext.bridge import staleness
 from opd_ext.bridge.engine import OPDEngine
 from opd_ext.bridge.teachers import LESSON, Tutor
 from opd_ext.config.checks import external_models
@@ -202,11 +203,14 @@ def run(trainer: Any, batch: KVBatchMeta, taught: bool) -> None:
         return
     trainer.tested, placed = True, taught and "engine" in opd.backends and not opd.told_in_turns
     fields = ["prompts", "responses", "loss_mask", *(["has_teacher", "teacher_input_ids", LESSON] if placed else [])]
-    if trainer.config.actor_rollout_ref.rollout.calculate_log_probs:
+    sampler = trainer.config.actor_rollout_ref.rollout.calculate_log_probs
+    older = not staleness.is_current(batch.tags, trainer.global_steps)  # whose log-probs are other numbers
+    if sampler and not older:
         fields.append("rollout_log_probs")
     if not (probes := choose(batch, fields)):
         return
     found = trainer.actor_rollout_wg.selftest(probes)[0]
+    found["older"] = older
     found["ends"] = named_ends(model, trainer.tokenizer)
     for path in external_models(opd, foreign=False).values():  # another tokenizer's end is translated
         found["ends"] |= {f"teacher's {who}": ids for who, ids in named_ends(path).items()}
@@ -286,7 +290,9 @@ def _head_line(found: dict[str, Any]) -> str:
 def _compared(found: dict[str, Any]) -> list[str]:
     teachers = [_teacher_line(name, said) for name, said in found.get("teachers", {"": found}).items()]
     sampler = "not compared: set actor_rollout_ref.rollout.calculate_log_probs"
-    if "sampler" in found:
+    if found.get("older"):
+        sampler = "not compared: these rollouts were sampled by an earlier version of the policy"
+    elif "sampler" in found:
         sampler = f"{found['sampler']:.1e} nats from the trainer's log-probs"
     return [*teachers, f"self-test, sampler: {sampler}"]
 

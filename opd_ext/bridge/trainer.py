@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The on-policy distillation trainer: verl's synchronous trainer with a teacher beside, or in place of, advantages.
+"""The on-policy distillation trainer: verl's with a teacher beside, or in place of, advantages.
 
 One step: sample rollouts, build the teacher's sequences, compute advantages if there is a policy term, update the
 student, refresh the teacher on schedule, save, sync the weights to vLLM. Everything that verl does around it
 (placement, data loading, generation, rewards, weight sync) is inherited, and a step without a teacher is verl's own.
+
+When rollouts are sampled is decided by one of verl's trainers, which comes in as a second base: :class:`SyncTrainer`
+here, :class:`opd_ext.bridge.one_step_off.OneStepOffTrainer`.
 """
 
 import functools
@@ -19,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
@@ -56,17 +59,22 @@ _UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mas
 _MEMORY = ("max_memory_allocated_gb", "max_memory_reserved_gb", "cpu_memory_used_gb")
 
 
-@register_trainer("opd")
-class OPDTrainer(PPOTrainerSync):
-    """See the module's docstring. Configured by ``config.opd`` (:class:`opd_ext.config.schema.OPDConfig`)."""
+class OPDTrainer(PPOTrainer):
+    """See the module's docstring. Configured by ``config.opd`` (:class:`opd_ext.config.schema.OPDConfig`).
+
+    What all trainers of ours are, whenever they sample; a subclass adds the trainer of verl's that says when.
+    """
+
+    verl_mode: str
+    """verl's own name of the second base, by which its code branches."""
 
     def __init__(self, config: DictConfig):
         self.opd = schema.load(config.opd)
         self.run_dir = Path(self.opd.run_dir)
         self.tested = False  # see opd_ext.bridge.selftest
         self._names = (0, 0, Copies())  # step, prompts named in it, which of them are equal
-        # The base class branches on this string; the queue, the replay buffer and resume must behave as in `sync`.
-        config.trainer.v1.trainer_mode = "sync"
+        # verl branches on this string: queue, replay buffer and resume must behave as with the trainer of its own.
+        mode, config.trainer.v1.trainer_mode = config.trainer.v1.trainer_mode, self.verl_mode
         self.models, self.adapters = model_weights(self.opd, config), adapter_weights(self.opd, config)
         with open_dict(config):  # by which the workers build them
             config.actor_rollout_ref.teacher_paths = {name: v.opd.teacher.path for name, v in self.models.items()}
@@ -78,6 +86,7 @@ class OPDTrainer(PPOTrainerSync):
             context=schedule.contexts(self.opd),
             teacher_weights={view.name: view.weights for view in self.opd.views if view.name and view.weights},
             grader=str(config.reward.custom_reward_function.path),
+            trainer_mode=mode,
         )
 
     # ------------------------------------------------------------------ set-up
@@ -369,7 +378,7 @@ class OPDTrainer(PPOTrainerSync):
     def fit(self, agent_loop_manager: Any) -> None:
         self.log.say("the stack is up")
         graders = self.reward_loop_manager.reward_loop_worker_handles
-        replicas = self.llm_server_manager.get_replicas()
+        replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
         with guarded(Liveness(processes(agent_loop_manager, graders, replicas, self.actor_rollout_wg))):
             super().fit(agent_loop_manager)
 
@@ -383,3 +392,10 @@ class OPDTrainer(PPOTrainerSync):
         trained = {name: value for name, value in metrics.items() if not name.startswith(evaluation.PREFIXES)}
         trained |= self.watch.look(self.global_steps, trained, validated=len(trained) < len(metrics))
         self.log.record("train", self.global_steps, trained)
+
+
+@register_trainer("opd")
+class SyncTrainer(OPDTrainer, PPOTrainerSync):
+    """Samples, then trains: the rollouts of a step are those of the policy that it updates."""
+
+    verl_mode = "sync"

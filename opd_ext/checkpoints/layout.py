@@ -40,6 +40,7 @@ class TrainerState:
     context: str = ""  # what the teacher reads, e.g. "instruction:v2"
     grader: str = ""
     rollbacks: int = 0  # of the run when it was saved: its learning rate is that of as many
+    trainer_mode: str = "opd"  # trainer.v1.trainer_mode: whether the next batch is in the queue already
     attempts: int = 0  # rollouts sampled so far, where a run stops at the first success
 
     def version(self, weights: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from opd_ext.config import teachers, verl_keys
+from opd_ext.config import one_step_off, teachers, verl_keys
 from opd_ext.config.schema import OPDConfig, load
 from opd_ext.config.unread import check_unread
 from opd_ext.config.verl_values import check_values
@@ -67,6 +67,7 @@ def check(config: DictConfig) -> OPDConfig:
     opd.validation.check(config.actor_rollout_ref.rollout.val_kwargs.n, config.trainer.test_freq)
     if opd.validation.prompt == "teacher":
         _check_instructed(opd)
+    one_step_off.check(opd, config)
     check_unread(opd, config)
     verl_keys.check_lengths(opd, config)
     verl_keys.check_engine(opd, config)

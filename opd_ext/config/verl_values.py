@@ -103,7 +103,7 @@ _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 VALUES: Mapping[str, Number | Choice | Pair | Section | Text] = {
     "actor_rollout_ref.model.path": Text(),
     "opd.seed": Number(0, 2**32 - 1, whole=True),
-    "trainer.v1.trainer_mode": Choice(("opd",)),
+    "trainer.v1.trainer_mode": Choice(("opd", "opd_one_step_off", "opd_separate")),
     "trainer.nnodes": COUNT,
     "trainer.n_gpus_per_node": COUNT,
     "trainer.total_training_steps": Number(1, whole=True, null=True),

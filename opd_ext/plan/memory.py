@@ -97,7 +97,12 @@ def states(run: Run, gradients: bool, updating: bool) -> tuple[dict[str, float],
 def _process(run: Run, sleeping: bool = True) -> dict[str, float]:
     if run.device == "cpu":
         return {"Python, torch, verl": PROCESS}
-    return {"CUDA context, NCCL": CONTEXT} | ({"vLLM asleep": ASLEEP} if sleeping and run.vllm_sleeps else {})
+    here = {"CUDA context, NCCL": CONTEXT}
+    if sleeping and run.vllm_sleeps:
+        here["vLLM asleep"] = ASLEEP
+    elif sleeping and run.vllm_share is not None:
+        here["vLLM awake"] = run.machine.memory * run.vllm_share + GRAPHS
+    return here
 
 
 def _gathered(run: Run, shape: ModelShape, compute: int, trained: bool) -> float:
@@ -123,7 +128,8 @@ def generation(run: Run) -> Phase:
 def weight_sync(run: Run) -> Phase:
     """vLLM's weights are back, its cache is not yet; tensors are gathered one by one into two buckets."""
     here, host = states(run, gradients=False, updating=run.adapter > 0)
-    here["vLLM: weights"] = run.student.parameters * 2 / run.tp
+    if run.vllm_sleeps or run.vllm_share is None:
+        here["vLLM: weights"] = run.student.parameters * 2 / run.tp
     here["tensors in transit"] = run.student.head * (run.sharding.master + 2) + 2 * run.bucket
     return Phase("weight sync", here | _process(run), host)
 

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.table import Table
 
+from opd_ext.config.one_step_off import SEPARATE, samples_ahead
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.teachers import adapter_weights
 from opd_ext.plan.advice import FULL, advice
@@ -75,6 +76,14 @@ def as_json(config: DictConfig, opd: OPDConfig) -> dict[str, Any]:
     }
 
 
+def _ahead(config: DictConfig) -> str:
+    told = "of the next batch are sampled during the update, by the policy one version before the one that they train; "
+    if config.trainer.v1.trainer_mode == SEPARATE:
+        rollout = config.actor_rollout_ref.rollout
+        told += f"on {rollout.nnodes} node(s) x {rollout.n_gpus_per_node} devices beside those of the trainer; "
+    return f"{told}below, both are counted one after the other"
+
+
 def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> Table:
     rollout, trainer, data = config.actor_rollout_ref.rollout, config.trainer, config.data
     ranks = trainer.n_gpus_per_node * trainer.nnodes
@@ -91,6 +100,7 @@ def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> T
         ("teacher", f"{weights}, {places['teacher context']}" if opd.distils else "none"),
         ("policy", places["policy"]),
         *([("horizon", str(opd.horizon))] if opd.horizon.limited else []),
+        *([("rollouts", _ahead(config))] if samples_ahead(trainer.v1.trainer_mode) else []),
         ("model", config.actor_rollout_ref.model.path),
         (
             "devices",

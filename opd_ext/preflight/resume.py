@@ -16,6 +16,7 @@ from opd_ext.checkpoints.layout import (
     shard_files,
     teacher_folder,
 )
+from opd_ext.config.one_step_off import samples_ahead
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.teachers import adapter_weights
 from opd_ext.errors import ConfigError
@@ -40,6 +41,12 @@ def check_resume(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
         _check_whole(folder / "actor", config, files)
     except (CheckpointError, FileNotFoundError) as error:
         raise ConfigError(f"The run cannot go on from {folder}: {str(error).rstrip('.')}; {_OTHERWISE}.") from None
+    mode = config.trainer.v1.trainer_mode
+    if samples_ahead(state.trainer_mode) != samples_ahead(mode):
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode}, and {folder} was saved with {state.trainer_mode}, which has taken other "
+            f"prompts from the data by then: set that (asynchronous=one_step_off, or null), or {_OTHERWISE}."
+        )
     _check_adapter(folder / "actor", config.actor_rollout_ref.model)
     _check_teachers(folder, state, opd, config)
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes

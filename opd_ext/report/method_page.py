@@ -18,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from opd_ext.bridge.sources import policy_loss_source
-from opd_ext.config.schema import OPDConfig
+from opd_ext.config import one_step_off
+from opd_ext.config.compose import compose_config
+from opd_ext.config.schema import OPDConfig, load
 from opd_ext.config.teachers import View
 from opd_ext.context import get_context
 from opd_ext.credit import get_credit
@@ -125,6 +127,17 @@ def recipes(name: str) -> list[str]:
     return [f"opd train method={name} scale=cpu_tiny", *found]
 
 
+def ahead(name: str, config_dirs: Sequence[Path] = ()) -> str:
+    """How the method samples while it trains, or the sentence that refuses it."""
+    command = [f"method={name}", "scale=cpu_tiny", "asynchronous=one_step_off"]
+    try:
+        config = compose_config(command, config_dirs)
+        one_step_off.check(load(config.opd), config)
+    except ConfigError as error:
+        return str(error)
+    return f"opd train {' '.join(command)}"
+
+
 def print_method(name: str, config_dirs: Sequence[Path] = ()) -> None:
     """Print the page of a method.
 
@@ -148,4 +161,6 @@ def print_method(name: str, config_dirs: Sequence[Path] = ()) -> None:
     papers = sorted(set(re.findall(r"arXiv[: ](\d{4}\.\d{5})", " ".join(says))))
     if papers:
         console.print(Text("paper", "bold"), *(f"  https://arxiv.org/abs/{paper}" for paper in papers), sep="\n")
+    told = ahead(name, config_dirs)
+    console.print(Text("sampling while it trains", "bold"), f"  {told}", sep="\n", soft_wrap=True)
     console.print(Text("recipes", "bold"), *(f"  {line}" for line in recipes(name)), sep="\n")

@@ -100,13 +100,13 @@ def another_prompt_than_was_sent(start, config, queue, monkeypatch, model) -> No
 
 def pairs_that_are_all_too_long(config, queue, monkeypatch, model) -> None:
     """Twice nothing trains, and the rows stay for verl to clear; the third time the run ends with the key to change."""
-    from opd_ext.bridge.trainer import OPDTrainer
+    from opd_ext.bridge.trainer import SyncTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     opd = dataclasses.replace(schema.load(config.opd), max_pair_length=8)
     batch = put_rollouts(config, queue, monkeypatch, tokenizer)
     parts = {"config": config, "opd": opd, "tokenizer": tokenizer, "desks": desks(opd, tokenizer, []), "tools": None}
-    trainer = bare(OPDTrainer, **parts, global_steps=1, full_steps=0)
+    trainer = bare(SyncTrainer, **parts, global_steps=1, full_steps=0)
     rows = read_rows(batch, tokenizer, max_tokens=64, stops=[tokenizer.eos_token_id])
     for _ in range(2):
         kept, taught = trainer._add_teacher_inputs(batch, rows, metrics := {})

@@ -43,9 +43,9 @@ def distillation_and_rewards(start, world) -> None:
 def collapse(config, queue, monkeypatch, model, tmp_path) -> None:
     """verl's loop with our validation, right until step 2 and then at 0: the run ends at 3 of 9, and 2 is kept."""
     from opd_ext.bridge import evaluation
-    from opd_ext.bridge.trainer import OPDTrainer
+    from opd_ext.bridge.trainer import SyncTrainer
 
-    class Trainer(OPDTrainer):
+    class Trainer(SyncTrainer):
         def _step_once(self, metrics, timing_raw, sample_batch_size):
             queue.kv_batch_put(keys=[f"t{self.global_steps}"], partition_id="train", tags=[{}])
             return KVBatchMeta(partition_id="train", keys=[f"t{self.global_steps}"], tags=[{}])

@@ -34,6 +34,19 @@ time.sleep(0.5)
 """
 
 
+# Writes what a run of five steps has measured.
+STEPS = """
+import json, sys
+from pathlib import Path
+
+folder = Path(next(word for word in sys.argv if word.startswith("opd.run_dir=")).partition("=")[2])
+folder.mkdir()
+steady = 1.0 if "asynchronous=one_step_off" in sys.argv else 2.0
+lines = [{"phase": "train", "timing_s/step": s} for s in (300.0, 200.0, steady, steady, 100.0)]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
+"""
+
+
 # A process that forks another, which shares what it has and takes more.
 TREE = """
 import os, sys
@@ -138,6 +151,24 @@ def test_the_time_before_the_first_step_is_measured_process_by_process(benchmark
     assert result["processes"][0]["cpu_s"] >= 0.3
     startup.show(result)
     assert "first step begins:" in capsys.readouterr().out
+
+
+def test_step_rates_are_compared_round_by_round(benchmark, tmp_path):
+    """Of a stand-in whose steps take 2 s, and 1 s one step off; the steps that do not count take minutes."""
+    program = tmp_path / "stand_in.py"
+    program.write_text(STEPS)
+    found = benchmark("step_rate").measure(5, 2, 0.0, ["opd.seed=2"], [str(program)])
+    assert found["ratios"] == [0.5, 0.5] and found["ratio"] == 0.5
+    assert found["rounds"][1]["one step off"] == dict.fromkeys(("gen", "update_actor", "drain"), 0.0) | {
+        "update_weights": 0.0,
+        "step": 1.0,
+    }
+
+
+@pytest.mark.parametrize("arm", ["synchronous", "one step off"])
+def test_the_runs_whose_steps_are_measured_are_accepted(benchmark, tmp_path, opd_train, arm):
+    step_rate = benchmark("step_rate")
+    assert opd_train(*step_rate.settings(tmp_path / "run", 4, 1.0, step_rate.ARMS[arm]), "--dry-run") == 0
 
 
 def test_the_memory_of_a_run_is_that_of_every_process_below_it_once(benchmark, capsys):

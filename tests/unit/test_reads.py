@@ -26,7 +26,7 @@ YAML = [
     CONFIG_DIR / "opd.yaml",
     *(
         path
-        for group in ("method", "world", "scale", "tuning", "teacher_server", "recipe")
+        for group in ("method", "world", "scale", "tuning", "teacher_server", "asynchronous", "recipe")
         for path in sorted((CONFIG_DIR / group).rglob("*.yaml"))
     ),
 ]
@@ -34,6 +34,7 @@ PIPELINES = sorted((CONFIG_DIR / "pipelines").rglob("*.yaml"))
 # To verl, to vLLM, to every process, to the chat template.
 HANDED_ON = r"^(diffusion\.)?train\.verl\.|^vllm\.args\.|^environment\.|^(prompts\.)?template\.|^graders\.|^samples\."
 
+SEPARATE = VERL / "trainer/ppo/v1/trainer_separate_async.py"
 # Key or section: file and words that read it, and why the traced run does not.
 ELSEWHERE = {
     "actor_rollout_ref.actor.fsdp_config.seed": (
@@ -79,6 +80,23 @@ ELSEWHERE = {
         "self.num_replicas",
         "likewise",
     ),
+    "trainer.v1.colocate_async.num_warmup_batches": (
+        VERL / "trainer/ppo/v1/trainer_colocate_async.py",
+        "self.config.trainer.v1.colocate_async.num_warmup_batches",
+        "the traced run is synchronous",
+    ),
+    "trainer.v1.separate_async.num_warmup_batches": (
+        SEPARATE,
+        "self.config.trainer.v1.separate_async.num_warmup_batches",
+        "likewise",
+    ),
+    "trainer.v1.separate_async.parameter_sync_step": (
+        SEPARATE,
+        "config.trainer.v1.separate_async.parameter_sync_step",
+        "likewise",
+    ),
+    "actor_rollout_ref.hybrid_engine": (SEPARATE, 'config.actor_rollout_ref.get("hybrid_engine", True)', "likewise"),
+    "actor_rollout_ref.rollout.nnodes": (SEPARATE, "config.actor_rollout_ref.rollout.nnodes > 0", "likewise"),
     "distillation.n_gpus_per_node": (
         VERL / "trainer/ppo/v1/trainer_base.py",
         "distillation_config.n_gpus_per_node",

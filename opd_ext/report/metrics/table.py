@@ -14,6 +14,7 @@ _PLACED = "with a colocated teacher"
 _FEEDBACK = "context feedback"
 _LABELLED = "with an annotator"
 _MARKED = "with an annotator, where a rollout has spans"
+_AHEAD = "one step off"
 _RL = "with a policy term"
 _ALONE = "without a teacher"
 _AGENTS = "with an agent loop of several turns"
@@ -75,6 +76,20 @@ SECTIONS: tuple[Section, ...] = (
                 "tokens", f"{_TAUGHT}; with a clip", "small"),
             Metric("opd/rollout_gap", "nats", "mean absolute difference of the sampler's and the trainer's log-probs",
                 f"{_TAUGHT}, with the sampler's log-probs", "below 1e-4 in fp32; growth: weights out of step"),
+        ),
+    ),
+    Section(
+        "The policy that sampled, with asynchronous=one_step_off", "bridge/staleness.py",
+        (
+            Metric("policy/version", "", "step after which the weights that sampled were synced, mean over rollouts",
+                _AHEAD, "the step minus 2"),
+            Metric("policy/lag policy/lag_max", "versions",
+                "updates between the policy that sampled and the one that the step trains, mean and most", _AHEAD,
+                "1; 0 in the first step; above 1 the run ends"),
+            Metric("timing_s/drain", "s", "waiting, after the update, for the rollouts of the next batch", _AHEAD,
+                "0: sampling is the shorter of the two"),
+            Metric("policy/mixed", "share", "rollouts whose tokens are of several versions", _AHEAD,
+                "0, or the run ends"),
         ),
     ),
     Section(

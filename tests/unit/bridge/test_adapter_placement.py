@@ -11,7 +11,7 @@ from verl.trainer.ppo.utils import Role
 
 from opd_ext import plugin
 from opd_ext.bridge import saving
-from opd_ext.bridge.trainer import OPDTrainer
+from opd_ext.bridge.trainer import SyncTrainer
 from opd_ext.checkpoints.layout import TrainerState
 from opd_ext.config.checks import check
 from opd_ext.config.compose import compose_config
@@ -31,10 +31,10 @@ def registered():
     plugin.register()
 
 
-def trainer(*words: str) -> OPDTrainer:
+def trainer(*words: str) -> SyncTrainer:
     config = compose_config([*words, "scale=cpu_tiny"])
     check(config)
-    found = OPDTrainer(config)
+    found = SyncTrainer(config)
     found._init_resource_pool_mgr()
     found.global_steps = 1
     return found

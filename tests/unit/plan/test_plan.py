@@ -338,6 +338,15 @@ def test_what_cannot_be_is_refused(overrides, said):
         plan(*overrides)
 
 
+def test_a_vllm_that_stays_awake_takes_its_share_of_the_update():
+    """One step off it samples meanwhile; asleep it keeps its context and graphs alone."""
+    asleep, awake = (plan("recipe=crisp/qwen3_8b", *more) for more in ((), ("asynchronous=one_step_off",)))
+    for before, after in zip(phases(asleep)[1:], phases(awake)[1:], strict=True):
+        assert after.uses["vLLM awake"] > asleep.vllm_share * asleep.machine.memory
+        assert before.uses.keys() - after.uses.keys() <= {"vLLM asleep", "vLLM: weights"}
+    assert "vLLM awake" not in phases(awake)[0].uses and phases(awake)[0].name == "generation"
+
+
 def test_a_served_teacher_has_gpus_of_its_own():
     run = plan("recipe=opd/qwen3_0_6b", "teacher_server=node_8xh200", "trainer.n_gpus_per_node=4")
     assert (run.ranks, run.gpus, run.teachers) == (4, 8, ())

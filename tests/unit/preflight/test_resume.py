@@ -39,6 +39,20 @@ def test_another_number_of_ranks_is_told_and_starts(start, saved, presets_compos
     assert "from step 3; 2 trainer ranks saved it, 1 go on" in printed
 
 
+def test_a_queue_is_not_left_behind(start, saved, presets_composed_once):
+    """Where the next batch is in the queue, the data are a batch further than in a synchronous run."""
+    saved()
+    status, said, started, _ = start("asynchronous=one_step_off")
+    assert status == 2 and not started and "was saved with opd, which has taken other prompts" in said
+
+
+def test_vllm_may_move_between_two_starts(start, saved, presets_composed_once):
+    folder = saved()
+    TrainerState(global_step=3, trainer_mode="opd_separate").write(folder)
+    status, said, started, _ = start("asynchronous=one_step_off")
+    assert (status, len(started)) == (0, 1), said
+
+
 def test_the_adapter_that_was_saved_starts(start, saved, presets_composed_once):
     saved(lora=8)
     alpha = "actor_rollout_ref.model.lora_alpha=32"

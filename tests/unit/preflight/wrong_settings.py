@@ -4,6 +4,7 @@
 from .wrong import ACTOR, ROLLOUT, wrong
 
 AGENT = f"{ROLLOUT}.agent.default_agent_loop=tool_agent"
+AHEAD, APART, SAMPLER = "asynchronous=one_step_off", "asynchronous=separate_cpu", "trainer.v1.sampler"
 
 VALUES = [
     wrong("a negative rate", f"{ACTOR}.optim.lr=-1e-5", "optim.lr=-1e-05", "at least 0"),
@@ -112,6 +113,33 @@ VALUES = [
     wrong("loggers that are null", "trainer.logger=null", "trainer.logger=[] for none"),
     wrong("a logger that is not installed", "trainer.logger=[clearml]", "clearml", "install it"),
     wrong("verl's own trainer", "trainer.v1.trainer_mode=sync", "trainer_mode=sync", "opd"),
+    wrong(
+        "two batches ahead",
+        f"{AHEAD} trainer.v1.colocate_async.num_warmup_batches=2",
+        "num_warmup_batches=2 does not go with trainer.v1.trainer_mode=opd_one_step_off",
+        "set it to 1",
+    ),
+    wrong(
+        "servers beside the trainer", f"{APART} actor_rollout_ref.hybrid_engine=true", "hybrid_engine=true does not go"
+    ),
+    wrong("no device for vLLM", f"{APART} {ROLLOUT}.nnodes=0", "devices of its own", "to at least 1"),
+    wrong("no way for weights", f"{APART} {ROLLOUT}.checkpoint_engine.backend=nccl", "backend=nccl", "set it to gloo"),
+    wrong("weights now and then", f"{APART} {ACTOR}.ppo_mini_batch_size=4", "must be data.train_batch_size"),
+    wrong("rollouts that are dropped", f"{AHEAD} {SAMPLER}.max_off_policy_strategy=drop", "no rollout is dropped"),
+    wrong("a sleeping vLLM that samples", f"{AHEAD} {ROLLOUT}.free_cache_engine=true", "set it to false"),
+    wrong(
+        "yesterday's tokens as today's",
+        f"{AHEAD} method=iw_opd opd.credit.rollout_cap=null",
+        "learns from an older policy's tokens",
+        "opd.credit.rollout_cap=5",
+    ),
+    wrong(
+        "advantages of yesterday's tokens",
+        f"{AHEAD} method=grpo algorithm.rollout_correction.rollout_is=null",
+        "algorithm.rollout_correction.rollout_is=token",
+    ),
+    wrong("an annotator one step off", f"{AHEAD} method=trace", "opd.credit.annotator does not go with"),
+    wrong("a served teacher one step off", f"{AHEAD} method=opd teacher_server=cpu_tiny", "backend=server does not go"),
     wrong("another of verl's", "trainer.v1.trainer_mode=separate_async", "separate_async", "know nothing of a teacher"),
     wrong("two nodes on one machine", "trainer.nnodes=2", "trainer.nnodes=2", "RAY_ADDRESS"),
     wrong("sixteen ranks on a laptop", "trainer.n_gpus_per_node=16", "n_gpus_per_node=16", "num_cpus"),

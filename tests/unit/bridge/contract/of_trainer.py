@@ -89,7 +89,7 @@ def replay(config, queue, monkeypatch):
 
 @seam(
     "bridge/liveness.py",
-    covers="buffer._wait_for_next_poll __ray_ready__ OPDTrainer.llm_server_manager _TQ_CONTROLLER _TQ_STORAGE",
+    covers="buffer._wait_for_next_poll __ray_ready__ _TQ_CONTROLLER _TQ_STORAGE",
     pins={
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._wait_for_next_poll": "self partition_id last_debug_time",
         "verl.workers.rollout.llm_server:LLMServerManager.get_replicas": "self",
