@@ -5,8 +5,7 @@ One step: sample rollouts, build the teacher's sequences, compute advantages if 
 student, refresh the teacher on schedule, save, sync the weights to vLLM. Everything that verl does around it
 (placement, data loading, generation, rewards, weight sync) is inherited, and a step without a teacher is verl's own.
 
-When rollouts are sampled is decided by one of verl's trainers, which comes in as a second base: :class:`SyncTrainer`
-here, :class:`opd_ext.bridge.one_step_off.OneStepOffTrainer`.
+When rollouts are sampled says one of verl's trainers, a second base: :class:`SyncTrainer`, `bridge/one_step_off.py`.
 """
 
 import functools
@@ -60,9 +59,9 @@ _MEMORY = ("max_memory_allocated_gb", "max_memory_reserved_gb", "cpu_memory_used
 
 
 class OPDTrainer(PPOTrainer):
-    """See the module's docstring. Configured by ``config.opd`` (:class:`opd_ext.config.schema.OPDConfig`).
+    """See the module's docstring; a subclass adds the trainer of verl's that says when to sample.
 
-    What all trainers of ours are, whenever they sample; a subclass adds the trainer of verl's that says when.
+    Its settings are ``config.opd``.
     """
 
     verl_mode: str
@@ -261,9 +260,9 @@ class OPDTrainer(PPOTrainer):
         if taught:
             for tag, shown in zip(batch.tags, inputs, strict=True):
                 tag["seq_len"] += len(shown.ids or ())
-            lengths = [rows[i]["response_tokens"] + rows[i].get("environment_tokens", 0) for i in kept]
-            lengths = lengths if self.foreign else None
-            put_teacher_inputs(batch, inputs, self.tokenizer.eos_token_id, lengths, bool(self.opd.told_in_turns))
+            tokens = [rows[i]["response_tokens"] + rows[i].get("environment_tokens", 0) for i in kept]
+            eos, lengths = self.tokenizer.eos_token_id, tokens if self.foreign else None
+            put_teacher_inputs(batch, inputs, eos, lengths, bool(self.opd.told_in_turns))
         return batch, taught
 
     def _mini_batches(self) -> int:
