@@ -86,12 +86,11 @@ def dense_update(folder: Path, update, shift: int = 0) -> dict:
                 if update.trust is not None:
                     logits = (1 - update.trust) * logits + update.trust * student(ids).logits[0]
             start = len(sample.teacher_prompt) - 1 - shift
-            own = torch.tensor(sample.read[1] if not sample.heard else [1] * len(sample.response)).nonzero()[:, 0]
-            w = logits[start + own, : z.shape[1]]
             if sample.heard:
                 theirs = logits[len(sample.teacher_prompt) - 1 : -1]
                 credit, value, parts = _heard(update, sample, mask, z, theirs)
             else:
+                w = logits[start + torch.tensor(sample.read[1]).nonzero()[:, 0], : z.shape[1]]
                 credit, value, parts = _distillation(update, sample, mask, z, w)
             if "teacher_ratio" not in shapings:
                 loss = loss + update.distillation_weight * (weight * credit * value).sum()

