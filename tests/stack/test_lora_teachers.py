@@ -33,7 +33,8 @@ METHODS = {
     "sdpo": ["method=sdpo", "actor_rollout_ref.rollout.n=4", "data.train_batch_size=4", "opd.teacher.rate=0.3"],
 }
 # Nats, of a sampled token's log-prob in fp32: packed rows and whole ones, an adapter and a merged one, round otherwise.
-ROUNDING = 1e-5
+# 1.3e-5 at most where this was looked at, by kernels for AMX; on another processor it stayed below 1e-5.
+ROUNDING = 2e-5
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -108,9 +109,9 @@ def test_an_exported_model_has_the_log_probs_of_the_trainer(runs, tmp_path, whos
         sampled = torch.tensor(sample.response)[:, None]
         assert (found - trained).gather(-1, sampled).abs().max() < ROUNDING
         # All others, down to -40: a float32 there has steps of 4e-6.
-        assert (found - trained).abs().max() < 10 * ROUNDING
+        assert (found - trained).abs().max() < 1e-4
         moved = max(moved, (found - began).gather(-1, sampled).abs().max().item())
-    assert moved > 1000 * ROUNDING, "the adapter counts"
+    assert moved > 0.02, "the adapter counts"
 
 
 def trainer_log_probs(checkpoint: Path, samples: list[Sample], rank: Rank) -> dict[str, list[torch.Tensor]]:
