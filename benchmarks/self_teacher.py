@@ -130,7 +130,6 @@ def main(
     tokenizer = problems.load_tokenizer(model)
     prompts = asked(chosen, rows, tokenizer, config["data"].get("apply_chat_template_kwargs") or {})
     samples = draw(run, prompts, config, n, stop_ids(model, tokenizer))
-    reward = config["reward"]["custom_reward_function"]
     of_prompt = pd.DataFrame(
         {
             "uid": prompts["uid"],
@@ -139,8 +138,9 @@ def main(
             "extra_info": [rows[i]["extra_info"] for i in prompts["row"]],
         }
     )
-    grader = RewardConfig(reward["path"], reward["name"], dict(reward.get("reward_kwargs") or {}))
-    graded = problems.grade(samples, of_prompt, tokenizer, grader).merge(prompts[["uid", "problem"]], on="uid")
+    graded = problems.grade(samples, of_prompt, tokenizer, RewardConfig.of_run(config)).merge(
+        prompts[["uid", "problem"]], on="uid"
+    )
     own = [(row["uid"], row["data_source"], float(row["acc"]), len(row["responses"])) for row in rows]
     student = pd.DataFrame(own, columns=["problem", "data_source", "acc", "tokens"])
     taught = graded.merge(student[["problem", "data_source"]].drop_duplicates(), on="problem")

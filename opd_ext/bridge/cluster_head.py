@@ -7,16 +7,14 @@ whether anybody listens at that address, and has the rest of the minute to take 
 """
 
 import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import ray
 
+from opd_ext.bridge.interrupt import watched
 from opd_ext.errors import RunError
 
 LOOK_SECONDS = 5.0
@@ -43,47 +41,38 @@ def _address() -> str | None:
     return ray.get_runtime_context().gcs_address if ray.is_initialized() else None
 
 
-@contextmanager
-def head_watched(address: Callable[[], str | None] = _address, every: float = LOOK_SECONDS) -> Iterator[None]:
-    """Within the block a head that has gone interrupts whatever the main thread waits for.
+class Head:
+    """Looks whether the head of a run is there.
 
-    Raises:
-        RunError: one sentence. Only the main thread can be interrupted, so in another one nothing is done.
+    Args:
+        address: ``host:port`` of its control store, None before this process has joined it.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    over, gone = threading.Event(), list[str]()
 
-    def watch() -> None:
-        heard = time.monotonic()
-        while not over.wait(every):
-            where = address()
-            if where is None or listens(where):
-                heard = time.monotonic()
-            elif (silent := time.monotonic() - heard) > patience() and not over.is_set():
-                gone.append(f"Ray's head at {where} has not answered for {silent:.0f} s, so that the run cannot go on")
-                # Again and again: what is interrupted may swallow it.
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+    def __init__(self, address: Callable[[], str | None] = _address):
+        self._address, self._heard = address, time.monotonic()
 
-    def interrupt(*_: Any) -> None:
-        if gone and not over.is_set():
-            raise KeyboardInterrupt  # the only exception that Ray lets through while it waits
+    def look(self) -> None:
+        """Ask once.
 
-    # Not SIGINT, which a shell has its background processes ignore.
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    thread = threading.Thread(target=watch, name="head", daemon=True)
-    thread.start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not gone:
-            raise
-        raise RunError(
-            f"{gone[0]}: its process or node has died (`ray status` asks it; its logs are on that node). The command "
-            "that started the run goes on from the last checkpoint."
-        ) from None
-    finally:
-        over.set()
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
+        Raises:
+            RunError: nobody has answered for too long; one sentence.
+        """
+        where, now = self._address(), time.monotonic()
+        if where is None or listens(where):
+            self._heard = now
+        elif (silent := now - self._heard) > patience():
+            raise RunError(
+                f"Ray's head at {where} has not answered for {silent:.0f} s, so that the run cannot go on: its process "
+                "or node has died (`ray status` asks it; its logs are on that node). The command that started the run "
+                "goes on from the last checkpoint."
+            )
+
+
+def head_watched(
+    address: Callable[[], str | None] = _address, every: float = LOOK_SECONDS
+) -> AbstractContextManager[None]:
+    """Within the block a head that is gone interrupts whatever the main thread waits for; see :func:`watched`.
+
+    While Ray waits it lets :class:`KeyboardInterrupt` through and nothing else.
+    """
+    return watched(Head(address).look, every, "head", disguise=KeyboardInterrupt)

@@ -5,17 +5,16 @@ verl's replay buffer polls until enough rollouts have arrived, and TransferQueue
 process that dies in the middle (killed for memory, lost with its node) tells nobody, and a run would wait for ever.
 """
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 from transfer_queue import interface
 
+from opd_ext.bridge.interrupt import watched
 from opd_ext.errors import RunError
 
 LOOK_SECONDS = 5.0
@@ -110,41 +109,9 @@ def _queue() -> list[Any]:
     return [actor for actor in (interface._TQ_CONTROLLER, *units) if hasattr(actor, "__ray_ready__")]
 
 
-@contextmanager
-def guarded(actors: Liveness) -> Iterator[None]:
-    """Within the block a dead actor interrupts whatever the main thread waits for.
-
-    Raises:
-        RunError: of :meth:`Liveness.look`; only the main thread can be interrupted, so in another one nothing is done.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    over, found = threading.Event(), list[RunError]()
-
-    def watch() -> None:
-        while not over.wait(LOOK_SECONDS):
-            try:
-                if not found:
-                    actors.look()
-            except RunError as error:
-                found.append(error)
-            if found:  # again and again: what is interrupted may swallow it
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-
-    def interrupt(*_: Any) -> None:
-        if found and not over.is_set():
-            raise found[0]
-
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    thread = threading.Thread(target=watch, name="liveness", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
+def guarded(actors: Liveness) -> AbstractContextManager[None]:
+    """Within the block a dead actor interrupts whatever the main thread waits for; see :func:`watched`."""
+    return watched(actors.look, LOOK_SECONDS, "liveness")
 
 
 @contextmanager

@@ -30,11 +30,6 @@ from opd_ext.teacher.weights import copy_shards, ema_shards
 _SHARED_MODEL_SETTINGS = ("override_config", "use_shm", "trust_remote_code", "use_remove_padding", "external_lib")
 
 
-def _local_shards(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's part of every parameter and persistent buffer, by name (aliases, not copies)."""
-    return local_parts(_distinct_tensors(module))
-
-
 def _distinct_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer, by name.
 

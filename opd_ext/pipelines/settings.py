@@ -7,7 +7,7 @@ asked for, a published ``preset`` or a ``recipe``.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,6 +73,12 @@ class RewardConfig:
     path: str | None = None  # Python file, or pkg://module; null: verl's own grader
     name: str = "compute_score"  # name of the function in it
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the function
+
+    @classmethod
+    def of_run(cls, config: Mapping[str, Any]) -> "RewardConfig":
+        """The grader of a run of `opd train`, arguments included; ``config`` is that of the run, plain."""
+        custom = config["reward"]["custom_reward_function"]
+        return cls(custom["path"], custom["name"], dict(custom.get("reward_kwargs") or {}))
 
     def described(self) -> dict[str, Any]:
         """What a finished stage remembers of its grader; without arguments as before there were any."""

@@ -333,9 +333,10 @@ class Rank:
 
     def local_shards(self, spec: EngineSpec) -> dict[str, torch.Tensor]:
         """This rank's weights of an engine, by the function that the teacher's refresh uses."""
-        from opd_ext.bridge.worker import _local_shards
+        from opd_ext.bridge.adapters import local_parts
+        from opd_ext.bridge.worker import _distinct_tensors
 
-        return _local_shards(self.worker(spec).engine.module)
+        return local_parts(_distinct_tensors(self.worker(spec).engine.module))
 
     def _prepared(self, update: Update):
         """The student's worker, configured for ``update``, and this rank's contiguous share of the batch."""

@@ -16,7 +16,7 @@ from opd_ext.pipelines.command import overview, planned, work
 from opd_ext.pipelines.eval.config import EvalConfig
 from opd_ext.pipelines.eval.models import Evaluated, evaluated
 from opd_ext.pipelines.eval.pipeline import Evaluation, build
-from opd_ext.pipelines.settings import compose_pipeline
+from opd_ext.pipelines.settings import RewardConfig, compose_pipeline
 from opd_ext.plan.stages_page import WIDTH
 from opd_ext.report.after import after_run
 from opd_ext.report.evaluation import sections
@@ -110,11 +110,12 @@ def _run_defaults(model: Evaluated, protocol: bool) -> list[str]:
     if "opd" not in config:
         return []
     data, rollout = config["data"], config["actor_rollout_ref"]["rollout"]
-    grader = config["reward"]["custom_reward_function"]
+    grader = RewardConfig.of_run(config)
     files = data["val_files"] if isinstance(data["val_files"], list) else [data["val_files"]]
     found = [f"sets=[{','.join(quoted(str(file)) for file in files if file)}]"]
-    if grader["path"]:
-        found += [f"reward.path={quoted(grader['path'])}", f"reward.name={grader['name']}"]
+    if grader.path:
+        found += [f"reward.path={quoted(grader.path)}", f"reward.name={grader.name}"]
+        found += [f"reward.kwargs={_flow(grader.kwargs)}"] if grader.kwargs else []
     if options := data.get("apply_chat_template_kwargs"):
         found.append(f"template={_flow(options)}")
     if (Path(__file__).parents[2] / "config" / "pipelines" / "scale" / f"{config['opd']['scale']}.yaml").is_file():

@@ -121,6 +121,8 @@ def test_a_hub_id_has_no_steps_and_a_run_without_checkpoints_is_no_model(tmp_pat
 
 
 def test_a_run_is_evaluated_as_it_validated(tmp_path, composed_run):
+    arguments = {"closed": True, "choices": 10, "note": "it's 1, or {2}"}
+    composed_run["reward"]["custom_reward_function"]["reward_kwargs"] = arguments
     folder = tmp_path / "run" / "checkpoints" / "global_step_2" / "actor"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(composed_run))
@@ -131,6 +133,7 @@ def test_a_run_is_evaluated_as_it_validated(tmp_path, composed_run):
     assert config.sampling.temperature == validation["temperature"] and config.sampling.n == validation["n"]
     assert config.sampling.max_tokens == composed_run["opd"]["rollout"]["val_tokens"]
     assert config.reward.path == "pkg://opd_ext.rewards.gym" and config.reward.name == "last_number"
+    assert config.reward.kwargs == arguments
     assert config.scale == "cpu" and [path.name for path in config.files.values()] == ["val.parquet"]
     assert config.template == {"enable_thinking": False}
     with_protocol = _run_defaults(model, protocol=True)
