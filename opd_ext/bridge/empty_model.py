@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model that verl's engine will build of a config, built once without memory: what a worker would find out late."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,3 +50,30 @@ def _build(config: Any, attention: str) -> torch.nn.Module:
         except ImportError:  # flash-attn is on the node alone; what it would find is not known, the rest is
             module = kind.from_config(config, attn_implementation="eager")
     return module
+
+
+def projection(path: str) -> torch.Tensor:
+    """The vocabulary projection [V, H] of a model in a folder or on the hub, in its file's dtype, alone.
+
+    Raises:
+        ValueError: its files have no such weight.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    module = _build(AutoConfig.from_pretrained(path), "eager")
+    wanted = {id(module.get_output_embeddings().weight)}
+    if module.config.get_text_config().tie_word_embeddings:
+        wanted.add(id(module.get_input_embeddings().weight))
+    names = [name for name, weight in module.named_parameters(remove_duplicate=False) if id(weight) in wanted]
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    files = json.loads(Path(index).read_text())["weight_map"] if index else {}
+    for name in names:
+        file = cached_file(path, files.get(name, SAFE_WEIGHTS_NAME), _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            continue
+        with safe_open(file, "pt") as content:
+            if name in content.keys():
+                return content.get_tensor(name)
+    raise ValueError(f"The files of {path} have none of {', '.join(names)} in safetensors' format.")

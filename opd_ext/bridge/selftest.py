@@ -201,7 +201,7 @@ def run(trainer: Any, batch: KVBatchMeta, taught: bool) -> None:
     opd, model = trainer.opd, trainer.config.actor_rollout_ref.model.path
     if not opd.selftest or trainer.tested:
         return
-    trainer.tested, placed = True, taught and "engine" in opd.backends and not opd.told_in_turns
+    trainer.tested, placed = True, taught and opd.asks and not opd.told_in_turns
     fields = ["prompts", "responses", "loss_mask", *(["has_teacher", "teacher_input_ids", LESSON] if placed else [])]
     sampler = trainer.config.actor_rollout_ref.rollout.calculate_log_probs
     older = not staleness.is_current(batch.tags, trainer.global_steps)  # whose log-probs are other numbers

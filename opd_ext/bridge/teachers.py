@@ -19,6 +19,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 
 from opd_ext.bridge.adapters import TeacherAdapter
+from opd_ext.bridge.served_teacher import ServedTeacher
 from opd_ext.objective.byte_spans import SpanScores, joined, score, unspoken
 from opd_ext.objective.chunks import Side
 from opd_ext.objective.lessons import Lesson
@@ -27,6 +28,7 @@ from opd_ext.teacher.kinds import NoTeacher, Teacher
 
 if TYPE_CHECKING:
     from opd_ext.bridge.engine import OPDEngine
+
 
 LESSON = "lesson"
 """Column of a batch: which of the teachers a sample has, by its place. Absent where there is one."""
@@ -46,8 +48,8 @@ class Tutor:
 
     Attributes:
         kind: whose weights teach.
-        own: what holds weights of its own, if it has such: an engine, or an adapter on the student's; several teachers
-            may share one.
+        own: what holds weights of its own, if it has such: an engine, an adapter on the student's, or servers; several
+            teachers may share one.
         objective: the loss, with this teacher's divergence.
         name: in ``opd.teachers``; empty where there is one.
         weight: of its distillation term, beside the batch's.
@@ -56,7 +58,7 @@ class Tutor:
     """
 
     kind: Teacher = NoTeacher()
-    own: OPDEngine | TeacherAdapter | None = None
+    own: OPDEngine | TeacherAdapter | ServedTeacher | None = None
     objective: Objective = Objective()
     name: str = ""
     weight: float = 1.0
@@ -64,8 +66,9 @@ class Tutor:
     foreign: bool = False
 
     def engine(self, student: OPDEngine) -> OPDEngine:
-        """Through whose module its passes go."""
-        return student if self.own is None or isinstance(self.own, TeacherAdapter) else self.own
+        """Through whose module its passes go, as far as they are made here."""
+        elsewhere = self.own is None or isinstance(self.own, (TeacherAdapter, ServedTeacher))
+        return student if elsewhere else self.own
 
 
 class Answers(NamedTuple):

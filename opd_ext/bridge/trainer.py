@@ -25,10 +25,21 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
-from verl.utils.metric import reduce_metrics
 
 from opd_ext import files, recorded
-from opd_ext.bridge import datasets, discovery, evaluation, failures, old_policy, rollouts, saving, schedule, selftest
+from opd_ext.bridge import (
+    datasets,
+    discovery,
+    evaluation,
+    failures,
+    old_policy,
+    rollouts,
+    saving,
+    schedule,
+    selftest,
+    teacher_server,
+    update,
+)
 from opd_ext.bridge.advantages import weigh_advantages
 from opd_ext.bridge.console import ALARM, RunLog
 from opd_ext.bridge.inputs import tool_schemas
@@ -39,7 +50,6 @@ from opd_ext.bridge.teacher_inputs import (
     put_teacher_inputs,
     without_rows,
 )
-from opd_ext.bridge.teachers import LESSON, READ, STUDENT_SPANS, TEACHER_SPANS
 from opd_ext.bridge.watch import Watch
 from opd_ext.bridge.worker import OPDWorker
 from opd_ext.checkpoints.layout import TrainerState
@@ -47,15 +57,9 @@ from opd_ext.config import schema
 from opd_ext.config.checks import external_models
 from opd_ext.config.old_policy import Source, old_log_probs, updates
 from opd_ext.config.teachers import adapter_weights, model_weights, trains_adapter, whose
-from opd_ext.objective.metrics import means
 from opd_ext.seeds import Copies
 from opd_ext.teacher.vocabulary import check_same_ids
 from opd_ext.tokens.ends import stop_ids
-
-# What the workers read of a rollout; everything else stays in the queue.
-_UPDATE_FIELDS = ["input_ids", "position_ids", "prompts", "responses", "loss_mask", "has_teacher"]
-
-_MEMORY = ("max_memory_allocated_gb", "max_memory_reserved_gb", "cpu_memory_used_gb")
 
 
 class OPDTrainer(PPOTrainer):
@@ -194,7 +198,7 @@ class OPDTrainer(PPOTrainer):
             schedule.refresh(self, metrics, updates=0)
             return batch
         batch = self._balance_batch(batch, metrics)
-        if taught and "engine" in self.opd.backends:
+        if taught and self.opd.asks:
             eos, annotates = self.tokenizer.eos_token_id, self.opd.credit.annotates
             neutralise_padding(batch, eos, annotates, self.foreign, bool(self.opd.told_in_turns))
         selftest.run(self, batch, taught)
@@ -214,9 +218,9 @@ class OPDTrainer(PPOTrainer):
             if old == "update":
                 old_policy.announce(self, batch)
             if taught:
-                batch = self._update_with_teacher(batch, metrics, weight, gate, old)
+                batch = update.with_teacher(self, batch, metrics, weight, gate, old)
             else:
-                batch = self._update_alone(batch, metrics, old)
+                batch = update.alone(self, batch, metrics, old)
         with marked_timer("refresh_teacher", timing_raw, color="olive"):
             # Of a teacher without weights of its own nothing moves, so nobody need be asked.
             updates = self.actor_rollout_wg.count_updates()[0] if self.opd.teacher_weights else 0
@@ -285,78 +289,6 @@ class OPDTrainer(PPOTrainer):
             self.log.note(f"found: attempt {attempt} of {self.state.attempts} is right, step {self.global_steps}")
         return attempt is not None
 
-    # ------------------------------------------------------------------ update
-
-    def _update_alone(self, batch: KVBatchMeta, metrics: dict, old: Source) -> KVBatchMeta:
-        """A step without a teacher: verl's own, with the names of its metrics added to ours."""
-        with old_policy.without_whole_entropies(self.config, old):
-            batch = self._update_actor(batch, metrics)
-        if old == "update":
-            old_policy.report(self, batch, metrics)
-            if self.config.actor_rollout_ref.actor.calculate_entropy:  # of its only step, so of the same policy
-                metrics.setdefault("actor/entropy_loss", metrics["actor/entropy"])
-        for name in ("loss", "grad_norm", "lr"):
-            metrics[f"opd/{name}"] = metrics[f"actor/{name}"]
-        if "actor/entropy" in metrics:  # verl does not compute it where the sampler's log-probs are the old ones
-            # verl reduces entropy as it reduces the loss; a sum over tokens is no entropy of a token.
-            summed = self.config.actor_rollout_ref.actor.loss_agg_mode == "token-sum"
-            tokens = metrics["rollout/samples"] * metrics["rollout/tokens_mean"] if summed else 1.0
-            metrics["opd/student_entropy"] = metrics["actor/entropy"] / tokens
-        for name in _MEMORY:
-            metrics[f"memory/{name}"] = metrics.pop(f"actor/perf/{name}")
-        return batch
-
-    def _update_with_teacher(
-        self, batch: KVBatchMeta, metrics: dict, weight: float, gate: float, old: Source
-    ) -> KVBatchMeta:
-        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
-        mini_batch_size = actor.ppo_mini_batch_size * rollout.n
-        spans = [STUDENT_SPANS, TEACHER_SPANS] if self.foreign else [READ] if self.opd.told_in_turns else []
-        sources = {"engine": ["teacher_input_ids", LESSON, *spans], "server": ["teacher_logprobs"]}
-        batch.fields = [*_UPDATE_FIELDS, *(name for where in sorted(self.opd.backends) for name in sources[where])]
-        if rollout.calculate_log_probs:
-            batch.fields.append("rollout_log_probs")
-        if old in ("pass", "sampler"):
-            batch.fields.append("old_log_probs")
-        if self.opd.credit.annotates:
-            batch.fields.append("span_label")
-        if self.opd.policy.present:
-            correction = self.config.algorithm.rollout_correction
-            weighted = correction and correction.rollout_is is not None and old == "pass"
-            batch.fields += ["response_mask", "advantages", *(["rollout_is_weights"] if weighted else [])]
-        batch.extra_info.update(
-            {
-                "opd_distillation_weight": weight,
-                "opd_gate": gate,
-                "calculate_entropy": actor.calculate_entropy or actor.entropy_coeff != 0.0,
-                "global_batch_size": mini_batch_size,
-                "mini_batch_size": mini_batch_size,
-                "epochs": 1,
-                "seed": actor.data_loader_seed,
-                "dataloader_kwargs": {"shuffle": False},
-                "temperature": rollout.temperature,
-            }
-        )
-        output = reduce_metrics(self.actor_rollout_wg.update_actor(batch)["metrics"])
-        batch.fields = None
-        if old == "update":
-            old_policy.report(self, batch, metrics)
-        said = {name: float(value) for name, value in means(output).items()}
-        metrics.update({name if name.startswith("teacher/") else f"opd/{name}": said[name] for name in said})
-        metrics.update({name: float(value) for name, value in output.items() if name.startswith("actor/")})
-        if "opd/teacher_entropy" in metrics:  # absent if no token of the batch is distilled
-            metrics["opd/entropy_diff"] = metrics["opd/distilled_student_entropy"] - metrics["opd/teacher_entropy"]
-        metrics["opd/scale"] = weight
-        metrics["opd/response_tokens"] = float(output["student_entropy:count"] * self._dp_size())
-        for name in ("loss", "grad_norm", "lr"):
-            metrics[f"opd/{name}"] = float(output[name])
-        for name in _MEMORY:
-            metrics[f"memory/{name}"] = float(output[f"perf/{name}"])
-        return batch
-
-    def _dp_size(self) -> int:
-        return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
-
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self) -> None:
@@ -366,6 +298,8 @@ class OPDTrainer(PPOTrainer):
 
     def _load_checkpoint(self) -> None:
         saving.prepare(self)
+        self.teacher_servers = teacher_server.start(self.opd, self.config)
+        self.actor_rollout_wg.reach_servers(self.opd, self.teacher_servers)
         super()._load_checkpoint()
         files.drop_lines_after(self.run_dir / "metrics.jsonl", self.global_steps)
         if self.global_steps > 0:
@@ -378,7 +312,8 @@ class OPDTrainer(PPOTrainer):
         self.log.say("the stack is up")
         graders = self.reward_loop_manager.reward_loop_worker_handles
         replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
-        with guarded(Liveness(processes(agent_loop_manager, graders, replicas, self.actor_rollout_wg))):
+        actors = processes(agent_loop_manager, graders, replicas, self.actor_rollout_wg)
+        with guarded(Liveness(actors | dict(teacher_server.processes(self.teacher_servers)))):
             super().fit(agent_loop_manager)
 
     def _validate(self) -> dict[str, float]:

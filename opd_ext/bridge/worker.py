@@ -20,6 +20,8 @@ from opd_ext.bridge import checkpoint, old_policy, selftest
 from opd_ext.bridge.adapters import TeacherAdapter, local_parts, trained_tensors
 from opd_ext.bridge.cpu_platform import init_process_group, own_socket
 from opd_ext.bridge.engine import OPDEngine  # which registers itself in this process
+from opd_ext.bridge.served_teacher import ServedTeacher
+from opd_ext.bridge.teacher_server import Handles
 from opd_ext.bridge.teachers import Tutor
 from opd_ext.checkpoints.layout import TEACHER, shard_name
 from opd_ext.checkpoints.reshard import load_teacher
@@ -106,6 +108,7 @@ class OPDWorker(ActorRolloutRefWorker):
         # In their place beside a LoRA student, by whether they ever move.
         self.teacher_adapters: dict[str, bool] = dict(config.get("teacher_adapters") or {})
         self.adapters: dict[str, TeacherAdapter] = {}
+        self.served: dict[str, ServedTeacher] = {}  # those on servers of ours, by the servers' name
         self.ref_worker_cls = self._build_teachers
 
     def _build_teachers(self, config: TrainingWorkerConfig) -> TrainingWorker:
@@ -139,6 +142,27 @@ class OPDWorker(ActorRolloutRefWorker):
         return tu.get_tensordict(kept, {"metrics": {}}).cpu()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reach_servers(self, opd: OPDConfig, handles: Handles) -> None:
+        """Learn which servers have which teacher; before a checkpoint is loaded, whose weights go there."""
+        for name, view in opd.teacher_servers.items():
+            held = None if view.weights is None else self.teachers[view.weights].engine
+            path = view.opd.teacher.kind.path_of_weights or self.config.model.path
+            serving, key = view.opd.teacher.vllm, view.key
+            self.served[name] = ServedTeacher(self.actor.engine, handles[name], serving, key, held, path)
+
+    def _push(self, name: str) -> None:
+        """Teachers on servers have the weights ``name`` from now on (collective)."""
+        for served in self.served.values():
+            if served.weights is not None and served.weights is self.teachers[name].engine:
+                served.push()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def count_served(self) -> tuple[float, int, int]:
+        """Since the last call: seconds that this rank has waited for its teachers' servers, bytes and rows it got."""
+        found = [served.traffic() for served in self.served.values()]
+        return sum(each[0] for each in found), sum(each[1] for each in found), sum(each[2] for each in found)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def configure(self, opd: OPDConfig, token_classes: dict[str, list[int]], temperature: float) -> bool:
         """Give the student's engine its loss and its teachers.
 
@@ -155,7 +179,7 @@ class OPDWorker(ActorRolloutRefWorker):
         engine.tutors = tuple(
             Tutor(
                 view.opd.teacher.kind,
-                None if view.weights is None else self._own(view.weights),
+                self.served[view.server] if view.server is not None else self._own(view.weights),
                 view.opd.objective(temperature, token_classes),
                 view.name,
                 view.weight,
@@ -168,8 +192,10 @@ class OPDWorker(ActorRolloutRefWorker):
             worker.engine.module.get_output_embeddings().fp32 = engine.objective.fp32
         return old_policy.drops_out(engine.module)
 
-    def _own(self, name: str) -> OPDEngine | TeacherAdapter:
-        """What holds a set of weights of a teacher."""
+    def _own(self, name: str | None) -> OPDEngine | TeacherAdapter | None:
+        """What holds a set of weights of a teacher; None: there is none."""
+        if name is None:
+            return None
         return self.adapters[name] if name in self.adapters else self.teachers[name].engine
 
     def _tensors(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -203,6 +229,7 @@ class OPDWorker(ActorRolloutRefWorker):
             copy_shards(student, teacher)
         else:
             ema_shards(student, teacher, rate)
+        self._push(name)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def scale_lr(self, factor: float) -> None:
@@ -231,6 +258,7 @@ class OPDWorker(ActorRolloutRefWorker):
             CheckpointError: they are incomplete, or of another model.
         """
         load_teacher(self._tensors(name)[1], Path(folder))
+        self._push(name)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def leave_token(self, folder: str) -> str:

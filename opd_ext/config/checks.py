@@ -208,10 +208,10 @@ def _check_policy(opd: OPDConfig) -> None:
         raise ConfigError("opd.policy.gate=complement is about annotated spans: set opd.credit.kind=spans.")
     if not opd.policy.replaces_divergence:
         return
-    if not opd.divergence.sampled or opd.teacher.backend != "engine":
+    if not opd.divergence.sampled or opd.teacher.backend == "server":
         raise ConfigError(
             "opd.policy.shaping multiplies advantages by the teacher's ratio on the sampled token: set opd.divergence "
-            "with support=sampled, and teacher.backend=engine."
+            "with support=sampled, and teacher.backend=engine or vllm."
         )
     if opd.credit.kind != "uniform" or opd.credit.reads_old_log_probs:
         raise ConfigError("opd.policy.shaping has no distillation term to give credit to: set opd.credit.kind=uniform.")

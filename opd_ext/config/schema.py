@@ -17,7 +17,7 @@ from opd_ext.alarms.config import AlarmsConfig
 from opd_ext.config.assumptions import PlanConfig
 from opd_ext.config.overrides import keys_of
 from opd_ext.config.refusals import refusal
-from opd_ext.config.teachers import NamedTeacher, View, completed, same_weights
+from opd_ext.config.teachers import NamedTeacher, View, completed, shared_name
 from opd_ext.context.config import ContextConfig
 from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.config import CreditConfig
@@ -174,12 +174,22 @@ class OPDConfig:
             ]
         found: list[View] = []
         for name, opd, weight in alone:
-            weights = None
+            weights = server = None
             if opd.teacher.holds_weights:
-                shared = [v for v in found if v.weights is not None and same_weights(v.opd.teacher, opd.teacher)]
-                weights = str(shared[0].weights) if shared else name
-            found.append(View(name, opd, weight, weights))
+                weights = shared_name(opd.teacher, [(other.opd.teacher, other.weights) for other in found], name)
+            if opd.distils and opd.teacher.backend == "vllm":
+                server = shared_name(opd.teacher, [(other.opd.teacher, other.server) for other in found], name)
+            found.append(View(name, opd, weight, weights, server))
         return tuple(found)
+
+    @property
+    def teacher_servers(self) -> dict[str, View]:
+        """The servers of ours (``backend=vllm``), by name, and the first teacher that has each."""
+        found: dict[str, View] = {}
+        for view in self.views:
+            if view.server is not None:
+                found.setdefault(view.server, view)
+        return found
 
     @property
     def teacher_weights(self) -> dict[str, View]:
@@ -205,8 +215,13 @@ class OPDConfig:
 
     @property
     def backends(self) -> set[str]:
-        """Where teachers are asked: engine, server."""
+        """Where teachers are asked: engine, vllm, server."""
         return {view.opd.teacher.backend for view in self.views} if self.distils else set()
+
+    @property
+    def asks(self) -> bool:
+        """Whether the update asks a teacher itself: verl's servers have answered before."""
+        return bool(self.backends - {"server"})
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Weight of the distillation term and gate of the policy term on spans, at a step that counts from 1."""

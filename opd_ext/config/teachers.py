@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -52,13 +52,16 @@ class View:
         name: in ``opd.teachers``; empty where ``opd.teacher`` is the only one.
         opd: the settings as a run with this teacher alone would have them.
         weight: of its distillation term, beside that of the schedule.
-        weights: which weights it teaches with, by the name of the first teacher that has them; None: the student's.
+        weights: which weights it teaches with, by the name of the first teacher that has them; None: the student's, or
+            elsewhere.
+        server: which servers of ours are asked, by the name of the first teacher that has them; None: none is.
     """
 
     name: str
     opd: OPDConfig
     weight: float = 1.0
     weights: str | None = None
+    server: str | None = None
 
     @property
     def key(self) -> str:
@@ -89,6 +92,11 @@ def same_weights(mine: TeacherConfig, other: TeacherConfig) -> bool:
     if mine.kind.path_of_weights != other.kind.path_of_weights:
         return False
     return mine.kind == other.kind or not (mine.kind.moves or other.kind.moves)
+
+
+def shared_name(mine: TeacherConfig, others: Iterable[tuple[TeacherConfig, str | None]], otherwise: str) -> str:
+    """The name, among those of ``others``, under which equal weights are known already."""
+    return next((name for other, name in others if name is not None and same_weights(other, mine)), otherwise)
 
 
 def trains_adapter(config: DictConfig) -> bool:

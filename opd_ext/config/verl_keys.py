@@ -27,6 +27,11 @@ def check_teacher(opd: OPDConfig, config: DictConfig, backends: set[str]) -> Non
         )
     if opd.teacher.backend == "server":
         _check_server(opd, config)
+    elif opd.teacher.backend == "vllm" and opd.teacher.kind.moves and trains_adapter(config):
+        raise ConfigError(
+            f"opd.teacher.backend=vllm with weights={opd.teacher.weights} beside a LoRA student would serve a "
+            "whole model for an adapter on the student's own base: set backend=engine."
+        )
     elif config.distillation.enabled and "server" not in backends:
         raise ConfigError("distillation.enabled=true starts verl's teacher servers: set opd.teacher.backend=server.")
     if opd.divergence.extrapolation != 1.0:
@@ -68,7 +73,7 @@ def _check_extrapolation(opd: OPDConfig, config: DictConfig) -> None:
     """ExOPD compares the teacher with the initial model, which is at hand where adapters leave it untouched."""
     wrong = {
         "opd.divergence.support=sampled": opd.divergence.support != "sampled",
-        "opd.teacher.backend=engine": opd.teacher.backend != "engine",
+        "opd.teacher.backend=engine": opd.teacher.backend == "server",
         "opd.context.kind=same": opd.context.kind != "same",
         "actor_rollout_ref.model.lora_rank": config.actor_rollout_ref.model.lora_rank == 0,
     }

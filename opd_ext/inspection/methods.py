@@ -90,7 +90,7 @@ def method(name: str, config: Mapping[str, Any], teacher: str | None) -> Method:
     opd = schema.load(whole.opd)
     opd.import_external_libs()
     found = Method(name, opd, whole)
-    if opd.teacher.backend == "server":
+    if opd.teacher.backend != "engine":  # it is asked here
         opd.teacher.backend = "engine"
     if opd.teacher.weights == "external" and not opd.teachers:
         opd.teacher.path = teacher or opd.teacher.path

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from opd_ext.plan.machines import GiB
-from opd_ext.plan.memory import generation, machine_uses, phases
+from opd_ext.plan.memory import SERVERS, generation, machine_uses, phases
 from opd_ext.plan.run import Run
 from opd_ext.plan.timing import Times, server, times
 
@@ -53,6 +53,11 @@ def _overflows(run: Run) -> Iterator[str]:
 
 
 def _remedies(run: Run, phase: str) -> Iterator[tuple[str, Run]]:
+    if phase == SERVERS:
+        for tp in (2, 4, 8):
+            wider = tuple(replace(each, tp=max(tp, each.tp)) for each in run.servers)
+            yield f"opd.teacher.vllm.tensor_parallel_size={tp}", replace(run, servers=wider)
+        return
     sharding = run.sharding
     moments = replace(sharding, offloaded=sharding.offloaded | {"optimizer"})
     if phase in ("generation", "weight sync"):

@@ -11,6 +11,7 @@ from opd_ext.objective import chunks
 from opd_ext.plan.machines import GiB
 from opd_ext.plan.run import Run
 from opd_ext.plan.shapes import ModelShape
+from opd_ext.plan.teachers import Served
 
 CONTEXT = 1.5 * GiB  # CUDA context, NCCL's buffers, cuBLAS workspaces
 ASLEEP = 2.5 * GiB  # what a sleeping vLLM keeps: its context and its CUDA graphs
@@ -39,13 +40,18 @@ class Phase:
         return sum(self.uses.values())
 
 
+SERVERS = "teacher servers"
+
+
 def phases(run: Run) -> list[Phase]:
     """The phases of a step in order; those that a run does not have are left out."""
     found = [generation(run)] if run.device == "cuda" else []
     if run.scores_old:
         found.append(old_log_probs(run))
-    if run.teaches:
+    if run.passes:
         found.append(teacher_pass(run))
+    if run.servers and run.device == "cuda":
+        found.append(max((served(run, server) for server in run.servers), key=lambda phase: phase.bytes))
     found.append(update(run))
     if run.device == "cuda":
         found.append(weight_sync(run))
@@ -61,7 +67,12 @@ def machine_uses(run: Run) -> dict[str, float]:
     phase = update(run)
     working = phase.bytes - sum(states(run, gradients=True, updating=True)[0].values()) - PROCESS
     sampler = 2 * run.student.parameters * run.vllm_width + run.tp * (run.cpu_cache + SAMPLER + run.bucket)
-    return {"trainer": run.ranks * (phase.bytes + working), "sampler": run.replicas * sampler, "others": OTHERS}
+    found = {"trainer": run.ranks * (phase.bytes + working), "sampler": run.replicas * sampler, "others": OTHERS}
+    if run.servers:
+        width = run.sharding.compute
+        each = [s.replicas * (2 * s.model.parameters * width + run.cpu_cache + SAMPLER) for s in run.servers]
+        found["teacher servers"] = sum(each)
+    return found
 
 
 # ---------------------------------------------------------------------- what stays
@@ -145,6 +156,20 @@ def teacher_pass(run: Run) -> Phase:
     if run.teacher_adapters:  # meanwhile the teacher's is in its place
         here["student's adapter"] = run.adapter * run.sharding.master / run.sharding.shards
     return Phase("teacher", here | _process(run), host)
+
+
+def served(run: Run, server: Served) -> Phase:
+    """A device of a teacher's server: what vLLM takes of it, or more if the weights and one request need more."""
+    width = run.sharding.compute
+    needed = {
+        "weights": server.model.parameters * width / server.tp,
+        "pass without gradients": max(run.pair, server.call) * _forward(server.model, width) / server.tp,
+        "hidden states": server.call * server.model.hidden * width,
+    }
+    taken = server.share * run.machine.memory - sum(needed.values())
+    return Phase(
+        SERVERS, needed | {"CUDA context, NCCL": CONTEXT, "vLLM's cache": max(0.0, taken)}, 0.0
+    )
 
 
 def old_log_probs(run: Run) -> Phase:

@@ -90,7 +90,9 @@ def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> T
     pairs = data.train_batch_size * rollout.n
     replicas = ranks // rollout.tensor_model_parallel_size
     served = served_gpus(config, opd)
-    more = f"; {served[0] * served[1]} more serve the teacher" if served else ""
+    devices = served[0] * served[1] if served else 0
+    devices += sum(view.opd.teacher.vllm.devices for view in opd.teacher_servers.values())
+    more = f"; {devices} more serve the teacher" if devices else ""
     places = describe(opd)
     weights = f"{places['teacher weights']} weights"
     weights += ", an adapter on the student's base" if adapter_weights(opd, config) else ""
@@ -140,7 +142,7 @@ def _phases(run: Run, taken: Times) -> Table:
     for name in ("phase", "GiB", "of it", "s", "tokens/s", "made of, GiB"):
         table.add_column(name, justify="left" if name in ("phase", "made of, GiB") else "right")
     memory = {phase.name: phase for phase in phases(run)}
-    order = ["generation", "old log-probs", "teacher", "update", "weight sync", "driver"]
+    order = ["generation", "old log-probs", "teacher", "teacher servers", "update", "weight sync", "driver"]
     for name in (name for name in order if name in memory or name in taken.phases):
         phase, seconds = memory.get(name), taken.phases.get(name)
         speed = f"{taken.tokens / seconds:,.0f}" if seconds and name not in ("weight sync", "driver") else ""

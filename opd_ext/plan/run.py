@@ -19,7 +19,7 @@ from opd_ext.data.catalogue import set_name
 from opd_ext.errors import ConfigError
 from opd_ext.plan.machines import Machine, machine
 from opd_ext.plan.shapes import DTYPE_BYTES, ModelShape, model_shape
-from opd_ext.plan.teachers import asked, models, moving, projections, prompt
+from opd_ext.plan.teachers import Served, asked, models, moving, projections, prompt, servers
 from opd_ext.protocol import ValidationConfig
 
 # Mean tokens of a response where nobody says: of a model that thinks, most of a short limit; of another a quarter.
@@ -68,7 +68,8 @@ class Run:
         scorer: the largest model that a teacher's pass runs through, if there is one: student, teacher or served.
         passes: model and mean prompt of every teacher that is asked here; each is taken to have as many rows.
         heads: elements of the vocabulary projections that these passes leave beside the student's.
-        served: nodes and GPUs per node of the teacher's servers; None: it has none.
+        served: nodes and GPUs per node of verl's teacher servers; None: it has none.
+        servers: of teachers that are asked for hidden states.
         prompts, n, updates: of a step: prompts, responses of each, optimiser steps.
         limit, mean: of training responses.
         mean_prompt: as assumed, but no longer than the settings let one be.
@@ -103,6 +104,7 @@ class Run:
     passes: tuple[tuple[ModelShape, int], ...]
     heads: int
     served: tuple[int, int] | None
+    servers: tuple[Served, ...]
     sharding: Sharding
     teacher_sharding: Sharding
     tp: int
@@ -161,7 +163,8 @@ class Run:
     @property
     def gpus(self) -> int:
         """Of the run, the teacher's servers included."""
-        return self.ranks + (self.served[0] * self.served[1] if self.served else 0)
+        verls = self.served[0] * self.served[1] if self.served else 0
+        return self.ranks + verls + sum(server.devices for server in self.servers)
 
     @property
     def gpus_there(self) -> int:
@@ -232,6 +235,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         passes=tuple((taught[view.name], prompt(view.opd)) for view in asked(opd)),
         heads=projections(opd, taught),
         served=served,
+        servers=servers(opd, taught, steps),
         sharding=_sharding(actor.fsdp_config, ranks),
         teacher_sharding=_sharding(ref.ref.fsdp_config, ranks),
         tp=rollout.tensor_model_parallel_size,
@@ -266,7 +270,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         temperature_copies=1 if rollout.temperature == 1.0 else 2,
         dense_entropy=whole_entropies(config, old),
         scores_old=old == "pass",
-        teaches="engine" in opd.backends,
+        teaches=opd.asks,
         moving=tuple(taught[name] for name in moving(opd, steps) if name not in adapters),
         teacher_adapters=sum(view.opd.teacher.kind.moves for view in adapters.values()),
         steps=steps,

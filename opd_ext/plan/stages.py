@@ -161,6 +161,7 @@ def fine_tuning_run(work: Training, shape: ModelShape, place: Place) -> Run:
         passes=(),
         heads=0,
         served=None,
+        servers=(),
         sharding=sharding,
         teacher_sharding=sharding,
         tp=1,

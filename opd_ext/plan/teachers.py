@@ -2,6 +2,7 @@
 """The teachers of a run, as its memory and time see them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.teachers import View
@@ -9,6 +10,46 @@ from opd_ext.plan.shapes import ModelShape, model_shape
 
 # Tokens of the teacher's prompt beyond the student's, by what it is shown.
 _SHOWN = {"same": 0, "instruction": 30, "label": 100, "feedback": 2200, "solution": 3700}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server of a teacher (``backend=vllm``).
+
+    Attributes:
+        model: what it serves.
+        prompt: mean tokens of the teacher's prompt.
+        replicas, tp: copies, and devices of each.
+        share: of a device's memory that it takes.
+        call: tokens of a request.
+        moves: how often, per step, weights are sent to it.
+        part: of the rollouts that it is asked about.
+    """
+
+    model: ModelShape
+    prompt: int
+    replicas: int
+    tp: int
+    share: float
+    call: int
+    moves: float
+    part: float
+
+    @property
+    def devices(self) -> int:
+        return self.replicas * self.tp
+
+
+def servers(opd: OPDConfig, taught: Mapping[str, ModelShape], steps: int) -> tuple[Served, ...]:
+    """Those of ours; every teacher is taken to have as many rows."""
+    found = []
+    for name, view in opd.teacher_servers.items():
+        serving, kind = view.opd.teacher.vllm, view.opd.teacher.kind
+        moved = sum(kind.share(step, 1) > 0 for step in range(1, steps + 1)) / max(1, steps)
+        part = sum(other.server == name for other in opd.views) / len(opd.views)
+        size = (serving.replicas, serving.tensor_parallel_size, serving.gpu_memory_utilization)
+        found.append(Served(taught[view.name], prompt(view.opd), *size, serving.tokens_per_call, moved, part))
+    return tuple(found)
 
 
 def asked(opd: OPDConfig) -> list[View]:
@@ -30,7 +71,7 @@ def models(opd: OPDConfig, student: ModelShape) -> dict[str, ModelShape] | None:
     found = {}
     for view in opd.views:
         shape = model_shape(view.opd.teacher.path) if view.opd.teacher.path else student
-        if shape is None and view.weights is not None:
+        if shape is None and (view.weights is not None or view.server is not None):
             return None
         found[view.name] = shape or student
     return found
@@ -38,7 +79,8 @@ def models(opd: OPDConfig, student: ModelShape) -> dict[str, ModelShape] | None:
 
 def unsized(student: str, opd: OPDConfig) -> list[str]:
     """The models without which there is no estimate, the student's among them."""
-    held = [view.opd.teacher.path for view in opd.views if view.weights is not None and view.opd.teacher.path]
+    held = [view.opd.teacher.path for view in opd.views if (view.weights, view.server) != (None, None)]
+    held = [path for path in held if path]
     return [path for path in dict.fromkeys([student, *held]) if model_shape(path) is None]
 
 
@@ -48,9 +90,10 @@ def prompt(opd: OPDConfig) -> int:
 
 
 def projections(opd: OPDConfig, taught: Mapping[str, ModelShape]) -> int:
-    """Elements of the teachers' projections, those of equal teachers once; of a served one none is here."""
-    heads = {
-        (view.weights, view.opd.teacher.weights if view.weights is None else ""): taught[view.name].head
-        for view in asked(opd)
-    }
+    """Elements of the teachers' projections, those of equal teachers once; of one on verl's servers none is here."""
+    heads = {}
+    for view in opd.views:
+        if opd.distils and view.opd.teacher.backend != "server":
+            held = view.server if view.weights is None else view.weights
+            heads[held, view.opd.teacher.weights if held is None else ""] = taught[view.name].head
     return sum(heads.values())

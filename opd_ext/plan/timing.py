@@ -13,6 +13,7 @@ from opd_ext.plan.lengths import Server
 from opd_ext.plan.machines import Machine
 from opd_ext.plan.run import Run, Validation
 from opd_ext.plan.shapes import ModelShape
+from opd_ext.plan.teachers import Served
 
 # Orders of magnitude for what is neither bytes nor products.
 _FP32_SHARE = 0.75  # of the peak that fp32 products reach
@@ -75,11 +76,22 @@ def _step(run: Run, drawn: np.ndarray) -> dict[str, float]:
             pairs = np.minimum(share + prompt, run.pair)
             work += _trunk(scorer, pairs, 1) + _head(scorer, float(share.sum()), 1)
         found["teacher"] = work / forward / run.ranks
+    if run.servers:  # of which each works by itself
+        found["teacher servers"] = max(_served_s(run, each, drawn, forward) for each in run.servers)
     found["update"] = update_s(run, drawn)
     sent = run.student.parameters * 2 / (assumed.sync_gb_s * 1e9)
     found["weight sync"] = sent + (_SYNC_S if run.vllm_sleeps else 0.0)
     found["driver"] = _DRIVER_S + rows / _DRIVER_TOKENS_S
     return found
+
+
+def _served_s(run: Run, served: Served, drawn: np.ndarray, forward: float) -> float:
+    """Seconds of a teacher's servers in a step: its passes, their answers on the wire, and weights that have moved."""
+    share = drawn[: round(served.part * len(drawn))]
+    computed = _trunk(served.model, np.minimum(share + served.prompt, run.pair), 1) / forward / served.devices
+    width, wire = run.sharding.compute, run.assumed.sync_gb_s * 1e9
+    answered = float(share.sum()) * served.model.hidden * width / wire / served.replicas
+    return computed + answered + served.moves * served.model.parameters * width / wire
 
 
 def _rates(run: Run) -> tuple[float, float, float, float]:

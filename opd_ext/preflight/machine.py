@@ -110,6 +110,7 @@ def check_cluster() -> None:
 def check_devices(config: DictConfig, opd: OPDConfig, count: Callable[[], int] | None = None) -> None:
     """Ranks and nodes against what this machine has; ``count`` says how many GPUs there are."""
     trainer, ranks = config.trainer, config.trainer.n_gpus_per_node
+    served = sum(view.opd.teacher.vllm.devices for view in opd.teacher_servers.values())
     if trainer.nnodes > 1:
         raise ConfigError(
             f"trainer.nnodes={trainer.nnodes} needs a Ray cluster and none runs here: start one (`ray start`) and set "
@@ -117,12 +118,24 @@ def check_devices(config: DictConfig, opd: OPDConfig, count: Callable[[], int] |
         )
     if opd.device == "cuda":
         found = (count or _gpus)()
+        if found < ranks + served and served:
+            raise ConfigError(
+                f"trainer.n_gpus_per_node={ranks} and {served} more of opd.teacher.vllm (replicas x "
+                f"tensor_parallel_size) need {ranks + served} GPUs and {found} are visible: lower one of them, or set "
+                "opd.teacher.backend=engine."
+            )
         if found < ranks:
             raise ConfigError(
                 f"opd.device=cuda with trainer.n_gpus_per_node={ranks} needs {ranks} GPUs and {found} are visible: "
                 "lower it, choose scale=cpu_tiny, or run `opd doctor`."
             )
         return
+    pretended = config.ray_kwargs.ray_init.get("num_gpus")
+    if served and pretended is not None and pretended < ranks + served:
+        raise ConfigError(
+            f"ray_kwargs.ray_init.num_gpus={pretended} has no room for {ranks} trainer ranks and {served} devices of "
+            f"opd.teacher.vllm: set it to {ranks + served}; on a CPU these are bookkeeping (teacher_server=vllm_cpu)."
+        )
     cores = config.ray_kwargs.ray_init.get("num_cpus")
     if cores is not None and ranks * CORES_PER_RANK > cores:
         raise ConfigError(

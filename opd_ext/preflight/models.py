@@ -46,6 +46,8 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
         findings.fact("model files", "not on this machine: not looked at")
         return None
     found = check_config(STUDENT, student, config, findings)
+    if any(view.opd.teacher.path is None for view in opd.teacher_servers.values()):
+        check_length(found, f"{STUDENT}={student}", "opd.max_pair_length", config)
     if opd.distils:  # verl's own loss finds logits both times
         tied = bool(getattr(found.get_text_config(), "tie_word_embeddings", False))
         check_offload(tied, model, f"{STUDENT}={student}")
@@ -62,7 +64,9 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
         if (teacher := find_model(key, path, starting)) is None:
             continue
         backends = {view.opd.teacher.backend for view in opd.views if view.opd.teacher.path == path}
-        check_config(key, teacher, config, findings, served=backends == {"server"})
+        described = check_config(key, teacher, config, findings, served=backends == {"server"})
+        if "vllm" in backends:
+            check_length(described, f"{key}={teacher}", "opd.max_pair_length", config)
         check_weights(key, teacher)
         teachers = load_tokenizer(key, teacher, trusted)
         if path not in foreign:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import ray
 import torch
 
 from opd_ext.objective.metrics import means
@@ -102,6 +103,7 @@ class Update:
     foreign: tuple[int, ...] = ()  # places of the teachers that have tokens of their own
     kind: Teacher | None = None  # whose weights teach, where the model's name does not say
     policy_loss: str = "vanilla"  # verl's name of the policy term
+    served: bool = False  # whether teachers with weights of their own are on servers: named actors of the models' names
 
     @property
     def student(self) -> EngineSpec:
@@ -111,7 +113,7 @@ class Update:
 # ---------------------------------------------------------------------- inputs
 
 
-def save_models(folder: Path, heads: int = 2, key_heads: int = 1) -> None:
+def save_models(folder: Path, heads: int = 2, key_heads: int = 1, head_dim: int = 16) -> None:
     """Random Qwen3 checkpoints with a tokenizer: ``untied`` and ``tied`` students, and for each a ``_teacher``.
 
     A teacher is its student with every weight disturbed, so that the two agree where they read the same position.
@@ -130,7 +132,7 @@ def save_models(folder: Path, heads: int = 2, key_heads: int = 1) -> None:
             num_hidden_layers=2,
             num_attention_heads=heads,
             num_key_value_heads=key_heads,
-            head_dim=16,
+            head_dim=head_dim,
             max_position_embeddings=256,
             tie_word_embeddings=name == "tied",
             initializer_range=0.2,  # logits of about unit scale: at the usual 0.02 every divergence is nearly zero
@@ -289,7 +291,7 @@ class Rank:
     def __init__(self, folder: Path, sequence_parallel: int = 1):
         self.folder, self.sequence_parallel = folder, sequence_parallel
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.worker = cache(self._build_worker)
+        self.worker, self.served = cache(self._build_worker), cache(self._served)
 
     def configs(self, spec: EngineSpec) -> tuple:
         """Model, engine, optimiser and checkpoint config in the manner of the `cpu_tiny` scale."""
@@ -367,6 +369,8 @@ class Rank:
         """The one teacher of an update, or those of ``several``, of whom every second one has a pass of its own."""
         from opd_ext.bridge.teachers import Tutor
 
+        student = self.worker(update.student).engine
+
         def tutor(
             model: str | None, objective: Objective, name: str = "", weight: float = 1.0, place: int = 0
         ) -> Tutor:
@@ -376,11 +380,21 @@ class Rank:
             kind = Frozen() if update.trust is None else TrustRegion(update.trust)
             kind = External(model) if name in ("t1", "t3") else update.kind or kind
             own = self.worker(EngineSpec(model, True, update.param_dtype)).engine
+            own = self.served(student, model) if update.served else own
             return Tutor(kind, own, objective, name, weight, foreign=place in update.foreign)
 
         if not update.several:
             return (tutor(update.teacher, update.objective),)
         return tuple(tutor(m, o, f"t{i}", weight, i) for i, (m, o, weight) in enumerate(update.several))
+
+    def _served(self, student: Any, model: str, weights: Any = None) -> Any:
+        """The servers of a model, as ``student`` reaches them: small requests, so that a batch takes several."""
+        from opd_ext.bridge.served_teacher import ServedTeacher
+        from opd_ext.teacher.config import ServingConfig
+
+        replicas = [ray.get_actor(name) for name in ray.util.list_named_actors() if name.split(",")[0] == model]
+        path = str(self.folder / model)
+        return ServedTeacher(student, replicas, ServingConfig(tokens_per_call=40), "opd.teacher", weights, path)
 
     def _with_old_log_probs(self, update: Update, engine, batch):
         """As :class:`Update` says of ``old``, ``alone`` and ``sampler_cap``; what a pass says is kept, too."""

@@ -8,7 +8,7 @@ import pytest
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 
-from opd_ext.bridge import trainer as bridge
+from opd_ext.bridge import update
 from opd_ext.config.checks import check
 from opd_ext.config.compose import compose_config
 from opd_ext.config.old_policy import old_log_probs, updates
@@ -25,7 +25,7 @@ def updated(monkeypatch, *overrides):
 
     def update_actor(batch):
         told.update(batch.extra_info)
-        numbers = dict.fromkeys(("loss", "grad_norm", "lr", "mfu", *(f"perf/{name}" for name in bridge._MEMORY)), [0.5])
+        numbers = dict.fromkeys(("loss", "grad_norm", "lr", "mfu", *(f"perf/{name}" for name in update._MEMORY)), [0.5])
         if batch.extra_info["calculate_entropy"]:
             numbers["entropy_loss"] = [2.0]
         return tu.get_tensordict({}, {"metrics": numbers})
@@ -34,9 +34,9 @@ def updated(monkeypatch, *overrides):
         config=config, distillation_config=None, actor_rollout_wg=SimpleNamespace(update_actor=update_actor)
     )
     trainer._update_actor = functools.partial(PPOTrainer._update_actor, trainer)
-    monkeypatch.setattr(bridge.old_policy, "report", lambda *_: metrics.update({"actor/entropy": KEPT}))
+    monkeypatch.setattr(update.old_policy, "report", lambda *_: metrics.update({"actor/entropy": KEPT}))
     batch = SimpleNamespace(extra_info={})
-    bridge.OPDTrainer._update_alone(trainer, batch, metrics, old)
+    update.alone(trainer, batch, metrics, old)
     assert config.actor_rollout_ref.actor.calculate_entropy == ("calculate_entropy=false" not in " ".join(overrides))
     return told, metrics
 
