@@ -21,6 +21,14 @@ TESTS = Path(__file__).parent
 check_shapes()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nobodys_home(tmp_path_factory):
+    """No test finds the worlds and models of whoever runs it: one that needs some makes them in a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPD_HOME", str(tmp_path_factory.mktemp("nobody")))
+        yield
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow-turn", help="slow tests run in an order of their own for every value of this")
     parser.addoption("--slow-minutes", type=float, help="begin no further slow test after this many minutes")

@@ -145,6 +145,11 @@ class OPDEngine(FSDPEngineWithLMHead):
         stretch = inputs["input_ids"].shape[1]
         return ulysses.Rows.of(packed, lengths, stretch, get_device_id(), self.ulysses_parallel_group)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of its passes."""
+        return self._autocast_dtype
+
     def _autocast(self):
         if self._autocast_dtype == torch.float32:
             return nullcontext()

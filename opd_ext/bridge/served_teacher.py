@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.device import get_device_id
 
 from opd_ext.bridge.empty_model import projection
-from opd_ext.bridge.teacher_server import packed, unpacked
+from opd_ext.bridge.failures import in_words
+from opd_ext.bridge.teacher_server import Replicas, packed, unpacked
 from opd_ext.errors import RunError
 from opd_ext.objective.shares import dealt, exchange
 from opd_ext.teacher.config import ServingConfig
@@ -34,27 +35,25 @@ class ServedTeacher:
 
     Args:
         student: this rank's engine.
-        replicas: actors of :class:`opd_ext.bridge.teacher_server.TeacherServer`, of equal weights.
+        replicas: who serves it; of a teacher that does not move, its projection is read where they found the model.
         serving: how they are asked.
         key: under which the teacher's settings stand, for messages.
         weights: the engine that holds the weights of a teacher that moves, and the projection.
-        path: of a teacher that does not, where its projection is read.
     """
 
     def __init__(
         self,
         student: OPDEngine,
-        replicas: Sequence[Any],
+        replicas: Replicas,
         serving: ServingConfig,
         key: str,
         weights: OPDEngine | None,
-        path: str,
     ) -> None:
-        self.student, self.replicas, self.serving, self.key = student, list(replicas), serving, key
+        self.student, self.replicas, self.serving, self.key = student, replicas.actors, serving, key
         self.weights, self.version = weights, 0
         self._seconds, self._bytes, self._rows = 0.0, 0, 0
         self._asked = torch.distributed.get_rank()  # so that ranks do not all begin with the same replica
-        self._projection = None if weights is not None else projection(path)
+        self._projection = None if weights is not None else projection(replicas.path)
 
     # ------------------------------------------------------------------ passes
 
@@ -86,22 +85,22 @@ class ServedTeacher:
     def _head(self) -> Tensor:
         if self.weights is not None:
             return self.weights.head_weight()
-        return self._projection.to(device=get_device_id(), dtype=self.student._autocast_dtype)
+        return self._projection.to(device=get_device_id(), dtype=self.student.compute_dtype)
 
     def _said(self, sequences: Sequence[Tensor], counts: Sequence[int], like: Tensor) -> Iterator[Tensor]:
         """The rows [R_i, H] of each sequence; few requests are under way at once, the next follows an answer."""
         calls = list(self._calls([len(ids) for ids in sequences]))
-        waiting: list[tuple[list[int], Any, Any]] = []
+        waiting: list[tuple[list[int], Any]] = []
         while calls or waiting:
             while calls and len(waiting) < self.serving.calls:
                 places = calls.pop(0)
                 replica = self.replicas[self._asked % len(self.replicas)]
                 self._asked += 1
                 ids = [sequences[i].cpu().numpy().astype(np.int32) for i in places]
-                waiting.append((places, replica, replica.hidden.remote(ids, [counts[i] for i in places], self.version)))
-            places, replica, answer = waiting.pop(0)
+                waiting.append((places, replica.hidden.remote(ids, [counts[i] for i in places], self.version)))
+            places, answer = waiting.pop(0)
             began = time.monotonic()
-            said = self._answered(answer, replica)
+            (said,) = self._answered(answer)
             self._seconds += time.monotonic() - began
             rows = unpacked(*said).to(device=like.device, dtype=like.dtype)
             self._bytes, self._rows = self._bytes + said[0].nbytes, self._rows + len(rows)
@@ -120,16 +119,22 @@ class ServedTeacher:
         if places:
             yield places
 
-    def _answered(self, answer: Any, replica: Any) -> Any:
+    def _answered(self, *answers: Any) -> list[Any]:
+        """What servers answer.
+
+        Raises:
+            RunError: one does not, or is dead.
+        """
         try:
-            return ray.get(answer, timeout=self.serving.seconds)
+            return ray.get(list(answers), timeout=self.serving.seconds)
         except GetTimeoutError as error:
-            number = self.replicas.index(replica)
             raise RunError(
-                f"The server of {self.key} (replica {number}) has not answered within {self.key}.vllm.seconds="
+                f"The server of {self.key} has not answered within {self.key}.vllm.seconds="
                 f"{self.serving.seconds:g}: it hangs, or has too much to do. Give it more replicas or more time, or "
                 "ask for less at once (tokens_per_call)."
             ) from error
+        except RayError as error:
+            raise RunError(f"The server of {self.key} has failed: {in_words(error)}") from error
 
     def traffic(self) -> tuple[float, int, int]:
         """Since the last call: seconds waited for answers, bytes of hidden states that came, rows of them."""
@@ -155,14 +160,14 @@ class ServedTeacher:
         for name, tensor in self.weights.get_per_tensor_param()[0]:
             if not first or name == self._own_projection:
                 continue
-            content = packed(tensor.to(self.weights._autocast_dtype) if tensor.is_floating_point() else tensor)
+            content = packed(tensor.to(self.weights.compute_dtype) if tensor.is_floating_point() else tensor)
             if bucket and size + content[0].nbytes > BUCKET:
-                ray.get(loading, timeout=self.serving.seconds)
+                self._answered(*loading)
                 loading, bucket, size = self._load(bucket), {}, 0
             bucket[name], size = content, size + content[0].nbytes
         if first:
-            ray.get(loading, timeout=self.serving.seconds)
-            ray.get(self._load(bucket), timeout=self.serving.seconds)
+            self._answered(*loading)
+            self._answered(*self._load(bucket))
             self._all("finish_reload", self.version)
 
     @property
@@ -179,4 +184,4 @@ class ServedTeacher:
         return [replica.reload_bucket.remote(shared) for replica in self.replicas]
 
     def _all(self, method: str, *args: Any) -> None:
-        ray.get([getattr(replica, method).remote(*args) for replica in self.replicas], timeout=self.serving.seconds)
+        self._answered(*(getattr(replica, method).remote(*args) for replica in self.replicas))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -32,8 +32,21 @@ LOADING = -1
 Packed = tuple[np.ndarray, str, tuple[int, ...]]
 """See :func:`packed`."""
 
-Handles = dict[str, list[Any]]
-"""Replicas of every server, by the server's name."""
+
+class Replicas(NamedTuple):
+    """Who serves one teacher.
+
+    Attributes:
+        path: of the model that was loaded.
+        actors: of :class:`TeacherServer`, of equal weights.
+    """
+
+    path: str
+    actors: list[Any]
+
+
+Servers = dict[str, Replicas]
+"""By the name of the first teacher that is there."""
 
 
 class ReloadExtension:
@@ -158,22 +171,22 @@ def engine_arguments(serving: ServingConfig, config: DictConfig, path: str) -> d
     return found | dict(serving.engine)
 
 
-def start(opd: OPDConfig, config: DictConfig) -> Handles:
+def start(opd: OPDConfig, config: DictConfig) -> Servers:
     """Bring all servers of a run up, and wait for them.
 
     Raises:
         RunError: one does not come up; one sentence with the first cause.
     """
-    handles: Handles = {}
+    found: Servers = {}
     for name, view in opd.teacher_servers.items():
         serving = view.opd.teacher.vllm
         path = view.opd.teacher.kind.path_of_weights or config.actor_rollout_ref.model.path
         arguments = engine_arguments(serving, config, path)
         actor = ray.remote(num_gpus=serving.tensor_parallel_size, num_cpus=1)(TeacherServer)
-        handles[name] = [actor.remote(arguments) for _ in range(serving.replicas)]
+        found[name] = Replicas(path, [actor.remote(arguments) for _ in range(serving.replicas)])
     for name, view in opd.teacher_servers.items():
-        _await(handles[name], view.key, view.opd.teacher.vllm, config)
-    return handles
+        _await(found[name].actors, view.key, view.opd.teacher.vllm, config)
+    return found
 
 
 def _await(replicas: Sequence[Any], key: str, serving: ServingConfig, config: DictConfig) -> None:
@@ -191,10 +204,10 @@ def _await(replicas: Sequence[Any], key: str, serving: ServingConfig, config: Di
         raise RunError(f"The server of {key} could not be started: {cause}") from error
 
 
-def processes(handles: Handles) -> Iterator[tuple[str, Any]]:
+def processes(servers: Servers) -> Iterator[tuple[str, Any]]:
     """Every replica by a name for people."""
-    for name, replicas in handles.items():
-        for i, replica in enumerate(replicas):
+    for name, replicas in servers.items():
+        for i, replica in enumerate(replicas.actors):
             yield f"teacher server {f'{name} ' if name else ''}{i}", replica
 
 

@@ -21,7 +21,7 @@ from opd_ext.bridge.adapters import TeacherAdapter, local_parts, trained_tensors
 from opd_ext.bridge.cpu_platform import init_process_group, own_socket
 from opd_ext.bridge.engine import OPDEngine  # which registers itself in this process
 from opd_ext.bridge.served_teacher import ServedTeacher
-from opd_ext.bridge.teacher_server import Handles
+from opd_ext.bridge.teacher_server import Servers
 from opd_ext.bridge.teachers import Tutor
 from opd_ext.checkpoints.layout import TEACHER, shard_name
 from opd_ext.checkpoints.reshard import load_teacher
@@ -142,13 +142,12 @@ class OPDWorker(ActorRolloutRefWorker):
         return tu.get_tensordict(kept, {"metrics": {}}).cpu()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def reach_servers(self, opd: OPDConfig, handles: Handles) -> None:
+    def reach_servers(self, opd: OPDConfig, servers: Servers) -> None:
         """Learn which servers have which teacher; before a checkpoint is loaded, whose weights go there."""
         for name, view in opd.teacher_servers.items():
             held = None if view.weights is None else self.teachers[view.weights].engine
-            path = view.opd.teacher.kind.path_of_weights or self.config.model.path
             serving, key = view.opd.teacher.vllm, view.key
-            self.served[name] = ServedTeacher(self.actor.engine, handles[name], serving, key, held, path)
+            self.served[name] = ServedTeacher(self.actor.engine, servers[name], serving, key, held)
 
     def _push(self, name: str) -> None:
         """Teachers on servers have the weights ``name`` from now on (collective)."""

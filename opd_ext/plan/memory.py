@@ -167,9 +167,7 @@ def served(run: Run, server: Served) -> Phase:
         "hidden states": server.call * server.model.hidden * width,
     }
     taken = server.share * run.machine.memory - sum(needed.values())
-    return Phase(
-        SERVERS, needed | {"CUDA context, NCCL": CONTEXT, "vLLM's cache": max(0.0, taken)}, 0.0
-    )
+    return Phase(SERVERS, needed | {"CUDA context, NCCL": CONTEXT, "vLLM's cache": max(0.0, taken)}, 0.0)
 
 
 def old_log_probs(run: Run) -> Phase:

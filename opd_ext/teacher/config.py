@@ -57,7 +57,7 @@ class TeacherConfig:
     path: str | None = None  # `external`: folder or hub id of the teacher
     backend: str = "engine"  # engine: colocated; vllm: devices of its own, exact; server: verl's, sampled tokens alone
     tokenizer: str = "student"  # whose tokens `external` reads: student, which must be its own too, or own (another)
-    vllm: ServingConfig = field(default_factory=ServingConfig)
+    vllm: ServingConfig = field(default_factory=ServingConfig)  # of backend=vllm: how many, how large, how patient
     args: dict[str, Any] = field(default_factory=dict)
     """Options of a registered teacher that are no keys here; write them beside `weights`."""
 
@@ -126,4 +126,5 @@ class TeacherConfig:
 
     def __str__(self) -> str:
         detail = f"{self.kind}, own tokens" if self.foreign else str(self.kind)
-        return f"{self.weights}({detail})" if detail else self.weights
+        said = f"{self.weights}({detail})" if detail else self.weights
+        return f"{said} on vLLM" if self.backend == "vllm" else said

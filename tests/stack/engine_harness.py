@@ -103,7 +103,7 @@ class Update:
     foreign: tuple[int, ...] = ()  # places of the teachers that have tokens of their own
     kind: Teacher | None = None  # whose weights teach, where the model's name does not say
     policy_loss: str = "vanilla"  # verl's name of the policy term
-    served: bool = False  # whether teachers with weights of their own are on servers: named actors of the models' names
+    served: Any = False  # whether teachers with weights of their own are on servers; or one that is, itself
 
     @property
     def student(self) -> EngineSpec:
@@ -380,7 +380,8 @@ class Rank:
             kind = Frozen() if update.trust is None else TrustRegion(update.trust)
             kind = External(model) if name in ("t1", "t3") else update.kind or kind
             own = self.worker(EngineSpec(model, True, update.param_dtype)).engine
-            own = self.served(student, model) if update.served else own
+            if update.served:
+                own = self.served(student, model) if update.served is True else update.served
             return Tutor(kind, own, objective, name, weight, foreign=place in update.foreign)
 
         if not update.several:
@@ -388,13 +389,14 @@ class Rank:
         return tuple(tutor(m, o, f"t{i}", weight, i) for i, (m, o, weight) in enumerate(update.several))
 
     def _served(self, student: Any, model: str, weights: Any = None) -> Any:
-        """The servers of a model, as ``student`` reaches them: small requests, so that a batch takes several."""
+        """The named actors of a model, as ``student`` reaches them: small requests, so that a batch takes several."""
         from opd_ext.bridge.served_teacher import ServedTeacher
+        from opd_ext.bridge.teacher_server import Replicas
         from opd_ext.teacher.config import ServingConfig
 
-        replicas = [ray.get_actor(name) for name in ray.util.list_named_actors() if name.split(",")[0] == model]
-        path = str(self.folder / model)
-        return ServedTeacher(student, replicas, ServingConfig(tokens_per_call=40), "opd.teacher", weights, path)
+        found = [name for name in ray.util.list_named_actors() if name in (model, f"{model}, again")]
+        replicas = Replicas(str(self.folder / model.split(",")[0]), [ray.get_actor(name) for name in found])
+        return ServedTeacher(student, replicas, ServingConfig(tokens_per_call=40), "opd.teacher", weights)
 
     def _with_old_log_probs(self, update: Update, engine, batch):
         """As :class:`Update` says of ``old``, ``alone`` and ``sampler_cap``; what a pass says is kept, too."""

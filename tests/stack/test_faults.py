@@ -52,11 +52,12 @@ def processes(root: int, title: str) -> list[psutil.Process]:
         pytest.param("ray::vLLMHttpServer", "vLLMHttpServer ", [], marks=pytest.mark.slow),
         # Forked from a warm Python, the engine has no title of its own.
         pytest.param("VLLM::EngineCore", "EngineDeadError", ["opd.warm_python=false"], marks=pytest.mark.slow),
+        pytest.param("ray::TeacherServer", "TeacherServer", ["teacher_server=vllm_cpu"], marks=pytest.mark.slow),
         pytest.param("ray::WorkerDict", "trainer rank 0 is dead", [], marks=pytest.mark.slow),
         pytest.param("ray::SimpleStorageUnit", "queue 1 is dead", [], marks=pytest.mark.slow),
         pytest.param(f"{RAY}/gcs/gcs_server", "Ray's head at ", [], marks=pytest.mark.slow),
     ],
-    ids=["agent_loop", "grader", "server", "engine", "trainer", "queue", "head"],
+    ids=["agent_loop", "grader", "server", "engine", "teacher", "trainer", "queue", "head"],
 )
 def test_a_run_whose_processes_die_ends_and_says_so(world, tmp_path, title, name, extra):
     (tmp_path / "grader.py").write_text(GRADER.format(folder=tmp_path, seconds=15))
@@ -146,13 +147,28 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_the_one_before_goe
 
 
 @pytest.mark.slow
-def test_a_teachers_server_that_never_comes_up_ends_the_run_and_says_why(world, tmp_path):
+@pytest.mark.parametrize(
+    "server, flag, told",
+    [
+        (
+            "cpu_tiny",
+            "+distillation.teacher_models.teacher_model.inference.engine_kwargs.vllm.no_such_flag=1",
+            ("vLLMHttpServer vllm_server_teacher", "unrecognized arguments: --no-such-flag"),
+        ),
+        (
+            "vllm_cpu",
+            "opd.teacher.vllm.engine={no_such_flag: 1}",
+            ("The server of opd.teacher could not be started: ", "unexpected keyword argument 'no_such_flag'"),
+        ),
+    ],
+    ids=["verls", "ours"],
+)
+def test_a_teachers_server_that_never_comes_up_ends_the_run_and_says_why(world, tmp_path, server, flag, told):
     """vLLM refuses a flag that it does not have; its own words are the run's last ones."""
-    flag = "+distillation.teacher_models.teacher_model.inference.engine_kwargs.vllm.no_such_flag=1"
-    settings = ["method=opd", "teacher_server=cpu_tiny", flag, "trainer.total_training_steps=2"]
+    settings = ["method=opd", f"teacher_server={server}", flag, "trainer.total_training_steps=2"]
     words = command(tmp_path / "run", *settings)
     ended = subprocess.run(words, env=alone(world), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     said = ended.stdout + ended.stderr
     assert ended.returncode == 1, said[-3000:]
     *_, last = said.split("opd train: ")
-    assert "vLLMHttpServer vllm_server_teacher" in last and "unrecognized arguments: --no-such-flag" in last, last
+    assert all(word in last for word in told), last

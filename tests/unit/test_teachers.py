@@ -78,6 +78,23 @@ def test_initial_weights_that_never_move_are_shared_across_kinds():
     assert list(_checked(KEY, words, method="crisp").teacher_weights) == ["a"]
 
 
+def test_a_server_serves_those_of_equal_weights_and_holds_none_here_that_do_not_move():
+    words = (
+        "opd.teachers={a: {path: /models/a, backend: vllm}, b: {path: /models/a/, backend: vllm}, c: {path: /models/a},"
+        " past: {weights: ema, backend: vllm}, same: {weights: ema, backend: vllm, context: {kind: solution}}}"
+    )
+    opd = _checked(KEY, words, "actor_rollout_ref.ref.fsdp_config.model_dtype=fp32")
+    assert [(view.weights, view.server) for view in opd.views] == [
+        (None, "a"),
+        (None, "a"),
+        ("c", None),
+        ("past", "past"),
+        ("past", "past"),
+    ]
+    assert list(opd.teacher_servers) == ["a", "past"] and list(opd.teacher_weights) == ["c", "past"]
+    assert opd.backends == {"engine", "vllm"} and opd.asks
+
+
 def test_beside_a_lora_student_its_own_past_is_an_adapter_and_another_model_a_model():
     large = {"weights": "external", "path": "/models/large"}
     teachers = {"past": {"interval": 3}, "first": {"weights": "frozen"}, "now": {"weights": "live"}, "large": large}

@@ -8,6 +8,7 @@ from opd_ext.report.metrics.entries import COMPARISON, MODELS, SFT_LOG, SUMMARY,
 
 _TRAINED = "if the step trained"
 _TAUGHT = "in steps with a teacher"
+_APART = "opd.teacher.backend=vllm"
 _SEVERAL = "with opd.teachers"
 _FOREIGN = "with a teacher of another tokenizer"
 _PLACED = "with a colocated teacher"
@@ -100,6 +101,15 @@ SECTIONS: tuple[Section, ...] = (
                 "with a teacher", "a saw-tooth below interval"),
             Metric("teacher/refreshed", "0 or 1", "the weights moved after this step", "with a teacher"),
             Metric("teacher/<name>/version teacher/<name>/age teacher/<name>/refreshed", "", "of each", _SEVERAL),
+        ),
+    ),
+    Section(
+        "A teacher on a vLLM of its own", "bridge/teacher_server.py",
+        (
+            Metric("teacher/served/wait_seconds", "s", "the rank that waited longest for hidden states", _APART,
+                "a small part of timing_s/update_actor"),
+            Metric("teacher/served/bytes_per_token", "bytes", "of hidden states that came, per response token", _APART,
+                "2 x hidden size in bfloat16"),
         ),
     ),
     Section(

@@ -352,6 +352,35 @@ def test_a_served_teacher_has_gpus_of_its_own():
     assert (run.ranks, run.gpus, run.teachers) == (4, 8, ())
 
 
+def test_a_teacher_on_a_vllm_of_its_own_takes_its_memory_and_passes_there():
+    """What comes back stays here: hidden states of a mini-batch and the projection, bfloat16 both."""
+    beside, apart = (
+        plan("recipe=opd/qwen3_0_6b", "trainer.n_gpus_per_node=4", "opd.teacher.path=Qwen/Qwen3-8B", *more)
+        for more in ((), ("teacher_server=vllm_node_8xh200", "opd.teacher.vllm.tensor_parallel_size=2"))
+    )
+    assert (apart.ranks, apart.gpus, apart.teachers, apart.passes) == (4, 12, (), ())
+    assert beside.heads == apart.heads and apart.teaches
+    updates = [next(phase for phase in phases(run) if phase.name == "update").uses for run in (beside, apart)]
+    assert updates[0].pop("teacher weights") == pytest.approx(8190735360 * 2 / 4)
+    assert updates[0] == updates[1]
+    (server,) = [phase for phase in phases(apart) if phase.name == "teacher servers"]
+    assert server.uses["weights"] == 8190735360 * 2 / 2
+    assert server.uses["hidden states"] == 16384 * 4096 * 2
+    seconds = [times(run).phases for run in (beside, apart)]
+    # Twice as many devices make the same passes in half the time; what remains is the wire.
+    wire = times(apart).tokens * 4096 * 2 / 6.3e9 / 4
+    assert seconds[1]["teacher servers"] - wire == pytest.approx(seconds[0]["teacher"] / 2, rel=0.15)  # no logits there
+
+
+def test_weights_that_move_are_sent_to_their_server_as_often_as_they_move():
+    still, moving = (
+        plan("recipe=crisp/qwen3_8b", "teacher_server=vllm_node_8xh200", f"opd.teacher.interval={interval}")
+        for interval in (10**6, 1)
+    )
+    more = times(moving).phases["teacher servers"] - times(still).phases["teacher servers"]
+    assert more == pytest.approx(still.student.parameters * 2 / 6.3e9)
+
+
 def test_a_layer_saves_what_autograd_saves():
     """Storages that a layer keeps for its backward pass; log-sums and rotary tables are the per cent between them."""
     sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}

@@ -179,6 +179,13 @@ def test_devices_are_counted_where_the_run_starts(tmp_path):
         machine.check_devices(config, opd, count=lambda: 2)
 
 
+def test_devices_of_a_served_teacher_are_counted_too(tmp_path):
+    config, opd = _checked(tmp_path, "scale=node_8xh200", "teacher_server=vllm_node_8xh200")
+    machine.check_devices(config, opd, count=lambda: 8)
+    with pytest.raises(ConfigError, match="n_gpus_per_node=4 and 4 more of opd.teacher.vllm .* need 8 GPUs and 7 are"):
+        machine.check_devices(config, opd, count=lambda: 7)
+
+
 def test_a_cluster_may_have_what_this_machine_has_not(start, monkeypatch, presets_composed_once):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     status, said, _, _ = start("trainer.nnodes=2", "opd.device=cuda")

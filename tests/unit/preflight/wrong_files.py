@@ -232,6 +232,14 @@ MODELS = [
         "is more than the 256 positions of opd.teacher.path",
     ),
     wrong(
+        "a pair that is longer than a served teacher has positions",
+        lambda w: (
+            f"method=opd\nteacher_server=vllm_cpu\nopd.teacher.path={w.model(config_with(max_position_embeddings=256))}"
+        ),
+        "opd.max_pair_length=",
+        "is more than the 256 positions of opd.teacher.path",
+    ),
+    wrong(
         "heads that ranks cannot share",
         lambda w: f"{MODEL}={w.model(config_with(num_attention_heads=3, num_key_value_heads=3))}\n{SHARED}",
         "has 3 heads of queries and 3 of keys",

@@ -4,6 +4,7 @@
 from .wrong import ACTOR, ROLLOUT, wrong
 
 AGENT = f"{ROLLOUT}.agent.default_agent_loop=tool_agent"
+SERVED = "teacher_server=vllm_cpu"
 AHEAD, APART, SAMPLER = "asynchronous=one_step_off", "asynchronous=separate_cpu", "trainer.v1.sampler"
 
 VALUES = [
@@ -140,6 +141,25 @@ VALUES = [
     ),
     wrong("an annotator one step off", f"{AHEAD} method=trace", "opd.credit.annotator does not go with"),
     wrong("a served teacher one step off", f"{AHEAD} method=opd teacher_server=cpu_tiny", "backend=server does not go"),
+    wrong(
+        "the student itself on a server",
+        "opd.teacher.weights=live opd.teacher.backend=vllm",
+        "weights=live has the student's",
+        "periodic with interval=1",
+    ),
+    wrong("a server of no replicas", f"{SERVED} opd.teacher.vllm.replicas=0", "vllm.replicas=0 must be positive"),
+    wrong("a server that takes all and more", f"{SERVED} opd.teacher.vllm.gpu_memory_utilization=1.5", "(0, 1]"),
+    wrong("a server without time", f"{SERVED} opd.teacher.vllm.seconds=0", "opd.teacher.vllm.seconds=0"),
+    wrong("a server's key misspelt", f"{SERVED} opd.teacher.vllm.replica=2", "Did you mean opd.teacher.vllm.replicas?"),
+    wrong("a server of another model", f"{SERVED} opd.teacher.vllm.engine={{model:x}}", "engine.model is not free"),
+    wrong("a server without a device", "opd.teacher.backend=vllm", "num_gpus=1 has no room", "set it to 2"),
+    wrong(
+        "an adapter on a server",
+        f"{SERVED} actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.lora.merge=true",
+        "beside a LoRA student",
+        "backend=engine",
+    ),
+    wrong("a place that no teacher is asked at", "opd.teacher.backend=vlm", "opd.teacher.backend=vlm", "vllm"),
     wrong("another of verl's", "trainer.v1.trainer_mode=separate_async", "separate_async", "know nothing of a teacher"),
     wrong("two nodes on one machine", "trainer.nnodes=2", "trainer.nnodes=2", "RAY_ADDRESS"),
     wrong("sixteen ranks on a laptop", "trainer.n_gpus_per_node=16", "n_gpus_per_node=16", "num_cpus"),

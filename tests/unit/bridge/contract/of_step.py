@@ -71,7 +71,7 @@ def padding(config, queue, jagged):
 
 
 @seam(
-    "bridge/trainer.py",
+    "bridge/update.py",
     covers="_dispatch_info",
     pins={"verl.single_controller.base.worker_group:WorkerGroup.__init__": None},
 )
@@ -198,8 +198,8 @@ def current_policy(config, queue, jagged):
 
 
 @seam(
-    "bridge/trainer.py",
-    covers="OPDTrainer._update_actor",
+    "bridge/update.py",
+    covers="_update_actor",
     pins={f"{TRAINER}_update_actor": "self batch metrics"},
 )
 def update(config):
@@ -231,7 +231,7 @@ def asked_for_entropies(config):
 
 
 @seam(
-    "bridge/trainer.py",
+    "bridge/update.py",
     pins={"verl.utils.metric:reduce_metrics": "metrics", "verl.utils.metric.utils:Metric": "aggregation value="},
 )
 def sums():

@@ -85,6 +85,61 @@ def reload():
     assert "class CPUModelRunner(GPUModelRunner)" in cpu
 
 
+RELOAD = "vllm.model_executor.model_loader.reload:"
+
+
+@seam(
+    "bridge/teacher_server.py",
+    pins={
+        "vllm:LLM.encode": None,
+        "vllm:PoolingParams": None,
+        "vllm.config:PoolerConfig": None,
+        "ray:available_resources": "",
+        "ray.exceptions:GetTimeoutError": None,
+    },
+)
+def hidden_states():
+    """A language model is served as one that embeds tokens: the rows behind its last norm, in its dtype, all of them.
+
+    ``tests/stack/test_served_teacher.py`` compares them with the engine's.
+    """
+    from vllm import LLM, PoolingParams
+    from vllm.config import PoolerConfig
+
+    assert {"runner", "convert", "pooler_config", "hf_overrides"} <= set(inspect.signature(LLM).parameters)
+    assert {"pooling_params", "pooling_task", "use_tqdm"} <= set(inspect.signature(LLM.encode).parameters)
+    assert PoolerConfig(task="token_embed").task == "token_embed" and PoolingParams(use_activation=False)
+    says("vllm.model_executor.layers.pooler.tokwise.heads:TokenEmbeddingPoolerHead.forward_chunk", "use_activation:")
+    says("vllm.config.model:_get_head_dtype", 'if head_dtype == "model":')
+    adapters = (Path(vllm.__file__).parent / "model_executor/models/adapters.py").read_text()
+    assert "targets=(LogitsProcessor, ParallelLMHead)" in adapters, "a projection that is no embedding is not loaded"
+
+
+@seam(
+    "bridge/teacher_server.py",
+    pins={f"{RELOAD}initialize_layerwise_reload": "model", f"{RELOAD}finalize_layerwise_reload": None},
+)
+def reload_in_buckets():
+    """Between the two, ``load_weights`` may be called for some weights at a time; a worker takes methods of ours."""
+    reload()
+    text = (Path(vllm.__file__).parent / "v1/worker/worker_base.py").read_text()
+    assert "worker_extension_cls" in text and "__bases__" in text
+
+
+@seam(
+    "bridge/served_teacher.py",
+    pins={
+        "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.get_per_tensor_param": None,
+        "ray:put": None,
+        "ray.exceptions:GetTimeoutError": None,
+    },
+)
+def whole_weights():
+    """Weights come one by one and whole, under the names of the checkpoint."""
+    path = "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.get_per_tensor_param"
+    says(path, "param.to(device, non_blocking=True).full_tensor() if isinstance(param, DTensor) else param")
+
+
 @seam("config/scale/cpu_tiny.yaml")
 def extension_class(config):
     """``rollout.engine_kwargs.vllm.worker_extension_cls`` goes to vLLM in the place of verl's own."""

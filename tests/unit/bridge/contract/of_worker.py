@@ -215,7 +215,7 @@ def one_to_all():
 
 
 @seam(
-    "bridge/trainer.py",
+    "bridge/update.py",
     pins={
         f"{HYBRID}update_actor": "self data",
         f"{WORKERS}TrainingWorker.train_mini_batch": "self data",
