@@ -26,7 +26,7 @@ _WEIGHED = "with algorithm.rollout_correction.rollout_is"
 # fmt: off
 SECTIONS: tuple[Section, ...] = (
     Section(
-        "What was trained", "bridge/trainer.py",
+        "What was trained", "bridge/update.py",
         (
             Metric("opd/loss", "", "the whole loss of the update", _TRAINED, "finite; falls or stays small"),
             Metric("opd/grad_norm", "", "norm of the gradient before clipping", _TRAINED, "no jumps"),
