@@ -19,4 +19,10 @@ for seed in ${SEEDS:-1}; do
     opd train --config-dir examples/several_teachers/config method=specialists scale=cpu_tiny opd.seed="$seed" \
         opd.run_dir="$SPECIALISTS/student-$seed" "$@"
     opd report "$SPECIALISTS/student-$seed"
+    for family in sums products chains; do
+        opd eval "$SPECIALISTS/student-$seed" --against "$SPECIALISTS/$family" --scale cpu_tiny --n 8 \
+            --on "$SPECIALISTS/$family-test.parquet" --out "$SPECIALISTS/eval-$seed-$family"
+    done
 done
+# shellcheck disable=SC2086  # several seeds are several words
+python examples/several_teachers/table.py "$SPECIALISTS" ${SEEDS:-1}

@@ -152,13 +152,13 @@ class ServedTeacher:
         if self.weights is None:
             return
         self.version += 1
-        first = torch.distributed.get_rank() == 0
+        first, unserved = torch.distributed.get_rank() == 0, self._own_projection(self.weights.module)
         bucket: dict[str, Any] = {}
         size, loading = 0, []
         if first:
             self._all("begin_reload")
         for name, tensor in self.weights.get_per_tensor_param()[0]:
-            if not first or name == self._own_projection:
+            if not first or name == unserved:
                 continue
             content = packed(tensor.to(self.weights.compute_dtype) if tensor.is_floating_point() else tensor)
             if bucket and size + content[0].nbytes > BUCKET:
@@ -170,10 +170,9 @@ class ServedTeacher:
             self._answered(*self._load(bucket))
             self._all("finish_reload", self.version)
 
-    @property
-    def _own_projection(self) -> str | None:
+    @staticmethod
+    def _own_projection(module: torch.nn.Module) -> str | None:
         """The name of a projection that is no embedding as well: servers have none."""
-        module = self.weights.module
         head = module.get_output_embeddings().weight
         if head is module.get_input_embeddings().weight:
             return None

@@ -88,10 +88,20 @@ class TeacherServer:
         from vllm.config import PoolerConfig
 
         self.version = 0
-        self._engine = LLM(**arguments, pooler_config=PoolerConfig(task="token_embed"))
+        self._fault: Exception | None = None
+        try:
+            self._engine = LLM(**arguments, pooler_config=PoolerConfig(task="token_embed"))
+        except Exception as error:  # of an actor that is not even made, Ray tells a whole traceback and no cause
+            self._fault = error
 
     def ready(self) -> None:
-        """Answers as soon as the model is loaded."""
+        """Answers as soon as the model is loaded.
+
+        Raises:
+            Exception: vLLM's own, if it cannot be.
+        """
+        if self._fault is not None:
+            raise self._fault
 
     def hidden(self, sequences: Sequence[np.ndarray], counts: Sequence[int], version: int) -> Packed:
         """The rows that predict the last ``counts[i]`` tokens of sequence i, end to end.
@@ -157,6 +167,7 @@ def engine_arguments(serving: ServingConfig, config: DictConfig, path: str) -> d
         "convert": "embed",
         "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(compute, compute),
         "tensor_parallel_size": serving.tensor_parallel_size,
+        "distributed_executor_backend": "mp" if serving.tensor_parallel_size > 1 else "uni",  # no actors of vLLM's own
         "gpu_memory_utilization": serving.gpu_memory_utilization,
         "max_model_len": length,
         "max_num_batched_tokens": max(length, min(serving.tokens_per_call, 16384)),

@@ -63,12 +63,15 @@ def test_the_last_step_leaves_no_batch_behind(crisp):
 
 @pytest.mark.slow
 def test_a_step_has_the_prompts_of_a_synchronous_run(train, crisp, tmp_path):
-    """Names and seeds are of the step that trains: the first one, whose policy is the same, has the same rollouts."""
+    """Names and seeds are of the step that trains: the first one, whose lag is 0, is the same to the bit."""
     train(tmp_path / "sync", f"trainer.total_training_steps={STEPS}", MOVES)
     for step in range(1, STEPS + 1):
         assert asked(tmp_path / "sync", step) == asked(crisp[0], step)
     first = [(run / "generations" / "train_1.jsonl").read_text() for run in (tmp_path / "sync", crisp[0])]
     assert first[0] == first[1]
+    for ours, theirs in zip(*(shards(run, 1, "actor") for run in (tmp_path / "sync", crisp[0])), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.slow

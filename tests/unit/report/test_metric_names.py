@@ -165,7 +165,7 @@ def emitted(tmp_path_factory) -> dict[str, set[str]]:
     log = objective_metrics() | rollout_metrics() | annotation_names() | context_metrics()
     log |= schedule_metrics()
     log |= {f"{PREFIX}{alarm}" for alarm in ALARMS}
-    for module in ("trainer", "one_step_off", "staleness", "evaluation", "teacher_inputs"):
+    for module in ("trainer", "update", "one_step_off", "staleness", "evaluation", "teacher_inputs", "teacher_server"):
         log |= written_names(f"bridge/{module}.py")
     return {LOG: log, **report_columns(tmp_path_factory.mktemp("runs"))}
 
