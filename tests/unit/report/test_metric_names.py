@@ -20,7 +20,7 @@ import torch
 
 from opd_ext.alarms.config import ALARMS
 from opd_ext.alarms.record import PREFIX
-from opd_ext.bridge import failures, rollouts, schedule
+from opd_ext.bridge import failures, rollouts, schedule, teacher_server
 from opd_ext.checkpoints.layout import TrainerState
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.teachers import NamedTeacher
@@ -163,9 +163,9 @@ def stored_keys(tree: ast.AST) -> list[ast.expr]:
 def emitted(tmp_path_factory) -> dict[str, set[str]]:
     """File -> the names that are written to it."""
     log = objective_metrics() | rollout_metrics() | annotation_names() | context_metrics()
-    log |= schedule_metrics()
+    log |= schedule_metrics() | set(teacher_server.traffic([(0.5, 512, 2)]))
     log |= {f"{PREFIX}{alarm}" for alarm in ALARMS}
-    for module in ("trainer", "update", "one_step_off", "staleness", "evaluation", "teacher_inputs", "teacher_server"):
+    for module in ("trainer", "update", "one_step_off", "staleness", "evaluation", "teacher_inputs"):
         log |= written_names(f"bridge/{module}.py")
     return {LOG: log, **report_columns(tmp_path_factory.mktemp("runs"))}
 
