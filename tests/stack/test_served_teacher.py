@@ -26,7 +26,7 @@ from tests.stack.replay import in_prompt_order, replay
 from tests.stack.test_engine import DIVERGENCES, METHODS, MIXED, SAMPLES, SOME
 
 # Two float32 computations of the same hidden states, of unit scale after the last norm, by other kernels: measured
-# 3e-6 there, and below 1e-6 in a mean over tokens. The bound that issue and docs name is 1e-5.
+# 3e-6 there, and below 1e-6 in a mean over tokens. The bound that docs/teachers.md names.
 EXACT = 1e-5
 NARROW = "wide, narrow"  # in bfloat16
 SERVED = ("untied_teacher", "untied_teacher, again", "tied_teacher", "wide", NARROW)
