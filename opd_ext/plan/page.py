@@ -15,9 +15,9 @@ from opd_ext.plan.advice import FULL, advice
 from opd_ext.plan.disk import checkpoint_bytes, on_disk
 from opd_ext.plan.machines import GiB
 from opd_ext.plan.memory import machine_uses, phases
-from opd_ext.plan.run import Run, read_run, served_gpus
+from opd_ext.plan.run import Run, read_run
 from opd_ext.plan.shapes import UNKNOWN
-from opd_ext.plan.teachers import unsized
+from opd_ext.plan.teachers import served_gpus, unsized
 from opd_ext.plan.timing import Times, times
 from opd_ext.report.methods import describe
 from opd_ext.terminal import terminal

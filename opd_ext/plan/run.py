@@ -19,7 +19,7 @@ from opd_ext.data.catalogue import set_name
 from opd_ext.errors import ConfigError
 from opd_ext.plan.machines import Machine, machine
 from opd_ext.plan.shapes import DTYPE_BYTES, ModelShape, model_shape
-from opd_ext.plan.teachers import Served, asked, models, moving, projections, prompt, servers
+from opd_ext.plan.teachers import Served, asked, models, moving, projections, prompt, served_gpus, servers
 from opd_ext.protocol import ValidationConfig
 
 # Mean tokens of a response where nobody says: of a model that thinks, most of a short limit; of another a quarter.
@@ -282,13 +282,6 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         kept=kept,
         run_dir=opd.run_dir,
     )
-
-
-def served_gpus(config: DictConfig, opd: OPDConfig) -> tuple[int, int] | None:
-    """Nodes and GPUs per node of verl's teacher servers, which are none of the trainer's."""
-    if "server" not in opd.backends or not config.distillation.enabled:
-        return None
-    return config.distillation.nnodes, config.distillation.n_gpus_per_node
 
 
 def _sharding(engine: DictConfig, ranks: int) -> Sharding:
