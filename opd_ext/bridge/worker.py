@@ -151,8 +151,9 @@ class OPDWorker(ActorRolloutRefWorker):
 
     def _push(self, name: str) -> None:
         """Teachers on servers have the weights ``name`` from now on (collective)."""
+        held = self.teachers.get(name)  # else an adapter, which is not served
         for served in self.served.values():
-            if served.weights is not None and served.weights is self.teachers[name].engine:
+            if held is not None and served.weights is held.engine:
                 served.push()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -50,7 +50,8 @@ class Hybrid:
         self.engine.engine_config.infer_max_token_len_per_gpu = 80
         self.teacher = TeacherAdapter(self.engine, moves=True)
         self.worker = object.__new__(OPDWorker)  # without a rollout
-        vars(self.worker).update(actor=SimpleNamespace(engine=self.engine), teachers={}, adapters={"": self.teacher})
+        vars(self.worker).update(actor=SimpleNamespace(engine=self.engine), teachers={}, served={})
+        self.worker.adapters = {"": self.teacher}
         self.own = functools.partial(trained_tensors, self.engine.module)
 
     def disturb(self):
