@@ -20,6 +20,7 @@ import ray
 import torch
 from omegaconf import DictConfig, OmegaConf
 from ray.exceptions import GetTimeoutError, RayError
+from verl.utils.torch_dtypes import PrecisionType
 
 from opd_ext.bridge.first_cause import first_cause, session_roots
 from opd_ext.config.schema import OPDConfig
@@ -165,12 +166,12 @@ def engine_arguments(serving: ServingConfig, config: DictConfig, path: str) -> d
         "model": path,
         "runner": "pooling",
         "convert": "embed",
-        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(compute, compute),
+        "dtype": PrecisionType.to_dtype(compute),
         "tensor_parallel_size": serving.tensor_parallel_size,
         "distributed_executor_backend": "mp" if serving.tensor_parallel_size > 1 else "uni",  # no actors of vLLM's own
         "gpu_memory_utilization": serving.gpu_memory_utilization,
         "max_model_len": length,
-        "max_num_batched_tokens": max(length, min(serving.tokens_per_call, 16384)),
+        "max_num_batched_tokens": max(length, serving.tokens_per_call),
         "enable_prefix_caching": False,  # rows of a cached prefix are not computed, and would be missing
         "trust_remote_code": bool(model.get("trust_remote_code")),
         "seed": config.opd.seed,

@@ -29,7 +29,6 @@ from opd_ext.teacher.kinds import NoTeacher, Teacher
 if TYPE_CHECKING:
     from opd_ext.bridge.engine import OPDEngine
 
-
 LESSON = "lesson"
 """Column of a batch: which of the teachers a sample has, by its place. Absent where there is one."""
 

@@ -299,7 +299,8 @@ class OPDTrainer(PPOTrainer):
     def _load_checkpoint(self) -> None:
         saving.prepare(self)
         self.teacher_servers = teacher_server.start(self.opd, self.config)
-        self.actor_rollout_wg.reach_servers(self.opd, self.teacher_servers)
+        if self.teacher_servers:
+            self.actor_rollout_wg.reach_servers(self.opd, self.teacher_servers)
         super()._load_checkpoint()
         files.drop_lines_after(self.run_dir / "metrics.jsonl", self.global_steps)
         if self.global_steps > 0:

@@ -65,9 +65,14 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
             continue
         backends = {view.opd.teacher.backend for view in opd.views if view.opd.teacher.path == path}
         described = check_config(key, teacher, config, findings, served=backends == {"server"})
+        headers = check_weights(key, teacher)
         if "vllm" in backends:
             check_length(described, f"{key}={teacher}", "opd.max_pair_length", config)
-        check_weights(key, teacher)
+            if not headers and Path(teacher).is_dir():
+                raise ConfigError(
+                    f"{key}={teacher} has no safetensors, of which backend=vllm reads the projection alone: save the "
+                    "model in that format (save_pretrained does)."
+                )
         teachers = load_tokenizer(key, teacher, trusted)
         if path not in foreign:
             compare_ends(tokenizer, teachers, student, teacher, findings)

@@ -44,7 +44,11 @@ class ServingConfig:
             )
 
 
-_OWN_ARGUMENTS = {"model", "runner", "convert", "pooler_config", "task", "tensor_parallel_size"}
+# Of the engine: what is served and how it is read, and what moves its weights.
+_OWN_ARGUMENTS = {
+    *("model", "runner", "convert", "pooler_config", "hf_overrides", "enable_prefix_caching"),
+    *("tensor_parallel_size", "worker_extension_cls"),
+}
 
 
 @dataclass

@@ -57,8 +57,8 @@ def test_a_folder_without_weights_says_what_it_looked_for(tmp_path):
 def test_the_server_computes_as_the_run_says_and_sees_the_whole_pair():
     config = compose_config(["recipe=crisp/qwen3_8b"])
     found = engine_arguments(ServingConfig(engine={"quantization": "fp8"}), config, "/models/teacher")
-    assert (found["model"], found["dtype"], found["quantization"]) == ("/models/teacher", "bfloat16", "fp8")
+    assert (found["model"], found["dtype"], found["quantization"]) == ("/models/teacher", torch.bfloat16, "fp8")
     assert found["max_model_len"] == config.opd.max_pair_length <= found["max_num_batched_tokens"]
     assert found["hf_overrides"] == {"head_dtype": "model"} and not found["enable_prefix_caching"]
     small = compose_config(["method=crisp", "scale=cpu_tiny"])
-    assert engine_arguments(ServingConfig(), small, "/models/teacher")["dtype"] == "float32"
+    assert engine_arguments(ServingConfig(), small, "/models/teacher")["dtype"] is torch.float32

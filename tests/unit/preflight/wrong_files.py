@@ -17,6 +17,11 @@ def _lower_case(folder: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
 
 
+def _in_an_older_format(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def _without_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
@@ -238,6 +243,12 @@ MODELS = [
         ),
         "opd.max_pair_length=",
         "is more than the 256 positions of opd.teacher.path",
+    ),
+    wrong(
+        "weights of which a projection cannot be read alone",
+        lambda w: f"method=opd\nteacher_server=vllm_cpu\nopd.teacher.path={w.model(_in_an_older_format)}",
+        "opd.teacher.path=",
+        "has no safetensors",
     ),
     wrong(
         "heads that ranks cannot share",

@@ -95,6 +95,7 @@ RELOAD = "vllm.model_executor.model_loader.reload:"
         "vllm:PoolingParams": None,
         "vllm.config:PoolerConfig": None,
         "ray:available_resources": "",
+        "verl.utils.torch_dtypes:PrecisionType.to_dtype": None,
         "ray.exceptions:GetTimeoutError": None,
     },
 )
