@@ -6,7 +6,6 @@ import hashlib
 import shutil
 import subprocess
 import tarfile
-import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -251,10 +250,8 @@ def test_a_tool_that_fails_is_told_to_the_model_and_counted(config):
         (works, {"arguments": "{"}, "Invalid JSON in arguments for 'price'"),
         (hangs, {"seconds": 0.05}, "Error executing tool 'price': it took longer than 0.05 s"),
     ):
-        began = time.monotonic()
         text, rollout = _call(config, tool, **settings)
         assert text.startswith(wanted) and (rollout.calls, rollout.failures) == (1, 1)
-        assert time.monotonic() - began < 10
 
 
 def test_a_request_outside_a_rollout_goes_through_as_it_is():

@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from opd_ext import train
-from opd_ext.bridge import inputs, validation  # noqa: F401 (verl is loaded before anything is timed)
+from opd_ext.bridge import inputs, validation  # noqa: F401 (verl is loaded once)
 from opd_ext.tinymath.shipped import FOLDER
 
 

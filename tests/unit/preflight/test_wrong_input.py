@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -33,15 +32,12 @@ def test_wrong_input_is_one_sentence_before_anything_is_started(case, world, sta
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     words = case.words(world) if callable(case.words) else case.words
-    began = time.process_time()  # of this process: a machine may be busy
     status, said, started, _ = start(*words)
-    seconds = time.process_time() - began
     assert (status, started) == (2, []), said
     refusal = [line for line in said.splitlines() if line.startswith("opd train: ")]
     assert len(refusal) == 1 and said.rstrip().endswith(refusal[0]), said
     assert all(words in refusal[0] for words in case.says), refusal[0]
     assert "Traceback" not in said and refusal[0].endswith((".", "?"))
-    assert seconds < 5, f"{seconds:.1f} s"
 
 
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
