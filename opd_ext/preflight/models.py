@@ -68,6 +68,11 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
         headers = check_weights(key, teacher)
         if "vllm" in backends:
             check_length(described, f"{key}={teacher}", "opd.max_pair_length", config)
+            if trusted and getattr(described, "auto_map", None):
+                raise ConfigError(
+                    f"{key}={teacher} is built by code of its own, in which backend=vllm does not look for the "
+                    "projection: take backend=engine, the teacher beside the student."
+                )
             if not headers and Path(teacher).is_dir():
                 raise ConfigError(
                     f"{key}={teacher} has no safetensors, of which backend=vllm reads the projection alone: save the "

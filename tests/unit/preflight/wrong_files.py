@@ -251,6 +251,16 @@ MODELS = [
         "has no safetensors",
     ),
     wrong(
+        "a served teacher with code of its own",
+        lambda w: (
+            "method=opd\nteacher_server=vllm_cpu\nactor_rollout_ref.model.trust_remote_code=true\n"
+            f"opd.teacher.path={w.model(config_with(auto_map={'AutoModelForCausalLM': 'modeling.Mine'}))}"
+        ),
+        "opd.teacher.path=",
+        "code of its own",
+        "backend=engine",
+    ),
+    wrong(
         "heads that ranks cannot share",
         lambda w: f"{MODEL}={w.model(config_with(num_attention_heads=3, num_key_value_heads=3))}\n{SHARED}",
         "has 3 heads of queries and 3 of keys",
