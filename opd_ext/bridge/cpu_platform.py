@@ -6,6 +6,7 @@ and "gloo" and keeps the Ray resource ``GPU``: Ray is told of pretend accelerato
 placement groups, ranks and replicas are laid out exactly as on a node with real ones.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,10 +38,22 @@ def _resident_bytes(*_: Any) -> int:
     return psutil.Process().memory_info().rss
 
 
+def _trim(*_: Any) -> None:
+    """Give back to the system what the process has freed.
+
+    glibc keeps freed pieces of up to 32 MiB, and between what lives longer they add up: in sixty steps a trainer of
+    135 million weights grew by a fifth. verl empties its device's cache before and after it sends weights.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and return it by themselves
+    if trim is not None:
+        trim(0)
+
+
 class _CPUDeviceModule(ModuleType):
     """The part of the ``torch.cuda`` namespace that verl calls, answered for host memory and one device.
 
-    "Allocated" memory is the resident set of this process (bytes); freeing, caching and IPC have no meaning here.
+    "Allocated" memory is the resident set of this process (bytes), and the cache is that of the C library; IPC has no
+    meaning here.
     """
 
     memory_allocated = staticmethod(_resident_bytes)
@@ -89,7 +102,8 @@ class _CPUDeviceModule(ModuleType):
     def _nothing(*_: Any, **__: Any) -> None:
         return None
 
-    empty_cache = synchronize = set_device = ipc_collect = reset_peak_memory_stats = _nothing
+    empty_cache = staticmethod(_trim)
+    synchronize = set_device = ipc_collect = reset_peak_memory_stats = _nothing
 
 
 class PlatformCPU(PlatformBase):
@@ -139,7 +153,7 @@ class PlatformCPU(PlatformBase):
         return None
 
     def empty_cache(self) -> None:
-        return None
+        _trim()
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None

@@ -17,7 +17,6 @@ os.environ["VERL_PLATFORM"] = "cpu"  # before verl settles its platform in this 
 from opd_ext import files
 from opd_ext.bridge import checkpoint, rollouts, saving
 from opd_ext.bridge.agent_loop import rollout_seed
-from opd_ext.bridge.cpu_platform import own_socket
 from opd_ext.bridge.runner import check_folder
 from opd_ext.checkpoints.layout import CheckpointError, TrainerState, shards_per_replica
 from opd_ext.config import schema
@@ -198,19 +197,6 @@ def test_a_response_is_truncated_if_it_used_its_limit_without_an_end():
     assert rollouts.is_truncated([5, 5, 5], stops, 3) and not rollouts.is_truncated([5, 5, 4], stops, 3)
     assert not rollouts.is_truncated([5, 5, 2], stops, 3)
     assert not rollouts.is_truncated([5, 5], stops, 3) and not rollouts.is_truncated([], stops, 3)
-
-
-def test_two_runs_on_one_machine_exchange_no_weights(monkeypatch):
-    """Ray numbers the jobs of every local instance alike, and verl names the socket for weights after the job."""
-    handle = "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
-    names = []
-    for run in ("a1", "b2"):
-        monkeypatch.setenv("OPD_RUN", run)
-        names.append(own_socket(handle))
-        assert own_socket(handle) == names[-1]
-    assert len({handle, *names}) == 3
-    monkeypatch.delenv("OPD_RUN")
-    assert own_socket(handle) == handle
 
 
 def _row(index, acc):
