@@ -61,9 +61,9 @@ def phases(run: Run) -> list[Phase]:
 def machine_uses(run: Run) -> dict[str, float]:
     """Bytes of a whole run on one CPU machine at its worst moment; vLLM does not sleep there.
 
-    What a trainer frees in pieces below 32 MiB, glibc keeps until verl empties the device's cache, after the update: the
-    working tensors are there twice. vLLM's worker has its weights twice, as they came and packed for the processor's
-    products, and receives them in a bucket.
+    What a trainer frees in pieces below 32 MiB, glibc keeps until verl empties the device's cache, behind the update:
+    the working tensors are there twice. vLLM's worker has its weights twice, as they came and packed for the
+    processor's products, and receives them in a bucket.
     """
     phase = update(run)
     working = phase.bytes - sum(states(run, gradients=True, updating=True)[0].values()) - PROCESS
