@@ -83,8 +83,9 @@ def judge(arms: Mapping[str, Arm]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table of arms and the table of comparisons.
 
     Returns:
-        One row per arm, the base first: ``arm``, ``seeds``, ``step``, ``accuracy`` (percent) and ``tokens``, each with
-        ``_low`` and ``_high``. One row per comparison, each control's and the base's with the method: ``against``,
+        One row per arm, the base first: ``arm``, ``seeds``, ``step``, ``generated`` (thousands of tokens in the
+        rollouts of a run), ``accuracy`` (percent) and ``tokens``, the last two with ``_low`` and ``_high``. One row per
+        comparison, each control's and the base's with the method: ``against``,
         ``outcome``, ``difference`` (method minus the other, points or tokens) with bounds, ``p``, ``p_holm``,
         and ``shown``: +1 the method is better, -1 the other is, 0 neither is shown.
     """
@@ -97,7 +98,7 @@ def judge(arms: Mapping[str, Arm]) -> tuple[pd.DataFrame, pd.DataFrame]:
     }
     draws = {name: {o: resampled(values, counts, rng) for o, values in found.items()} for name, found in final.items()}
     table = [
-        {"arm": name, "seeds": len(arm.seeds), "step": arm.last}
+        {"arm": name, "seeds": len(arm.seeds), "step": arm.last, "generated": arm.costs.get("generated", 0.0)}
         | {k: v for o in OUTCOMES for k, v in with_bounds(o, float(final[name][o].mean()), draws[name][o]).items()}
         for name, arm in arms.items()
     ]
@@ -163,13 +164,14 @@ def _words(name: object) -> str:
 
 def tables(table: pd.DataFrame, comparisons: pd.DataFrame) -> list[list[list[str]]]:
     """Both tables as cells, head first."""
-    arms = [["arm", "seeds", "last step", "accuracy %", "tokens"]]
+    arms = [["arm", "seeds", "last step", "generated, k", "accuracy %", "tokens"]]
     for _, row in table.iterrows():
         accuracy, tokens = (
             f"{row[o]:.1f} [{row[f'{o}_low']:.1f}, {row[f'{o}_high']:.1f}]" if math.isfinite(row[o]) else "-"
             for o in OUTCOMES
         )
-        arms.append([_words(row["arm"]), str(row["seeds"]), str(row["step"]), accuracy, tokens])
+        counts = [str(row["seeds"]), str(row["step"]), f"{row['generated']:.1f}"]
+        arms.append([_words(row["arm"]), *counts, accuracy, tokens])
     differences = [["method minus", "outcome", "difference", "p", "p, Holm", "method is"]]
     better = {1: "better", 0: "not shown to differ", -1: "worse"}
     for _, row in comparisons.iterrows():

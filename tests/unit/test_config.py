@@ -46,7 +46,8 @@ def test_a_chunk_of_the_head_has_rows_by_device(scale, chosen, rows, presets_com
 @pytest.mark.parametrize("method", ["grpo", "cispo"])
 def test_what_verl_fuses_for_its_own_losses_is_allowed_there(method, presets_composed_once):
     fused = "actor_rollout_ref.model.use_fused_kernels=true"
-    check(f"method={method}", "scale=node_8xh200", "opd.head.fp32=false", "opd.selftest=false", fused, *PATHS)
+    opd = check(f"method={method}", "scale=node_8xh200", "opd.head.fp32=false", "opd.selftest=false", fused, *PATHS)
+    assert (opd.method, opd.distils) == (method, False)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -54,7 +55,8 @@ def test_what_verl_fuses_for_its_own_losses_is_allowed_there(method, presets_com
 def test_ranks_may_share_the_sequences_of_every_method(method, size, presets_composed_once):
     shared = f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={size}"
     adapter = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora.merge=true"]
-    check(f"method={method}", "scale=node_8xh200", shared, *(adapter if method == "exopd" else ()), *PATHS)
+    opd = check(f"method={method}", "scale=node_8xh200", shared, *(adapter if method == "exopd" else ()), *PATHS)
+    assert opd.method == method
 
 
 def test_groups_of_ranks_and_not_ranks_divide_a_mini_batch(presets_composed_once):

@@ -29,10 +29,12 @@ def address(server: socket.socket) -> str:
 def test_a_head_that_is_gone_interrupts_what_waits_and_is_named(head):
     where = address(head)
     threading.Timer(0.1, head.close).start()
+    began = time.monotonic()
     with pytest.raises(RunError, match=rf"^Ray's head at {where} has not answered for .*last checkpoint\.$"):
         with head_watched(lambda: where, EVERY):
             time.sleep(20)
             pytest.fail("nothing interrupted it")
+    assert time.monotonic() - began > 0.2, "it had no time to come back"
 
 
 def test_a_head_that_comes_back_in_time_is_not_lost(head):

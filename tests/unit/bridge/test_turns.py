@@ -241,6 +241,7 @@ def test_a_tool_that_fails_is_told_to_the_model_and_counted(config):
 
     async def hangs(instance, arguments, agent_data):
         await asyncio.sleep(60)
+        pytest.fail("it was waited for")
 
     text, rollout = _call(config, works)
     assert (text, rollout.calls, rollout.failures) == ("17", 1, 0)

@@ -126,6 +126,9 @@ def test_a_study_is_written_whole(study):
     assert content["not_applicable"] == {"constant_weight": "why not"}
     assert "random places" in console.export_text() and (study / "controls.png").stat().st_size > 1000
     assert {row["against"] for row in content["against"]} == {"base", "random_places", "instruction_alone"}
+    generated = {row["arm"]: row["generated"] for row in content["arms"]}
+    whole = 20 * 64 * 50 / 1000  # steps, rollouts and their mean tokens
+    assert generated == {"base": 0, "method": whole, "random_places": whole, "instruction_alone": 0}
 
 
 def test_other_problems_are_refused(study):
