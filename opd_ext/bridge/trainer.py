@@ -298,8 +298,7 @@ class OPDTrainer(PPOTrainer):
 
     def _load_checkpoint(self) -> None:
         saving.prepare(self)
-        idle = self.config.trainer.val_only  # validation asks no teacher
-        self.teacher_servers = {} if idle else teacher_server.start(self.opd, self.config)
+        self.teacher_servers = teacher_server.start(self.opd, self.config)
         if self.teacher_servers:
             self.actor_rollout_wg.reach_servers(self.opd, self.teacher_servers)
         super()._load_checkpoint()

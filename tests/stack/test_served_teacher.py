@@ -252,6 +252,3 @@ def test_a_server_without_a_place_ends_the_run_in_one_sentence(train, tmp_path):
     *_, last = (ended.stdout + ended.stderr).split("opd train: ")
     assert ended.returncode == 1 and "The server of opd.teacher has not come up" in last, last
     assert "it asks for 1 x 4 devices, and Ray has 3 to give" in last, last
-    # Validation asks no teacher, so that none is started.
-    train(tmp_path / "validated", *settings, "opd.teacher.vllm.start_seconds=10", "trainer.val_only=true")
-    assert not metrics(tmp_path / "validated") and len(metrics(tmp_path / "validated", "val")) == 1
