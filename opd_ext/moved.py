@@ -22,6 +22,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "opd_ext.objective.divergence": ("opd_ext.divergence.divergences", "opd_ext.divergence.sampled"),
     "opd_ext.objective.loss": (
         "opd_ext.objective.objective",
+        "opd_ext.objective.batch",
         "opd_ext.objective.metrics",
         "opd_ext.divergence.config",
         "opd_ext.divergence.sampled",

@@ -11,7 +11,7 @@ from verl.utils.metric.utils import Metric
 
 from opd_ext.bridge import old_policy
 from opd_ext.objective.alignment import packed_response_rows
-from opd_ext.objective.objective import MicroBatch, PolicyTerm, Shape
+from opd_ext.objective.batch import MicroBatch, PolicyTerm, Shape
 from opd_ext.objective.shares import Share
 
 

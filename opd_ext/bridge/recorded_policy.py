@@ -26,7 +26,7 @@ from opd_ext.bridge import old_policy
 from opd_ext.bridge.advantages import weighed
 from opd_ext.bridge.layout import packed_rows, policy_term
 from opd_ext.config.old_policy import sampler_cap
-from opd_ext.objective.objective import PolicyTerm
+from opd_ext.objective.batch import PolicyTerm
 from opd_ext.policy import PolicyConfig
 
 Rows = Sequence[Mapping[str, Any]]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd_ext.config.old_policy import corrects_beyond_tokens, old_log_probs, sampler_cap, updates
 from opd_ext.inspection.methods import CannotApply, Method
-from opd_ext.objective.objective import PolicyTerm, Shape
+from opd_ext.objective.batch import PolicyTerm, Shape
 from opd_ext.ratios import importance_clip
 
 if TYPE_CHECKING:

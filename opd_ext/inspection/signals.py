@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd_ext.objective.objective import MicroBatch, Objective, PolicyTerm, Terms
+from opd_ext.objective.batch import MicroBatch, PolicyTerm, Terms
+from opd_ext.objective.objective import Objective
 from opd_ext.teacher.kinds import TeacherOutput
 
 SHOWN = 5  # likeliest tokens

@@ -19,8 +19,9 @@ from opd_ext.inspection.methods import CannotApply, Method
 from opd_ext.inspection.models import LocalModel
 from opd_ext.inspection.policy import AppliedPolicy, PolicySignals
 from opd_ext.inspection.signals import SHOWN, Likeliest, Signals, likeliest, method_signals
+from opd_ext.objective.batch import MicroBatch
 from opd_ext.objective.byte_spans import SpanScores, joined, score, unspoken
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.objective import Objective
 from opd_ext.teacher.kinds import TeacherOutput
 
 MICRO_BATCH = 4096  # response tokens, at most, unless one response is longer

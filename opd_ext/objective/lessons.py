@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opd_ext.objective.batch import MicroBatch, PolicyTerm, Terms
 from opd_ext.objective.byte_spans import SpanScores
 from opd_ext.objective.chunks import Side
 from opd_ext.objective.head import GradientSum
-from opd_ext.objective.objective import MicroBatch, Objective, PolicyTerm, Terms
+from opd_ext.objective.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
-        "Per token: student, teacher, divergence", "objective/objective.py",
+        "Per token: student, teacher, divergence", "objective/metrics.py",
         (
             Metric("opd/divergence", "nats", "divergence of student and teacher per distilled token; on the sampled "
                 "token the difference of log-probs", _TAUGHT,
@@ -113,7 +113,7 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
-        "Several teachers", "objective/objective.py",
+        "Several teachers", "objective/metrics.py",
         (
             Metric("teacher/<name>/divergence", "nats", "divergence from it, on its tokens", _SEVERAL, "falls"),
             Metric("teacher/<name>/entropy", "nats", "its entropy on these tokens", f"{_SEVERAL}; colocated"),

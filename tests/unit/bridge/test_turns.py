@@ -19,7 +19,8 @@ from opd_ext.bridge.inputs import next_turn
 from opd_ext.bridge.turns import ROLLOUT, OPDToolAgentLoop, TurnClient, Turns
 from opd_ext.divergence.config import Branch
 from opd_ext.divergence.sampled import Surrogate
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.batch import MicroBatch
+from opd_ext.objective.objective import Objective
 from opd_ext.policy import Shaping
 from tests.unit.bridge.contract.seams import bare
 from tests.unit.bridge.transcripts import LIMIT, TOOLS, check, play

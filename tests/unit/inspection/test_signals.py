@@ -8,7 +8,8 @@ from opd_ext.divergence.config import Branch
 from opd_ext.divergence.sampled import Surrogate
 from opd_ext.inspection.signals import likeliest, method_signals
 from opd_ext.inspection.survey import forks
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.batch import MicroBatch
+from opd_ext.objective.objective import Objective
 from opd_ext.teacher.kinds import TeacherOutput
 
 LENGTHS, V, H = [5, 1, 7], 11, 6

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from opd_ext.divergence.sampled import Surrogate
+from opd_ext.objective.batch import MicroBatch
 from opd_ext.objective.byte_spans import SpanScores, joined, score, unspoken
 from opd_ext.objective.chunks import Side
 from opd_ext.objective.lessons import Lesson, taught
 from opd_ext.objective.metrics import means
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.objective import Objective
 
 LENGTHS = [3, 5, 2, 4]
 N, V, H = sum(LENGTHS), 11, 6

@@ -7,7 +7,8 @@ import torch
 from opd_ext.credit.credits import CreditInputs, get_credit, position_weights
 from opd_ext.divergence.divergences import forward_kl, get_divergence, reverse_kl, topk_divergence
 from opd_ext.divergence.sampled import Surrogate, clipped_surrogate, sampled_advantage
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.batch import MicroBatch
+from opd_ext.objective.objective import Objective
 from opd_ext.objective.reduction import token_weights
 from opd_ext.ratios import importance_clip
 

@@ -7,7 +7,8 @@ import torch
 from opd_ext.credit.placement import get_placement, moved_spans, placement_names
 from opd_ext.divergence.config import DivergenceConfig
 from opd_ext.divergence.sampled import Surrogate
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.batch import MicroBatch
+from opd_ext.objective.objective import Objective
 
 LENGTHS = [7, 30, 1, 12]
 

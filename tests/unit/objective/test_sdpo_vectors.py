@@ -7,8 +7,9 @@ import torch
 from opd_ext.divergence.config import Branch
 from opd_ext.divergence.divergences import forward_kl, get_divergence, log_probs
 from opd_ext.divergence.sampled import clipped_surrogate, sampled_advantage
+from opd_ext.objective.batch import MicroBatch
 from opd_ext.objective.head import divergence_head
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.objective import Objective
 from opd_ext.objective.reduction import batch_counts, token_weights
 from opd_ext.ratios import importance_clip
 from opd_ext.teacher.weights import ema_shards

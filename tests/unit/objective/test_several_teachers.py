@@ -9,10 +9,11 @@ from torch.overrides import TorchFunctionMode
 
 from opd_ext.divergence.config import Branch
 from opd_ext.divergence.sampled import Surrogate
+from opd_ext.objective.batch import MicroBatch
 from opd_ext.objective.chunks import Side
 from opd_ext.objective.lessons import Lesson, taught
 from opd_ext.objective.metrics import means
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.objective import Objective
 from opd_ext.policy import Shaping
 
 LENGTHS = [3, 0, 5, 1, 4, 2, 6]

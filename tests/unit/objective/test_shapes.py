@@ -13,8 +13,9 @@ from torch import Tensor, ones, zeros
 
 from opd_ext.credit import position_weights
 from opd_ext.divergence import register_divergence, reverse_kl, sampled_advantage, topk_divergence
+from opd_ext.objective.batch import MicroBatch
 from opd_ext.objective.head import chunked_divergence
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.objective import Objective
 from opd_ext.objective.reduction import token_weights
 from opd_ext.pipelines.ssd import truncated_distribution
 from opd_ext.pipelines.t3s import keep_mask

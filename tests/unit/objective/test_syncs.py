@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_ext.divergence.config import Branch
 from opd_ext.divergence.sampled import Surrogate
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.batch import MicroBatch
+from opd_ext.objective.objective import Objective
 from opd_ext.policy import Shaping
 
 VOCABULARY, HIDDEN = 29, 8

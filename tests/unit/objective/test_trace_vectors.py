@@ -10,7 +10,8 @@ from opd_ext.credit.schedule import trace_schedule
 from opd_ext.divergence.config import Branch
 from opd_ext.divergence.divergences import clipped_fraction, forward_kl, log_probs, reverse_kl, topk_divergence
 from opd_ext.divergence.sampled import clipped_surrogate
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.batch import MicroBatch
+from opd_ext.objective.objective import Objective
 from opd_ext.objective.reduction import token_weights
 from opd_ext.policy.advantages import self_distilled_advantage, span_gate
 

@@ -30,8 +30,9 @@ from opd_ext.credit.annotate import annotation_metrics
 from opd_ext.credit.annotate.base import STATUSES
 from opd_ext.divergence.config import Branch, DivergenceConfig
 from opd_ext.divergence.sampled import Surrogate
+from opd_ext.objective.batch import MicroBatch
 from opd_ext.objective.metrics import means
-from opd_ext.objective.objective import MicroBatch, Objective
+from opd_ext.objective.objective import Objective
 from opd_ext.reference.fields import PACKAGE
 from opd_ext.report.arms import compare_models
 from opd_ext.report.compare import compare, load_arms
