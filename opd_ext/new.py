@@ -224,9 +224,10 @@ def _planned(folder: Path, name: str, source: str) -> dict[str, str]:
     runs = {}
     for script in sorted(_scripts(name, source), key=lambda script: script == PLANNED):
         config = train.compose_config(choices((folder / script).read_text()), [folder / "config"])
-        train.prepare_environment(config)
+        opd = train.checked(config)
+        train.prepare_environment(config, opd)
         with redirect_stdout(StringIO()):  # verl says of each that it is fine
-            opd = train.validate(config)
+            train.validate(config)
         runs[script] = opd.run_dir
     print_plan(config, opd)
     return runs

@@ -29,6 +29,7 @@ from opd_ext.bridge.warm_python import warm_python
 from opd_ext.checkpoints.layout import CheckpointError, export_command
 from opd_ext.config import checks, schema
 from opd_ext.config.compose import compose_config
+from opd_ext.config.devices import pools, wanted
 from opd_ext.config.overrides import from_words
 from opd_ext.errors import ConfigError, RunError
 from opd_ext.files import write_whole
@@ -38,18 +39,20 @@ from opd_ext.progress import STARTED
 from opd_ext.run_state import running
 
 
-def prepare_environment(config: DictConfig) -> None:
+def prepare_environment(config: DictConfig, opd: schema.OPDConfig) -> None:
     """Set what every process of the run must find in its environment, before verl is imported here.
 
-    On the CPU, Ray is told of pretend accelerators: their numbers must be visible, and each trainer rank gets its
-    share of the cores.
+    On the CPU, Ray is told of pretend accelerators, as many as the run's parts ask for: their numbers must be visible,
+    and each trainer rank gets its share of the cores.
     """
     runtime_env = config.ray_kwargs.ray_init.runtime_env
     variables = {name: str(value) for name, value in (runtime_env.get("env_vars") or {}).items()}
     variables[STARTED] = str(time.time())
     if config.opd.device == "cpu":
         ranks = config.trainer.n_gpus_per_node
-        devices = config.ray_kwargs.ray_init.get("num_gpus") or ranks  # a served teacher has devices of its own
+        devices = config.ray_kwargs.ray_init.get("num_gpus") or wanted(pools(opd, config))
+        with open_dict(config):
+            config.ray_kwargs.ray_init.num_gpus = devices
         variables.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices))))
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
         variables.setdefault("OMP_NUM_THREADS", threads)
@@ -73,14 +76,33 @@ def fork_workers(config: DictConfig) -> None:
             runtime_env.env_vars[PATH_VARIABLE] = path
 
 
+@contextmanager
+def _named() -> Iterator[None]:
+    """A key that was taken out is a ConfigError, too."""
+    try:
+        yield
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        raise ConfigError(f"{error.full_key} is needed and not there: leave it in, or set it.") from None
+
+
+def checked(config: DictConfig) -> schema.OPDConfig:
+    """Our part of a configuration, after all checks that need nothing but the configuration.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    with _named():
+        check_types(config)
+        return checks.check(config)
+
+
 def validate(config: DictConfig) -> schema.OPDConfig:
     """Our schema, then verl's own validation and dataclasses.
 
     Raises:
         ConfigError: one sentence, whoever found the fault.
     """
-    check_types(config)
-    opd = checks.check(config)
+    opd = checked(config)
     check_added_keys(config)
     _validate_verl(config)
     return opd
@@ -96,27 +118,19 @@ def _validate_verl(config: DictConfig) -> None:
     validate_verl(config)
 
 
-def _examine(config: DictConfig, starting: bool) -> tuple[schema.OPDConfig, Findings]:
-    """Every check; verl takes seconds to import, so that what can be refused without it is refused before.
+def _examine(config: DictConfig, opd: schema.OPDConfig, starting: bool) -> Findings:
+    """Every other check; verl takes seconds to import, so that what can be refused without it is refused before.
 
     Raises:
-        ConfigError: one sentence, of a key that was taken out, too.
+        ConfigError: one sentence.
     """
-    try:
-        return _look_at_all(config, starting)
-    except (ConfigAttributeError, ConfigKeyError) as error:
-        raise ConfigError(f"{error.full_key} is needed and not there: leave it in, or set it.") from None
-
-
-def _look_at_all(config: DictConfig, starting: bool) -> tuple[schema.OPDConfig, Findings]:
-    check_types(config)
-    opd = checks.check(config)
     findings = Findings()
-    data = look(config, opd, starting, findings)
-    with nullcontext() if starting else redirect_stdout(StringIO()):  # verl says of each that it is fine
-        _validate_verl(config)
-    preflight(config, opd, data, starting, findings)
-    return opd, findings
+    with _named():
+        data = look(config, opd, starting, findings)
+        with nullcontext() if starting else redirect_stdout(StringIO()):  # verl says of each that it is fine
+            _validate_verl(config)
+        preflight(config, opd, data, starting, findings)
+    return findings
 
 
 class _Follow:
@@ -174,9 +188,10 @@ def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Path:
         RunError: the run ended early, and why; ``driver.log`` in the run folder has the whole traceback.
     """
     config = compose_config(list(overrides), config_dirs)
-    prepare_environment(config)
+    opd = checked(config)
+    prepare_environment(config, opd)
     with warm_python(config.opd.warm_python, {}):
-        opd, findings = _examine(config, starting=True)
+        findings = _examine(config, opd, starting=True)
         for sentence in findings.notes:
             print(f"note: {sentence}", flush=True)
         _train(config, opd)
@@ -192,8 +207,9 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), as_json: bo
     from opd_ext import plan as page
 
     config = compose_config(list(overrides), config_dirs)
-    prepare_environment(config)
-    opd, findings = _examine(config, starting=False)
+    opd = checked(config)
+    prepare_environment(config, opd)
+    findings = _examine(config, opd, starting=False)
     if as_json:
         print(json.dumps(page.as_json(config, opd), indent=2))
     else:
@@ -212,9 +228,9 @@ def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
     run_dir = Path(opd.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with running(run_dir):
-        _go_back(config, run_dir)  # of a run that was killed on its way
+        _go_back(config, opd)  # of a run that was killed on its way
         _train_alone(config, opd, run_dir)
-        while _go_back(config, run_dir):
+        while _go_back(config, opd):
             _train_alone(config, opd, run_dir)
     if len(list((run_dir / "generations").glob("val_*.jsonl"))) > 1:  # before and after
         after_run(write_report, f"opd report {shlex.quote(str(run_dir))}")
@@ -222,14 +238,14 @@ def _train(config: DictConfig, opd: schema.OPDConfig) -> None:
         print(f"Model as a Hugging Face folder: {command}")
 
 
-def _go_back(config: DictConfig, run_dir: Path) -> bool:
+def _go_back(config: DictConfig, opd: schema.OPDConfig) -> bool:
     """Do what an alarm has asked for; whether the run is to go on from an earlier checkpoint.
 
     Raises:
         RunError: that checkpoint is gone.
     """
     try:
-        step = settle(run_dir, Path(config.trainer.default_local_dir))
+        step = settle(Path(opd.run_dir), Path(config.trainer.default_local_dir))
     except CheckpointError as error:
         raise RunError(str(error)) from None
     if step is None:
@@ -237,7 +253,7 @@ def _go_back(config: DictConfig, run_dir: Path) -> bool:
     print(f"going back to step {step}", flush=True)
     with open_dict(config):
         config.trainer.resume_mode = "auto"
-    prepare_environment(config)  # the name of its sockets, and its clock, are those of another start
+    prepare_environment(config, opd)  # the name of its sockets, and its clock, are those of another start
     return True
 
 

@@ -61,33 +61,3 @@ def check_devices(plan: Assumptions, key: str, wanted: int) -> None:
             f"{key} = {wanted} GPUs, and there are {plan.nodes or 1} node(s) of {plan.gpus_per_node}: lower it, or say "
             "what there is in plan.nodes and plan.gpus_per_node."
         )
-
-
-def check_gpus(plan: PlanConfig, trainer: tuple[int, int], servers: tuple[int, int] | None) -> None:
-    """Refuse a run that asks for more GPUs than its nodes have.
-
-    Args:
-        trainer: nodes and GPUs per node of the trainer, where vLLM generates, too.
-        servers: the same of the teacher's servers, which have GPUs of their own; None: there are none.
-
-    Raises:
-        ConfigError: one sentence.
-    """
-    if plan.gpus_per_node is None:
-        return
-    pools = [pool for pool in (trainer, servers) if pool is not None]
-    wanted, nodes = sum(count * gpus for count, gpus in pools), plan.nodes or max(count for count, _ in pools)
-    if wanted <= nodes * plan.gpus_per_node and max(gpus for _, gpus in pools) <= plan.gpus_per_node:
-        return
-    there = f"{nodes} node(s) of {plan.gpus_per_node}"
-    if servers is None:
-        raise ConfigError(
-            f"trainer.nnodes x trainer.n_gpus_per_node = {wanted} GPUs, and there are {there}: lower them, or say what "
-            "there is in opd.plan.nodes and opd.plan.gpus_per_node."
-        )
-    left = max(1, nodes * plan.gpus_per_node - servers[0] * servers[1]) // trainer[0]
-    raise ConfigError(
-        f"{trainer[0] * trainer[1]} GPUs that train and {servers[0] * servers[1]} that serve the teacher are {wanted}, "
-        f"and there are {there}: set trainer.n_gpus_per_node={left} (GPUS={left} before a recipe's script), or "
-        "opd.plan.nodes if there are more nodes."
-    )

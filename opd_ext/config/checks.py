@@ -223,8 +223,8 @@ def check_inputs(config: DictConfig) -> None:
     Raises:
         ConfigError: naming the missing path and how to get it.
     """
-    level = " long" if str(config.opd.get("world")).endswith("_long") else ""
-    hint = f" Make it with `opd data tinymath{level}`." if config.opd.get("world_lib") else ""
+    level = str(config.opd.get("world")).partition("tinymath_")[2]
+    hint = f" Make it with `opd data {' '.join(('tinymath', level)).rstrip()}`." if config.opd.get("world_lib") else ""
     paths = [("actor_rollout_ref.model.path", config.actor_rollout_ref.model.path)]
     paths += external_models(load(config.opd)).items()
     for key in ("train_files", "val_files"):

@@ -170,6 +170,13 @@ def check(opd: OPDConfig) -> None:
         positive(f"opd.teachers.{name}.weight", teacher.weight, zero=True)
         if teacher.rows is not None and not teacher.rows:
             raise ConfigError(f"opd.teachers.{name}.rows=[] gives it no row: leave it out, or name values.")
+    for key, usual in (("backend", "engine"), ("tokenizer", "student")):
+        value = getattr(opd.teacher, key)
+        if value != usual and all(getattr(teacher, key) != value for teacher in opd.teachers.values()):
+            raise ConfigError(
+                f"opd.teacher.{key}={value} reaches none of opd.teachers, since each names weights of its own: set "
+                f"opd.teachers.{next(iter(opd.teachers))}.{key}={value}, or of whom it is meant."
+            )
     named = Counter(key for name, teacher in opd.teachers.items() for key in teacher.taught(name))
     if twice := [key for key, count in named.items() if count > 1]:
         raise ConfigError(f"opd.teachers: rows whose {opd.teacher_key} is {twice[0]} would have two teachers.")

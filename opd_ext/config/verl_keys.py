@@ -3,7 +3,7 @@
 
 from omegaconf import DictConfig
 
-from opd_ext.config.assumptions import check_gpus
+from opd_ext.config.devices import check_replicas, check_there, pools
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.sequence_parallel import check_sequence_parallel, sequence_parallel
 from opd_ext.config.teachers import model_weights, trains_adapter
@@ -234,7 +234,10 @@ def check_engine(opd: OPDConfig, config: DictConfig) -> None:
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     _check_shards(opd, config, ranks)
     check_sequence_parallel(opd, config, ranks)
-    _check_gpus(opd, config)
+    opd.plan.check("opd.plan")
+    if opd.device == "cuda":
+        check_there(opd.plan, pools(opd, config))
+    check_replicas(config)
     size = sequence_parallel(actor)
     if actor.ppo_mini_batch_size * rollout.n % (ranks // size):
         groups = f"{ranks // size} groups of {size}" if size > 1 else f"{ranks}"
@@ -285,14 +288,6 @@ def _check_shards(opd: OPDConfig, config: DictConfig, ranks: int) -> None:
             f"actor_rollout_ref.actor.fsdp_config.fsdp_size={sizes[0]} must be actor_rollout_ref.ref.fsdp_config."
             f"fsdp_size={sizes[1]}: the teacher is refreshed shard by shard; set both alike."
         )
-
-
-def _check_gpus(opd: OPDConfig, config: DictConfig) -> None:
-    opd.plan.check("opd.plan")
-    served, trainer = config.distillation, config.trainer
-    servers = (served.nnodes, served.n_gpus_per_node) if served.enabled and served.nnodes else None
-    if opd.device == "cuda":
-        check_gpus(opd.plan, (trainer.nnodes, trainer.n_gpus_per_node), servers)
 
 
 _HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "word_embeddings")

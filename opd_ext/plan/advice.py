@@ -70,6 +70,7 @@ def _remedies(run: Run, phase: str) -> Iterator[tuple[str, Run]]:
                     yield f"{_ROLLOUT}.gpu_memory_utilization={share}{tp}", smaller
                     break
         yield f"{_ACTOR}.fsdp_config.optimizer_offload=true", replace(run, sharding=moments)
+        yield from _teachers_away(run)
         return
     if not run.checkpointing:
         key = "actor_rollout_ref.model.enable_gradient_checkpointing=true"
@@ -90,7 +91,16 @@ def _remedies(run: Run, phase: str) -> Iterator[tuple[str, Run]]:
                 keys = f"{_ACTOR}.ppo_max_token_len_per_gpu={pair}"
                 yield f"{_ACTOR}.ulysses_sequence_parallel_size={ranks} with {keys}", smaller
                 break
+    yield from _teachers_away(run)
     yield f"{_ACTOR}.fsdp_config.offload_policy=true", replace(run, sharding=replace(sharding, streamed=True))
+
+
+def _teachers_away(run: Run) -> Iterator[tuple[str, Run]]:
+    """Teachers wait in the host's memory, and are streamed through their passes."""
+    own = run.teacher_sharding
+    if run.teachers and not (own.streamed or "weights" in own.offloaded):
+        away = replace(own, offloaded=own.offloaded | {"weights"})
+        yield "actor_rollout_ref.ref.fsdp_config.param_offload=true", replace(run, teacher_sharding=away)
 
 
 def _cache(run: Run) -> Iterator[str]:

@@ -110,6 +110,8 @@ def _process(run: Run, sleeping: bool = True) -> dict[str, float]:
     if run.device == "cpu":
         return {"Python, torch, verl": PROCESS}
     here = {"CUDA context, NCCL": CONTEXT}
+    if run.sampler:
+        return here
     if sleeping and run.vllm_sleeps:
         here["vLLM asleep"] = ASLEEP
     elif sleeping and run.vllm_share is not None:
@@ -129,8 +131,8 @@ def _gathered(run: Run, shape: ModelShape, compute: int, trained: bool) -> float
 
 
 def generation(run: Run) -> Phase:
-    """vLLM has its share, and what the trainer keeps stays beside it."""
-    here, host = states(run, gradients=False, updating=False)
+    """vLLM has its share, and what the trainer keeps stays beside it, unless their devices differ."""
+    here, host = ({}, 0.0) if run.sampler else states(run, gradients=False, updating=False)
     if run.vllm_share is not None:
         here["vLLM: weights, cache"] = run.machine.memory * run.vllm_share
         here["vLLM: CUDA graphs"] = GRAPHS
@@ -138,9 +140,12 @@ def generation(run: Run) -> Phase:
 
 
 def weight_sync(run: Run) -> Phase:
-    """vLLM's weights are back, its cache is not yet; tensors are gathered one by one into two buckets."""
+    """vLLM's weights are back, its cache is not yet; tensors are gathered one by one into two buckets.
+
+    Of two kinds of devices the trainer's, where more is kept.
+    """
     here, host = states(run, gradients=False, updating=run.adapter > 0)
-    if run.vllm_sleeps or run.vllm_share is None:
+    if not run.sampler and (run.vllm_sleeps or run.vllm_share is None):
         here["vLLM: weights"] = run.student.parameters * 2 / run.tp
     here["tensors in transit"] = run.student.head * (run.sharding.master + 2) + 2 * run.bucket
     return Phase("weight sync", here | _process(run), host)

@@ -8,8 +8,10 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.table import Table
 
+from opd_ext.config.devices import SAMPLE, pools
 from opd_ext.config.one_step_off import SEPARATE, samples_ahead
 from opd_ext.config.schema import OPDConfig
+from opd_ext.config.sequence_parallel import sequence_parallel
 from opd_ext.config.teachers import adapter_weights
 from opd_ext.plan.advice import FULL, advice
 from opd_ext.plan.disk import checkpoint_bytes, on_disk
@@ -17,7 +19,7 @@ from opd_ext.plan.machines import GiB
 from opd_ext.plan.memory import machine_uses, phases
 from opd_ext.plan.run import Run, read_run
 from opd_ext.plan.shapes import UNKNOWN
-from opd_ext.plan.teachers import served_gpus, unsized
+from opd_ext.plan.teachers import unsized
 from opd_ext.plan.timing import Times, times
 from opd_ext.report.methods import describe
 from opd_ext.terminal import terminal
@@ -88,11 +90,12 @@ def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> T
     rollout, trainer, data = config.actor_rollout_ref.rollout, config.trainer, config.data
     ranks = trainer.n_gpus_per_node * trainer.nnodes
     pairs = data.train_batch_size * rollout.n
-    replicas = ranks // rollout.tensor_model_parallel_size
-    served = served_gpus(config, opd)
-    devices = served[0] * served[1] if served else 0
-    devices += sum(view.opd.teacher.vllm.devices for view in opd.teacher_servers.values())
-    more = f"; {devices} more serve the teacher" if devices else ""
+    first, *others = pools(opd, config)
+    sampler = next((pool for pool in others if pool.does == SAMPLE), first)
+    replicas = sampler.total // rollout.tensor_model_parallel_size
+    together = sequence_parallel(config.actor_rollout_ref.actor)
+    shared = f", {together} of which share every sequence (Ulysses)" if together > 1 else ""
+    more = "".join(f"; {pool.total} more {pool.does}" for pool in others)
     places = describe(opd)
     weights = f"{places['teacher weights']} weights"
     weights += ", an adapter on the student's base" if adapter_weights(opd, config) else ""
@@ -106,7 +109,7 @@ def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> T
         ("model", config.actor_rollout_ref.model.path),
         (
             "devices",
-            f"{trainer.nnodes} node(s) x {trainer.n_gpus_per_node} {opd.device}: {ranks} FSDP2 rank(s) "
+            f"{trainer.nnodes} node(s) x {trainer.n_gpus_per_node} {opd.device}: {ranks} FSDP2 rank(s){shared} "
             f"and {replicas} vLLM replica(s) of tensor parallel {rollout.tensor_model_parallel_size}{more}",
         ),
         (

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from opd_ext.config.assumptions import PlanConfig
+from opd_ext.config.devices import SAMPLE, Pool, of_verl, wanted
 from opd_ext.config.old_policy import old_log_probs, updates, whole_entropies
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.sequence_parallel import sequence_parallel
@@ -19,7 +20,7 @@ from opd_ext.data.catalogue import set_name
 from opd_ext.errors import ConfigError
 from opd_ext.plan.machines import Machine, machine
 from opd_ext.plan.shapes import DTYPE_BYTES, ModelShape, model_shape
-from opd_ext.plan.teachers import Served, asked, models, moving, projections, prompt, served_gpus, servers
+from opd_ext.plan.teachers import Served, asked, models, moving, projections, prompt, servers
 from opd_ext.protocol import ValidationConfig
 
 # Mean tokens of a response where nobody says: of a model that thinks, most of a short limit; of another a quarter.
@@ -68,7 +69,7 @@ class Run:
         scorer: the largest model that a teacher's pass runs through, if there is one: student, teacher or served.
         passes: model and mean prompt of every teacher that is asked here; each is taken to have as many rows.
         heads: elements of the vocabulary projections that these passes leave beside the student's.
-        served: nodes and GPUs per node of verl's teacher servers; None: it has none.
+        beside: what else verl lays out on devices of its own: the sampler, its teacher servers, a judge.
         servers: of teachers that are asked for hidden states.
         prompts, n, updates: of a step: prompts, responses of each, optimiser steps.
         limit, mean: of training responses.
@@ -103,7 +104,7 @@ class Run:
     scorer: ModelShape | None
     passes: tuple[tuple[ModelShape, int], ...]
     heads: int
-    served: tuple[int, int] | None
+    beside: tuple[Pool, ...]
     servers: tuple[Served, ...]
     sharding: Sharding
     teacher_sharding: Sharding
@@ -162,19 +163,24 @@ class Run:
 
     @property
     def gpus(self) -> int:
-        """Of the run, the teacher's servers included."""
-        verls = self.served[0] * self.served[1] if self.served else 0
-        return self.ranks + verls + sum(server.devices for server in self.servers)
+        """Of the run, all its parts together."""
+        return self.ranks + wanted(self.beside) + sum(server.devices for server in self.servers)
 
     @property
     def gpus_there(self) -> int:
         """That the machine is said to have; 0: nobody says."""
-        nodes = self.assumed.nodes or max(self.nodes, self.served[0] if self.served else 0)
+        nodes = self.assumed.nodes or max(self.nodes, *(pool.nodes for pool in self.beside), 1)
         return nodes * (self.assumed.gpus_per_node or 0)
 
     @property
     def replicas(self) -> int:
-        return max(1, self.ranks // self.tp)
+        """Of vLLM."""
+        return max(1, (self.sampler.total if self.sampler else self.ranks) // self.tp)
+
+    @property
+    def sampler(self) -> Pool | None:
+        """Devices that vLLM has to itself; None: it is on the trainer's."""
+        return next((pool for pool in self.beside if pool.does == SAMPLE), None)
 
     @property
     def responses(self) -> int:
@@ -203,7 +209,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
     taught = models(opd, student)
     if taught is None:
         return None
-    served, adapters = served_gpus(config, opd), adapter_weights(opd, config)
+    adapters = adapter_weights(opd, config)
     adapter, adapter_tensors = student.adapter(model.lora_rank, model.target_modules)
     steps, thinks = _steps(config), _thinks(config)
     mean = opd.plan.mean_response or mean_response(opd.rollout.train_tokens, thinks)
@@ -234,7 +240,7 @@ def read_run(config: DictConfig, opd: OPDConfig) -> Run | None:
         scorer=max(taught.values(), key=lambda shape: shape.parameters) if opd.distils else None,
         passes=tuple((taught[view.name], prompt(view.opd)) for view in asked(opd)),
         heads=projections(opd, taught),
-        served=served,
+        beside=tuple(of_verl(config)[1:]),
         servers=servers(opd, taught, steps),
         sharding=_sharding(actor.fsdp_config, ranks),
         teacher_sharding=_sharding(ref.ref.fsdp_config, ranks),

@@ -160,7 +160,7 @@ def fine_tuning_run(work: Training, shape: ModelShape, place: Place) -> Run:
         scorer=None,
         passes=(),
         heads=0,
-        served=None,
+        beside=(),
         servers=(),
         sharding=sharding,
         teacher_sharding=sharding,

@@ -4,8 +4,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.teachers import View
 from opd_ext.plan.shapes import ModelShape, model_shape
@@ -99,10 +97,3 @@ def projections(opd: OPDConfig, taught: Mapping[str, ModelShape]) -> int:
             held = view.server if view.weights is None else view.weights
             heads[held, view.opd.teacher.weights if held is None else ""] = taught[view.name].head
     return sum(heads.values())
-
-
-def served_gpus(config: DictConfig, opd: OPDConfig) -> tuple[int, int] | None:
-    """Nodes and GPUs per node of verl's teacher servers, which are none of the trainer's."""
-    if "server" not in opd.backends or not config.distillation.enabled:
-        return None
-    return config.distillation.nnodes, config.distillation.n_gpus_per_node

@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from opd_ext.bridge.sources import loggers
+from opd_ext.config.devices import check_bookkeeping, check_visible, pools
 from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError, did_you_mean
 from opd_ext.plan.disk import checkpoint_bytes, on_disk
@@ -33,7 +34,9 @@ def check_machine(config: DictConfig, opd: OPDConfig, starting: bool) -> None:
         check_folder("trainer.default_local_dir", Path(config.trainer.default_local_dir))
     if starting:
         check_cluster()
-        if not on_cluster():
+    if not on_cluster():
+        check_bookkeeping(pools(opd, config), config)
+        if starting:
             check_devices(config, opd)
 
 
@@ -108,34 +111,16 @@ def check_cluster() -> None:
 
 
 def check_devices(config: DictConfig, opd: OPDConfig, count: Callable[[], int] | None = None) -> None:
-    """Ranks and nodes against what this machine has; ``count`` says how many GPUs there are."""
+    """The run's parts against what this machine has; ``count`` says how many GPUs there are."""
     trainer, ranks = config.trainer, config.trainer.n_gpus_per_node
-    served = sum(view.opd.teacher.vllm.devices for view in opd.teacher_servers.values())
     if trainer.nnodes > 1:
         raise ConfigError(
             f"trainer.nnodes={trainer.nnodes} needs a Ray cluster and none runs here: start one (`ray start`) and set "
             "RAY_ADDRESS, or set trainer.nnodes=1."
         )
     if opd.device == "cuda":
-        found = (count or _gpus)()
-        if found < ranks + served and served:
-            raise ConfigError(
-                f"trainer.n_gpus_per_node={ranks} and {served} more of opd.teacher.vllm (replicas x "
-                f"tensor_parallel_size) need {ranks + served} GPUs and {found} are visible: lower one of them, or set "
-                "opd.teacher.backend=engine."
-            )
-        if found < ranks:
-            raise ConfigError(
-                f"opd.device=cuda with trainer.n_gpus_per_node={ranks} needs {ranks} GPUs and {found} are visible: "
-                "lower it, choose scale=cpu_tiny, or run `opd doctor`."
-            )
+        check_visible(pools(opd, config), (count or _gpus)())
         return
-    pretended = config.ray_kwargs.ray_init.get("num_gpus")
-    if served and pretended is not None and pretended < ranks + served:
-        raise ConfigError(
-            f"ray_kwargs.ray_init.num_gpus={pretended} has no room for {ranks} trainer ranks and {served} devices of "
-            f"opd.teacher.vllm: set it to {ranks + served}; on a CPU these are bookkeeping (teacher_server=vllm_cpu)."
-        )
     cores = config.ray_kwargs.ray_init.get("num_cpus")
     if cores is not None and ranks * CORES_PER_RANK > cores:
         raise ConfigError(

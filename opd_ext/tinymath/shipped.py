@@ -60,7 +60,10 @@ def unpack(name: str, folder: Path, level: Level = FIRST) -> dict:
 
 def is_shipped(folder: Path, name: str, level: Level = FIRST) -> bool:
     """Whether ``folder`` holds the shipped model, bit for bit."""
-    files = record(level)["models"][name]["digests"].items()
+    model = record(level)["models"].get(name)
+    if model is None:
+        return False
+    files = model["digests"].items()
     return all((folder / file).is_file() and digest(folder / file) == expected for file, expected in files)
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     from opd_ext import train
 
     config = train.compose_config(sys.argv[1:])
-    train.prepare_environment(config)
+    train.prepare_environment(config, train.checked(config))
     train.fork_workers(config)
     with open_dict(config):
         del config.ray_kwargs.ray_init.runtime_env.env_vars["OPD_RUN"]  # verl's worker keeps verl's name of the socket

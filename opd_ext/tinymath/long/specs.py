@@ -44,8 +44,8 @@ SPECS: dict[str, ModelSpec] = {
         kv_heads=2,
         intermediate_size=256,
         textbook_chats=10_000,
-        chats=7_000,
-        revision_chats=3_500,
+        chats=16_000,
+        revision_chats=4_000,
         revision_slip_scale=0.8,
     ),
     "large": LongSpec(

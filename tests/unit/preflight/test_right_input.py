@@ -15,7 +15,7 @@ import pytest
 from opd_ext.errors import ConfigError
 from opd_ext.plan.run import read_run
 from opd_ext.preflight import machine
-from opd_ext.train import compose_config, validate
+from opd_ext.train import checked, compose_config, prepare_environment, validate
 
 from .conftest import World, row, rows
 from .wrong import ACTOR, MODEL, grader
@@ -182,8 +182,19 @@ def test_devices_are_counted_where_the_run_starts(tmp_path):
 def test_devices_of_a_served_teacher_are_counted_too(tmp_path):
     config, opd = _checked(tmp_path, "scale=node_8xh200", "teacher_server=vllm_node_8xh200")
     machine.check_devices(config, opd, count=lambda: 8)
-    with pytest.raises(ConfigError, match="n_gpus_per_node=4 and 4 more of opd.teacher.vllm .* need 8 GPUs and 7 are"):
+    with pytest.raises(ConfigError, match="4 GPUs that train and 4 that serve the teacher are 8, and 7 are"):
         machine.check_devices(config, opd, count=lambda: 7)
+
+
+def test_a_cpu_pretends_as_many_devices_as_the_parts_of_a_run_ask_for(tmp_path):
+    """One trains, one samples, one serves the teacher: Ray is told of three, and their numbers are visible."""
+    words = [f"opd.run_dir={tmp_path}", "asynchronous=separate_cpu", "teacher_server=vllm_cpu", "method=opd"]
+    config = compose_config(words)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("RAY_ADDRESS", None)
+        prepare_environment(config, checked(config))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2"
+    assert config.ray_kwargs.ray_init.num_gpus == 3
 
 
 def test_a_cluster_may_have_what_this_machine_has_not(start, monkeypatch, presets_composed_once):

@@ -5,6 +5,7 @@ from .wrong import ACTOR, ROLLOUT, wrong
 
 AGENT = f"{ROLLOUT}.agent.default_agent_loop=tool_agent"
 SERVED = "teacher_server=vllm_cpu"
+PRETENDED = "ray_kwargs.ray_init.num_gpus"
 AHEAD, APART, SAMPLER = "asynchronous=one_step_off", "asynchronous=separate_cpu", "trainer.v1.sampler"
 
 VALUES = [
@@ -152,7 +153,22 @@ VALUES = [
     wrong("a server without time", f"{SERVED} opd.teacher.vllm.seconds=0", "opd.teacher.vllm.seconds=0"),
     wrong("a server's key misspelt", f"{SERVED} opd.teacher.vllm.replica=2", "Did you mean opd.teacher.vllm.replicas?"),
     wrong("a server of another model", f"{SERVED} opd.teacher.vllm.engine={{model:x}}", "engine.model is not free"),
-    wrong("a server without a device", "opd.teacher.backend=vllm", "num_gpus=1 has no room", "set it to 2"),
+    wrong("a server without a device", f"{SERVED} {PRETENDED}=1", "num_gpus=1 has no room", "set it to 2"),
+    wrong("a sampler without a device", f"{APART} {PRETENDED}=1", "1 GPUs that train and 1 that sample", "set it to 2"),
+    wrong(
+        "three parts on two devices",
+        f"{APART} method=opd teacher_server=vllm_cpu {PRETENDED}=2",
+        "1 that sample and 1 that serve the teacher, 3 in all",
+        "set it to 3",
+    ),
+    wrong("a replica of more devices than there are", f"{ROLLOUT}.tensor_model_parallel_size=2", "takes 2 devices"),
+    wrong(
+        "a server that reaches no teacher",
+        "method=opd opd.teacher.backend=vllm opd.teacher_key=difficulty "
+        "opd.teachers={a:{weights:external,path:${opd.world}/large,rows:[1,2,3,4,5]}}",
+        "opd.teacher.backend=vllm reaches none of opd.teachers",
+        "opd.teachers.a.backend=vllm",
+    ),
     wrong(
         "an adapter on a server",
         f"{SERVED} actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.lora.merge=true",
