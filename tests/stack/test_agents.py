@@ -103,6 +103,19 @@ def test_the_teacher_is_told_once_and_reads_the_whole_rollout(run):
 
 
 @pytest.mark.slow
+def test_a_teacher_that_is_told_in_every_turn_reads_more_of_the_same_rollouts(run, train, tmp_path):
+    """The first step of both runs has the same seeds and weights; what is repeated changes the teacher alone."""
+    again = ["opd.context.every_turn=true", "trainer.total_training_steps=1", "trainer.save_freq=-1"]
+    train(tmp_path / "run", "method=crisp", *TOOL_WORLD, *again)
+    once, every = read(run("crisp"), 1), read(tmp_path / "run", 1)
+    assert [row["responses"] for row in every] == [row["responses"] for row in once]
+    first, repeated = metrics(run("crisp"))[0], metrics(tmp_path / "run")[0]
+    assert repeated["opd/response_tokens"] == first["opd/response_tokens"]
+    assert repeated["opd/student_log_prob"] == pytest.approx(first["opd/student_log_prob"], abs=1e-5)
+    assert abs(repeated["opd/divergence"] - first["opd/divergence"]) > 1e-3 * first["opd/divergence"]
+
+
+@pytest.mark.slow
 def test_feedback_and_demonstrations_of_rollouts_with_tools_reach_the_teacher(run):
     rows = [row for step in (1, 2) for row in rows_of(run("sdpo"), step) if "teacher_prompt" in row]
     assert any('"name": "calculate"' in row["teacher_prompt"] for row in rows), "no demonstration was a rollout"

@@ -136,3 +136,15 @@ def test_on_devices_of_its_own_a_resumed_run_ends_with_the_same_bits(train, apar
     for step, before in saved.items():
         for ours, theirs in zip(shards(apart, step, "actor"), before, strict=True):
             assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.slow
+def test_a_served_teacher_goes_with_a_sampler_on_devices_of_its_own(train, tmp_path):
+    """Three parts of a run, each with a device: the teacher's answers are those of a synchronous run's first step."""
+    served = ["method=opd", "teacher_server=vllm_cpu", "opd.max_teacher_entropy=null", "trainer.total_training_steps=2"]
+    train(tmp_path / "apart", *served, "asynchronous=separate_cpu", "opd.credit.rollout_cap=5")
+    train(tmp_path / "sync", *served, "opd.credit.rollout_cap=5")
+    apart, sync = metrics(tmp_path / "apart"), metrics(tmp_path / "sync")
+    assert [line["policy/lag"] for line in apart] == [0.0, 1.0]
+    for name in ("opd/loss", "opd/divergence", "opd/teacher_log_prob", "opd/grad_norm"):
+        assert apart[0][name] == pytest.approx(sync[0][name], rel=1e-5, abs=1e-7), name
