@@ -158,7 +158,9 @@ def test_a_sandbox_that_stands_holds_every_kind_of_attack(sandbox, attack, monke
     if broken := faults(sandbox):
         pytest.skip(broken)
     monkeypatch.setattr(code, "find_sandbox", lambda allow_unsafe: sandbox)
-    assert graded(*HONEST["input"])["score"] == 1.0
+    styles = ["input", "os.devnull", "/dev/urandom", "a file in /dev/shm", "a file in /tmp"]
+    styles += [] if "no /proc" in sandbox.name else ["/dev/stdin", "/dev/fd/0", "/dev/stdout", "/dev/stderr"]
+    assert [style for style in styles if not graded(*HONEST[style])["score"]] == []
     for name in ("a shell by os", "the network", "files of the machine", "a daemon", "a fork bomb", "fills /dev/shm"):
         assert attack(*HOSTILE[name]) == 0.0, name
 
