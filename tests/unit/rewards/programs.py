@@ -225,6 +225,10 @@ HOSTILE = {
         "n = 0\ntry:\n    for n in range(20000):\n        open(f'/tmp/{n}', 'w').close()\nexcept OSError: pass\n"
         "got = n > 5000" + _GOT, False
     ),
+    "very many files in /dev/shm": (
+        "n = 0\ntry:\n    for n in range(20000):\n        open(f'/dev/shm/{n}', 'w').close()\nexcept OSError: pass\n"
+        "got = n > 5000" + _GOT, False
+    ),
     "files in memory": (_CATCH.format("import os; [os.memfd_create('x') for _ in range(9)]"), False),
     "kills its parent": (_CATCH.format("import posix; posix.kill(posix.getppid(), 9)"), False),
     "kills everybody": (_CATCH.format("import os; os.kill(-1, 9)"), False),

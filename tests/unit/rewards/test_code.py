@@ -108,8 +108,6 @@ def attack(tmp_path, monkeypatch):
 @walls
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_gets_nothing_and_leaves_nothing(name, attack):
-    if name == "very many files" and find_sandbox().name.startswith("bubblewrap"):
-        pytest.skip("bubblewrap limits the size of a folder in memory, and not the number of its files")
     before = _children()
     assert attack(*HOSTILE[name]) == 0.0
     assert _children() <= before, "processes are left"
@@ -161,7 +159,8 @@ def test_a_sandbox_that_stands_holds_every_kind_of_attack(sandbox, attack, monke
     styles = ["input", "os.devnull", "/dev/urandom", "a file in /dev/shm", "a file in /tmp"]
     styles += [] if "no /proc" in sandbox.name else ["/dev/stdin", "/dev/fd/0", "/dev/stdout", "/dev/stderr"]
     assert [style for style in styles if not graded(*HONEST[style])["score"]] == []
-    for name in ("a shell by os", "the network", "files of the machine", "a daemon", "a fork bomb", "fills /dev/shm"):
+    for name in ("a shell by os", "the network", "files of the machine", "a daemon", "a fork bomb", "fills /dev/shm",
+                 "very many files", "very many files in /dev/shm"):  # fmt: skip
         assert attack(*HOSTILE[name]) == 0.0, name
 
 
@@ -199,6 +198,24 @@ def test_a_run_that_grades_programs_is_refused_before_it_starts_where_nothing_ca
 def test_an_argument_that_the_grader_does_not_have_is_refused():
     with pytest.raises(ConfigError, match="reward.kwargs=.*'unsafe'"):
         load_grader(RewardConfig("pkg://opd_ext.rewards.code", kwargs={"unsafe": True}))
+
+
+def test_a_sandbox_whose_files_cannot_be_counted_is_none(monkeypatch):
+    """A container without the right to look into processes: the next kind of sandbox is tried."""
+    counted = [each for each in candidates() if each.command and not faults(each)]
+    if not counted:
+        pytest.skip("bubblewrap does not stand here")
+
+    def refused(path, *flags):
+        if str(path).endswith("/root/tmp"):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *flags)
+
+    opened = os.open
+    monkeypatch.setattr("opd_ext.rewards.code.sandbox.os.open", refused)
+    before = _children()
+    assert faults(counted[0]) == "bubblewrap: the files of a program cannot be counted (Permission denied)"
+    assert _children() <= before
 
 
 def test_a_sandbox_that_does_not_start_says_so_and_nothing_about_the_program():
