@@ -4,7 +4,7 @@
 import re
 from itertools import accumulate
 
-_ANSWER = re.compile(r"Answer\s*[:：][\s*]*(\$\$(?s:.{1,2000}?)\$\$|\\\[(?s:.{1,2000}?)\\\]|[^\n]+)", re.IGNORECASE)
+_ANSWER = re.compile(r"Answer[*_`]*\s*[:：][\s*_]*(\$\$(?s:.{1,2000}?)\$\$|\\\[(?s:.{1,2000}?)\\\]|[^\n]+)", re.IGNORECASE)
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
 _STARTS_WITH_BOX = re.compile(r"[\s$]*(?:\\[(\[]\s*)?\\f?box(?:ed)?\b")
@@ -23,7 +23,7 @@ def answer_line(response: str) -> str:
     stays: it may be a factorial.
     """
     matches = _ANSWER.findall(response)
-    return matches[-1].strip().strip("*`").rstrip(".,;:?\"'*` \t\r").strip() if matches else ""
+    return matches[-1].strip().strip("*`").rstrip(".,;:?\"'*_` \t\r").strip() if matches else ""
 
 
 def last_box(response: str) -> str:
@@ -143,6 +143,26 @@ def readings(reference: str, answer: str) -> list[tuple[str, str]]:
     if given_percent and not right_percent:
         pairs.append((right, rf"\frac{{{given}}}{{100}}"))
     return pairs
+
+
+_BETWEEN = re.compile(  # elements of a list: no separator of thousands, nor within brackets
+    r"[,;](?!\d{3}(?!\d))(?![^(\[{]*[)\]}])|\\text\s*\{\s*(?:or|and)\s*\}|(?<![\\a-zA-Z])(?:or|and)(?![a-zA-Z])"
+)
+
+
+def is_chosen(reference: str, answer: str) -> bool:
+    """Whether an answer names the option that is asked for, with its text behind: ``C. x = 42``."""
+    choice = _CHOICE.match(spelled(answer)[0])
+    return bool(re.fullmatch("[A-Z]", reference) and choice and choice[1] == reference)
+
+
+def chains(answer: str) -> list[list[str]]:
+    """The sides of every element of an answer, which may be a list.
+
+    >>> chains("$x = 1$ or $x = 2 = 4/2$")
+    [['x', '1'], ['x', '2', '4/2']]
+    """
+    return [sides(part.strip(" $")) for part in _BETWEEN.split(spelled(answer)[0]) if part.strip(" $")]
 
 
 def sides(answer: str) -> list[str]:

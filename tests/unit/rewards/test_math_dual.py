@@ -262,6 +262,12 @@ SAME = [  # reference, answer; every one is graded in a line and in a box
     ("\\dfrac{9}{7}", "9/7"),  # Math-Verify 70
     ("C", "C. because 9 is odd"),
     ("C", "(C) 5 apples"),
+    ("C", "C. x = 42"),
+    ("1,2", "$x=1, x=2$"),
+    ("1,2", "$x = 1$ or $x = 2$"),
+    ("1,2", "$x = 1 \\text{ or } x = 2$"),
+    ("1,2", "$x = 1, x = 4/2 = 2$"),
+    ("1234", "x = 1,234"),
 ]
 DIFFERENT = [
     ("5\\%", "500\\%"),
@@ -278,6 +284,10 @@ DIFFERENT = [
     ("C", "B. because C is even"),
     ("C", "C. or D."),
     ("C", "B because C is even"),
+    ("C", "B. x = 42"),
+    ("1,2", "$x=1, x=3$"),
+    ("1,2", "$x=1, x=17=2$"),
+    ("2", "$x=1, x=2$"),
 ]
 
 
@@ -303,6 +313,11 @@ POLICIES = {
     "a line": ("So.\nAnswer: 42", (1, 1)),
     "a bold line": ("✅ Final Answer: **42**", (1, 1)),  # Math-Verify 76
     "a bold heading": ("**Answer:**\n\n$42$", (1, 1)),
+    "a bold word before the colon": ("**Answer**: 42", (1, 1)),
+    "two bold words": ("**Final Answer**: 42", (1, 1)),
+    "a slanted word": ("*Answer*: 42", (1, 1)),
+    "a bold word by underscores": ("__Answer__: 42", (1, 1)),
+    "underscores around the line": ("__Answer: 42__", (1, 1)),
     "a code span": ("Answer: `42`", (1, 1)),
     "display below": ("Answer:\n$$\n42\n$$", (1, 1)),
     "a box": ("Hence \\boxed{42}.", (1, 1)),
