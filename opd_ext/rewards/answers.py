@@ -4,7 +4,9 @@
 import re
 from itertools import accumulate
 
-_ANSWER = re.compile(r"Answer[*_`]*\s*[:：][\s*_]*(\$\$(?s:.{1,2000}?)\$\$|\\\[(?s:.{1,2000}?)\\\]|[^\n]+)", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"Answer[*_`]*\s*[:：][\s*_]*(\$\$(?s:.{1,2000}?)\$\$|\\\[(?s:.{1,2000}?)\\\]|[^\n]+)", re.IGNORECASE
+)
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
 _STARTS_WITH_BOX = re.compile(r"[\s$]*(?:\\[(\[]\s*)?\\f?box(?:ed)?\b")
@@ -143,6 +145,21 @@ def readings(reference: str, answer: str) -> list[tuple[str, str]]:
     if given_percent and not right_percent:
         pairs.append((right, rf"\frac{{{given}}}{{100}}"))
     return pairs
+
+
+_TOWER = re.compile(r"\d+(?:\s*\^[\s{(]*\d+){2,}")
+_VAST = re.compile(r"\d{6,}[\s})]*!|\^[\s{(]*\d{7,}")
+
+
+def never_evaluates(text: str) -> bool:
+    """Whether a text holds a power or a factorial of more than a million digits, which no answer needs.
+
+    >>> never_evaluates("10^{10^{10}}"), never_evaluates("2^{3^{2}}")
+    (True, False)
+    """
+    towers = [re.findall(r"\d+", found[0]) for found in _TOWER.finditer(text)]
+    high = any(len(t) > 3 or len(t[2]) > 4 or int(t[2]) * len(t[1]) > 6 for t in towers)
+    return high or bool(_VAST.search(text))
 
 
 _BETWEEN = re.compile(  # elements of a list: no separator of thousands, nor within brackets

@@ -149,12 +149,17 @@ def test_slow_answers_are_graded_beside_others_and_hold_up_no_other(monkeypatch)
     assert mine.verdict("42", "slow 20") is None and sorted(asked) == sorted(texts), "it is remembered"
 
 
-def test_a_right_line_does_not_wait_for_a_box(monkeypatch, asked):
-    monkeypatch.setattr(verifier, "LIMIT_SECONDS", 30)
-    monkeypatch.setattr("opd_ext.rewards.math_dual.HURRIED_SECONDS", 1)
-    result = compute_score("math", "\\boxed{10^{10^{10}}}\nAnswer: 42", "42")
-    assert dict(asked)["10^{10^{10}}"] == verifier.DEADLINE * 1
-    assert (result["acc"], result["acc_strict"], result["acc_boxed_only"]) == (1, 0, 0)
+@pytest.mark.parametrize("box", ["10^{10^{10}}", "9^{9^9}", "2^{2^{2^{9}}}", "(123456789)!", "7^{99999999}"])
+def test_a_right_line_does_not_wait_for_a_box_that_never_evaluates(box, asked):
+    """CRISP's rule takes either path, so the line decides: nobody asks about such a box."""
+    result = compute_score("math", f"\\boxed{{{box}}}\nAnswer: 42", "42")
+    assert {text for text, _ in asked} == {"42"}
+    assert (result["acc"], result["acc_strict"], result["acc_boxed_only"], result["feedback"]) == (1, 0, 0, "")
+
+
+def test_a_box_that_evaluates_is_asked_about_beside_a_right_line(asked):
+    result = compute_score("math", "\\boxed{2^{3^{2}}}\nAnswer: 512", "512")
+    assert "2^{3^{2}}" in dict(asked) and (result["acc_strict"], result["acc_boxed_only"]) == (1, 1)
 
 
 def test_what_the_parsers_print_stays_in_their_process(capfd, fresh_verifier):
