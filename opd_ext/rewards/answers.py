@@ -11,6 +11,19 @@ _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
 _STARTS_WITH_BOX = re.compile(r"[\s$]*(?:\\[(\[]\s*)?\\f?box(?:ed)?\b")
 
+_RETRACTED = re.compile(
+    r"(?:^|[.!?\n])[\s$*]*(?:no|nope|oops|hmm+|wait|actually|correction|scratch that|hold on|sorry)\s*[,.!:;-]"
+    r"|\bno,?\s+wait\b|\b(?:wait|actually),?\s+(?:no|it|that|the answer)\b|\bon second thoughts?\b"
+    r"|\b(?:is|was|are|be)\s+(?:wrong|incorrect|mistaken|not\s+(?:right|correct))\b"
+    r"|\b(?:do not|don't|don’t)\s+know\b|\bnot\s+sure\b|\bmade\s+an?\s+(?:mistake|error)\b",
+    re.IGNORECASE,
+)
+_RESTATED = re.compile(
+    r"\banswer\s+(?:is|should be|must be|equals)\s*:?\s*(?:in fact|actually|indeed|therefore|thus)?[\s*:]*"
+    r"((?:[-+\d$\\(]|[a-zA-Z]\s*=)[^\n]*?)(?=[.!?;,]?\**(?:\s+[a-zA-Z][^\n]*)?(?:\n|$)|[.!?;,]\**\s)",
+    re.IGNORECASE,
+)
+
 _NO_REFERENCE = {"nan", "none", "null", "n/a", "<na>", "unknown"}
 _PROSE_WORDS = 20
 
@@ -53,14 +66,33 @@ def stated_box(response: str) -> str | None:
 def final_answers(response: str) -> list[str]:
     """What a response commits itself to after its thinking: last answer line and last box, those that there are.
 
-    Nothing if the thinking or the last box stays open. A line that is a box says the same as the box.
+    Nothing if the thinking or the last box stays open, or if the words behind take it back. A line that is a box says
+    the same as the box. An answer that the words behind state (`the answer is 17`) comes first.
     """
     told = response.rpartition("</think>")[2]
     box = stated_box(told)
     if box is None or "<think>" in told:
         return []
     line = answer_line(told)
-    return [text for text in ("" if _STARTS_WITH_BOX.match(line) else line, box.strip()) if text]
+    found = [text for text in ("" if _STARTS_WITH_BOX.match(line) else line, box.strip()) if text]
+    behind = _behind(told)
+    if _RETRACTED.search(behind) or _RETRACTED.search(line):
+        return []
+    return [match[1].strip().strip("*") for match in _RESTATED.finditer(behind)] + found if found else []
+
+
+def _behind(told: str) -> str:
+    """The words behind the last answer line and the last box."""
+    line = max((match.end() for match in _ANSWER.finditer(told)), default=0)
+    box = max((match.end() for form in (_BOX, _BARE_BOX) for match in form.finditer(told)), default=0)
+    if box < line:
+        return "\n" + told[line:]
+    depth = 1  # of a box without braces there is nothing to close
+    for position in range(box, len(told)) if told[:box].endswith("{") else ():
+        depth += {"{": 1, "}": -1}.get(told[position], 0)
+        if depth == 0:
+            return told[position + 1 :]
+    return told[box:]
 
 
 def check_reference(reference: object, where: str = "") -> str:
