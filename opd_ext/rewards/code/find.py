@@ -16,7 +16,7 @@ from pathlib import Path
 
 from opd_ext.rewards.code.sandbox import PROCESSES, TEMPORARY, Job, Limits, Sandbox, SandboxError, interpreter
 
-PACKAGES = ("numpy", "sortedcontainers")
+PACKAGES = ("numpy",)
 """What programs may import besides the standard library, where the grader's environment has it."""
 
 _SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")

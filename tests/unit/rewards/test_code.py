@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,7 @@ from opd_ext.preflight.findings import Findings
 from opd_ext.preflight.reward import check_reward
 from opd_ext.rewards import code
 from opd_ext.rewards.code import compute_score
-from opd_ext.rewards.code.find import candidates, faults, find_sandbox
+from opd_ext.rewards.code.find import PACKAGES, candidates, faults, find_sandbox
 from opd_ext.rewards.code.sandbox import Job, Limits, Sandbox, SandboxError
 from tests.unit.rewards.programs import BLOCK, HONEST, HOSTILE, SUM, WRONG, call, stdin
 
@@ -351,3 +352,8 @@ def test_a_response_without_code_is_asked_for_it_and_a_cut_one_to_be_shorter():
 @walls
 def test_a_syntax_error_names_its_line():
     assert "Line 2 (Solution.py)" in told("x = 1\nprint(x", stdin("", "1", public=1))
+
+
+def test_packages_that_programs_may_import_are_installed_here():
+    """What the guide promises, an environment that setup made must hold."""
+    assert all(find_spec(name) for name in PACKAGES)
