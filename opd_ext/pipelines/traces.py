@@ -90,9 +90,11 @@ class TracedSteps(Steps):
 def choose(samples: pd.DataFrame, grades: pd.DataFrame, seed: int) -> pd.DataFrame:
     """One right and finished response per prompt, drawn at random; prompts without one are dropped.
 
-    The draw depends on the seed, the uid and which samples are right, not on the order of rows.
+    Right by the grader's strict verdict, where it has one: a trace is trained on. The draw depends on the seed, the uid
+    and which samples are right, not on the order of rows.
     """
-    right = samples[(grades["acc"].to_numpy() >= 1) & (samples["finish_reason"] == "stop").to_numpy()]
+    verdict = grades["acc_strict" if "acc_strict" in grades else "acc"]
+    right = samples[(verdict.to_numpy() >= 1) & (samples["finish_reason"] == "stop").to_numpy()]
     if not len(right):
         raise TableError("No response of the teacher is right and finished: raise traces.n or traces.max_tokens.")
     drawn = [

@@ -4,10 +4,25 @@
 import re
 from itertools import accumulate
 
-_ANSWER = re.compile(r"Answer\s*[:：][\s*]*(\$\$(?s:.{1,2000}?)\$\$|\\\[(?s:.{1,2000}?)\\\]|[^\n]+)", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"Answer[*_`]*\s*[:：][\s*_]*(\$\$(?s:.{1,2000}?)\$\$|\\\[(?s:.{1,2000}?)\\\]|[^\n]+)", re.IGNORECASE
+)
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
 _STARTS_WITH_BOX = re.compile(r"[\s$]*(?:\\[(\[]\s*)?\\f?box(?:ed)?\b")
+
+_RETRACTED = re.compile(
+    r"(?:^|[.!?\n])[\s$*]*(?:no|nope|oops|hmm+|wait|actually|correction|scratch that|hold on|sorry)\s*[,.!:;-]"
+    r"|\bno,?\s+wait\b|\b(?:wait|actually),?\s+(?:no|it|that|the answer)\b|\bon second thoughts?\b"
+    r"|\b(?:is|was|are|be)\s+(?:wrong|incorrect|mistaken|not\s+(?:right|correct))\b"
+    r"|\b(?:do not|don't|don’t)\s+know\b|\bnot\s+sure\b|\bmade\s+an?\s+(?:mistake|error)\b",
+    re.IGNORECASE,
+)
+_RESTATED = re.compile(
+    r"\banswer\s+(?:is|should be|must be|equals)\s*:?\s*(?:in fact|actually|indeed|therefore|thus)?[\s*:]*"
+    r"((?:[-+\d$\\(]|[a-zA-Z]\s*=)[^\n]*?)(?=[.!?;,]?\**(?:\s+[a-zA-Z][^\n]*)?(?:\n|$)|[.!?;,]\**\s)",
+    re.IGNORECASE,
+)
 
 _NO_REFERENCE = {"nan", "none", "null", "n/a", "<na>", "unknown"}
 _PROSE_WORDS = 20
@@ -23,7 +38,7 @@ def answer_line(response: str) -> str:
     stays: it may be a factorial.
     """
     matches = _ANSWER.findall(response)
-    return matches[-1].strip().strip("*`").rstrip(".,;:?\"'*` \t\r").strip() if matches else ""
+    return matches[-1].strip().strip("*`").rstrip(".,;:?\"'*_` \t\r").strip() if matches else ""
 
 
 def last_box(response: str) -> str:
@@ -51,14 +66,33 @@ def stated_box(response: str) -> str | None:
 def final_answers(response: str) -> list[str]:
     """What a response commits itself to after its thinking: last answer line and last box, those that there are.
 
-    Nothing if the thinking or the last box stays open. A line that is a box says the same as the box.
+    Nothing if the thinking or the last box stays open, or if the words behind take it back. A line that is a box says
+    the same as the box. An answer that the words behind state (`the answer is 17`) comes first.
     """
     told = response.rpartition("</think>")[2]
     box = stated_box(told)
     if box is None or "<think>" in told:
         return []
     line = answer_line(told)
-    return [text for text in ("" if _STARTS_WITH_BOX.match(line) else line, box.strip()) if text]
+    found = [text for text in ("" if _STARTS_WITH_BOX.match(line) else line, box.strip()) if text]
+    behind = _behind(told)
+    if _RETRACTED.search(behind) or _RETRACTED.search(line):
+        return []
+    return [match[1].strip().strip("*") for match in _RESTATED.finditer(behind)] + found if found else []
+
+
+def _behind(told: str) -> str:
+    """The words behind the last answer line and the last box."""
+    line = max((match.end() for match in _ANSWER.finditer(told)), default=0)
+    box = max((match.end() for form in (_BOX, _BARE_BOX) for match in form.finditer(told)), default=0)
+    if box < line:
+        return "\n" + told[line:]
+    depth = 1  # of a box without braces there is nothing to close
+    for position in range(box, len(told)) if told[:box].endswith("{") else ():
+        depth += {"{": 1, "}": -1}.get(told[position], 0)
+        if depth == 0:
+            return told[position + 1 :]
+    return told[box:]
 
 
 def check_reference(reference: object, where: str = "") -> str:
@@ -143,6 +177,41 @@ def readings(reference: str, answer: str) -> list[tuple[str, str]]:
     if given_percent and not right_percent:
         pairs.append((right, rf"\frac{{{given}}}{{100}}"))
     return pairs
+
+
+_TOWER = re.compile(r"\d+(?:\s*\^[\s{(]*\d+){2,}")
+_VAST = re.compile(r"\d{6,}[\s})]*!|\^[\s{(]*\d{7,}")
+
+
+def never_evaluates(text: str) -> bool:
+    """Whether a text holds a power or a factorial of more than a million digits, which no answer needs.
+
+    >>> never_evaluates("10^{10^{10}}"), never_evaluates("2^{3^{2}}")
+    (True, False)
+    """
+    towers = [re.findall(r"\d+", found[0]) for found in _TOWER.finditer(text)]
+    high = any(len(t) > 3 or len(t[2]) > 4 or int(t[2]) * len(t[1]) > 6 for t in towers)
+    return high or bool(_VAST.search(text))
+
+
+_BETWEEN = re.compile(  # elements of a list: no separator of thousands, nor within brackets
+    r"[,;](?!\d{3}(?!\d))(?![^(\[{]*[)\]}])|\\text\s*\{\s*(?:or|and)\s*\}|(?<![\\a-zA-Z])(?:or|and)(?![a-zA-Z])"
+)
+
+
+def is_chosen(reference: str, answer: str) -> bool:
+    """Whether an answer names the option that is asked for, with its text behind: ``C. x = 42``."""
+    choice = _CHOICE.match(spelled(answer)[0])
+    return bool(re.fullmatch("[A-Z]", reference) and choice and choice[1] == reference)
+
+
+def chains(answer: str) -> list[list[str]]:
+    """The sides of every element of an answer, which may be a list.
+
+    >>> chains("$x = 1$ or $x = 2 = 4/2$")
+    [['x', '1'], ['x', '2', '4/2']]
+    """
+    return [sides(part.strip(" $")) for part in _BETWEEN.split(spelled(answer)[0]) if part.strip(" $")]
 
 
 def sides(answer: str) -> list[str]:

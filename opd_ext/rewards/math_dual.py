@@ -11,7 +11,7 @@ As a reward that rule pays for two guesses, for contradictions and for cut respo
 there are both, in a response that came to its end.
 """
 
-from opd_ext.rewards.answers import answer_line, check_reference, final_answers, last_box
+from opd_ext.rewards.answers import answer_line, check_reference, final_answers, last_box, never_evaluates
 from opd_ext.rewards.verifier import HURRIED_SECONDS, RIGHT, WRONG, verifier_of_this_process
 
 __all__ = ["answer_line", "check_reference", "compute_score", "last_box"]
@@ -64,13 +64,16 @@ def compute_score(
     response = (solution_str or "")[-MAX_RESPONSE_CHARS:]
     line, box = answer_line(response), last_box(response)
     by_line = _verdict(gold, line)
-    # Nothing but a metric, or a contradiction, waits for the box of a response whose line is right.
-    by_box = _verdict(gold, box, limit=None if by_line == WRONG else HURRIED_SECONDS)
+    # Nothing but a metric, or a contradiction, waits for the box of a response whose line is right: a box that would
+    # take all of its time is not asked about.
+    by_box = _verdict(gold, box, limit=None if by_line == WRONG else HURRIED_SECONDS, hopeless=bool(by_line))
     late = None in (by_line, by_box)
     # What could not be read in its own place would be tried first in the whole response, and fail there again.
     correct = bool(by_line or by_box) or (not late and bool(_verdict(gold, response, whole=True)))
     finals = [] if (extra_info or {}).get("truncated") else final_answers(response)
-    strict = bool(finals) and all(_verdict(gold, text, limit=HURRIED_SECONDS) == RIGHT for text in finals)
+    strict = bool(finals) and all(
+        _verdict(gold, text, limit=HURRIED_SECONDS, hopeless=bool(by_line)) == RIGHT for text in finals
+    )
     score, format_ok = strict if policy == "strict" else correct, bool(line or box)
     hint = _NO_ANSWER if not format_ok else _NOT_CHECKED if late else _NOT_ONE if policy == "strict" and correct else ""
     return {
@@ -84,6 +87,12 @@ def compute_score(
     }
 
 
-def _verdict(gold: str, text: str, **how) -> int | None:
-    """As :meth:`Verifier.verdict`; nothing is a wrong answer."""
+def _verdict(gold: str, text: str, *, hopeless: bool = False, **how) -> int | None:
+    """As :meth:`Verifier.verdict`; nothing is a wrong answer.
+
+    Args:
+        hopeless: what never evaluates has no verdict, and is not tried.
+    """
+    if hopeless and never_evaluates(text):
+        return None
     return verifier_of_this_process().verdict(gold, text, **how) if text.strip() else WRONG

@@ -18,7 +18,7 @@ from functools import cache
 from multiprocessing.connection import Connection, Pipe
 from queue import Empty, LifoQueue
 
-from opd_ext.rewards.answers import LONGEST, readings, sides
+from opd_ext.rewards.answers import LONGEST, chains, is_chosen, readings
 
 logger = logging.getLogger(__name__)
 
@@ -186,13 +186,15 @@ def _judge() -> Callable[[str, str, bool, int], int]:
         return any(equal(a, b) for a in gold for b in given)
 
     def consistent(reference: str, text: str, limit: int) -> bool:
-        if len(parts := sides(text)) == 1 or "=" in reference:
+        found = chains(text)
+        if all(len(chain) == 1 for chain in found) or "=" in reference or is_chosen(reference, text):
             return True
-        numbers = [_number(read(f"${part}$", latex, limit)) for part in (reference, *parts)]
-        if numbers[0] is None:  # no number is asked for, so a side that is one says something else
-            return not any(number is not None for number in numbers)
-        numbers = [number for number in numbers if number is not None]
-        return all(abs(number - numbers[0]) <= 0.02 * abs(numbers[0]) for number in numbers)
+        wanted, *numbers = [
+            [_number(read(f"${part}$", latex, limit)) for part in chain] for chain in ([reference], *found)
+        ]
+        if wanted[0] is None and len(found) == 1:  # no number is asked for, so a side that is one says something else
+            return not any(number is not None for number in numbers[0])
+        return all(map(_near, ((wanted if len(found) == 1 else []) + chain for chain in numbers)))
 
     def judge(reference: str, text: str, whole: bool, limit: int) -> int:
         gold = read(f"\\boxed{{{reference}}}", latex, limit)
@@ -206,6 +208,11 @@ def _judge() -> Callable[[str, str, bool, int], int]:
         return WRONG if not right else RIGHT if short and consistent(reference, text, limit) else UNSURE
 
     return judge
+
+
+def _near(numbers: list[float | None]) -> bool:
+    first, *others = [number for number in numbers if number is not None] or [0.0]
+    return all(abs(number - first) <= 0.02 * abs(first) for number in others)
 
 
 def _number(parsed: list) -> float | None:

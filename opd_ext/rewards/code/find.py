@@ -16,12 +16,13 @@ from pathlib import Path
 
 from opd_ext.rewards.code.sandbox import PROCESSES, TEMPORARY, Job, Limits, Sandbox, SandboxError, interpreter
 
-PACKAGES = ("numpy", "sortedcontainers")
+PACKAGES = ("numpy",)
 """What programs may import besides the standard library, where the grader's environment has it."""
 
 _SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-_LINKS = {"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1"}
+_LINKS = {"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1",
+          "/dev/stderr": "/proc/self/fd/2"}  # fmt: skip
 
 _PROBE = """
 import json, os, signal, socket, sys
@@ -40,6 +41,9 @@ try:
     held["the root can be written"] = True
 except OSError:
     pass
+for device in ("/dev/null", "/dev/urandom", "/dev/shm", "/tmp"):
+    mode = os.R_OK | (os.W_OK | os.X_OK) * os.path.isdir(device)
+    held[device + " cannot be used"] = not os.access(device, mode)
 made = 0
 try:
     while made <= processes:
@@ -103,17 +107,17 @@ def bubblewrap(command: str, root: bool, proc: bool) -> Sandbox:
     words = [command, "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     words += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
     words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user", "--disable-userns"]
+    shown, devices = [*folders, interpreter()], [*filter(os.path.exists, _DEVICES)]
+    words += _above([*links, *shown, *devices, *TEMPORARY])
     for link, target in links.items():
         words += ["--symlink", target, link]
-    words += _shown([*folders, interpreter()])
-    for device in filter(os.path.exists, _DEVICES):
-        words += ["--dev-bind", device, device]
+    words += _bound("--ro-bind", shown) + _bound("--dev-bind", devices)
     covered = _covered(folders)
     for folder in covered:
         words += ["--perms", "0755", "--size", str(64 << 10), "--tmpfs", folder]
     for folder in TEMPORARY:
         words += ["--perms", "1777", "--size", str(16 << 20), "--tmpfs", folder]
-    words += _shown(packages)  # which may lie below what was covered
+    words += _above(packages) + _bound("--ro-bind", packages)  # which may lie below what was covered
     words += [word for folder in covered for word in ("--remount-ro", folder)]
     if proc:
         words += ["--proc", "/proc", *(w for link, target in _LINKS.items() for w in ("--symlink", target, link))]
@@ -133,11 +137,14 @@ def namespaces(root: bool, proc: bool) -> Sandbox:
     return Sandbox(f"unshare{'' if proc else ', no /proc'}", jail=jail, root=root, paths=paths)
 
 
-def _shown(paths: list[str]) -> list[str]:
-    """Words of bwrap that show files and folders, read-only."""
+def _above(paths: list[str]) -> list[str]:
+    """Words of bwrap for the folders that lead to paths: those that it makes unasked are closed to all but root."""
     above = {str(parent) for path in paths for parent in Path(path).parents} - {"/", *paths}
-    words = [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]  # else root's alone
-    return words + [word for path in paths for word in ("--ro-bind", path, path)]
+    return [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]
+
+
+def _bound(how: str, paths: list[str]) -> list[str]:
+    return [word for path in paths for word in (how, path, path)]
 
 
 def faults(sandbox: Sandbox) -> str:

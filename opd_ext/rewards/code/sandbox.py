@@ -34,7 +34,8 @@ START_SECONDS = 60.0
 FORBIDDEN = "the program asked for another process, for the network or for something else that is not allowed here"
 PROCESSES, OPEN_FILES = 64, 64
 FILE_BYTES = 32 << 20  # of a file that a program writes, its output among them
-TEMPORARY = {"/tmp": "size=16m,nr_inodes=1024,mode=1777", "/dev/shm": "size=16m,nr_inodes=1024,mode=1777"}
+FILES = 1024  # in each of the following folders
+TEMPORARY = dict.fromkeys(("/tmp", "/dev/shm"), f"size=16m,nr_inodes={FILES},mode=1777")
 
 _LOOK_SECONDS = 0.02  # between two looks at the memory of all processes of a program
 _ERROR_BYTES = 1 << 16
@@ -161,7 +162,7 @@ class Sandbox:
 
     def _watch(self, process: subprocess.Popen, ready: int, limits: Limits) -> tuple[str, float]:
         """Wait for the end, or bring it about; ``start`` if the program never began."""
-        poll, end = select.poll(), ""
+        poll, end, folders = select.poll(), "", list[int]()
         handle = os.pidfd_open(process.pid)
         try:
             poll.register(ready, select.POLLIN)
@@ -169,10 +170,12 @@ class Sandbox:
             poll.poll(1000 * START_SECONDS)
             began, started = time.monotonic(), bool(select.select([ready], [], [], 0)[0] and os.read(ready, 1))
             poll.unregister(ready)
+            if started and self.command:  # where it is one of ours, the kernel counts the files
+                folders = _folders(process)
             while started and not poll.poll(1000 * _LOOK_SECONDS):
                 if time.monotonic() - began > WALL * limits.seconds:
                     end = "time"
-                elif memory(process.pid) > limits.memory_bytes:
+                elif memory(process.pid) > limits.memory_bytes or _too_many_files(folders):
                     end = "memory"
                 if end:
                     break
@@ -183,12 +186,15 @@ class Sandbox:
                 else:
                     os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if not end and _too_many_files(folders):
+                end = "memory"
             if started:  # all of the namespace is gone when nobody holds the pipe any more
                 poll.register(ready, 0)
                 poll.unregister(handle)
                 poll.poll(2000)
         finally:
-            os.close(handle)
+            for open_file in (handle, *folders):
+                os.close(open_file)
         return end if started else "start", seconds
 
 
@@ -210,6 +216,34 @@ def memory(pid: int) -> int:
             continue
         total += (resident - shared) * _PAGE
     return total
+
+
+def _folders(process: subprocess.Popen) -> list[int]:
+    """The folders in memory that bwrap gave its program, which stay to be counted when it has ended; none if it has.
+
+    Raises:
+        SandboxError: this account may not look into them; the process has been ended.
+    """
+    found, pid = list[int](), process.pid
+    try:
+        child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+        for path in TEMPORARY:
+            found.append(os.open(f"/proc/{child}/root{path}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except PermissionError as error:
+        if not os.path.exists(f"/proc/{child}"):  # the kernel says the same of one that has just gone
+            return found
+        process.kill()
+        process.wait()
+        raise SandboxError(f"bubblewrap: the files of a program cannot be counted ({error.strerror})") from None
+    except (OSError, IndexError):
+        pass
+    return found
+
+
+def _too_many_files(folders: list[int]) -> bool:
+    """bwrap limits the size of a folder in memory and not the number of its files, each of which takes a kilobyte."""
+    held = [os.fstatvfs(folder) for folder in folders]
+    return any(each.f_files - each.f_ffree > FILES for each in held)
 
 
 @cache

@@ -116,6 +116,13 @@ def test_one_right_and_finished_trace_per_prompt_whatever_the_order(tokenizer):
         traces.choose(drawn, grades * 0, seed=1)
 
 
+def test_a_trace_that_is_trained_on_is_right_by_the_strict_rule_where_the_grader_has_one(tokenizer):
+    """The project's rule: CRISP's dual verdict measures, and what is trained on states one final answer."""
+    drawn = samples(tokenizer, "a guess", "an answer", uids=["0", "0"])
+    grades = pd.DataFrame({"acc": [1.0, 1.0], "acc_strict": [0.0, 1.0]})
+    assert {traces.choose(drawn, grades, seed)["sample"].iloc[0] for seed in range(20)} == {1}
+
+
 def test_a_trace_keeps_its_ids_where_it_can(tokenizer):
     prompts = pd.DataFrame({"uid": ["000000"], "prompt_ids": [[5, 6]]})
     drawn = samples(tokenizer, "Answer: 3")

@@ -39,6 +39,22 @@ HONEST = {
     "open(0)": (BLOCK.format("print(sum(map(int, open(0).read().split())))"), SUM),
     "open(0, 'rb')": (BLOCK.format("print(sum(map(int, open(0, 'rb').read().split())))"), SUM),
     "os.read": (BLOCK.format("import os\nprint(sum(map(int, os.read(0, os.fstat(0).st_size).split())))"), SUM),
+    "/dev/stdin": (BLOCK.format("print(sum(map(int, open('/dev/stdin').read().split())))"), SUM),
+    "/dev/fd/0": (BLOCK.format("print(sum(map(int, open('/dev/fd/0').read().split())))"), SUM),
+    "/dev/stdout": (BLOCK.format("x = sum(map(int, input().split()))\nprint(x, file=open('/dev/stdout', 'w'))"), SUM),
+    "/dev/stderr": (BLOCK.format(f"print(1, file=open('/dev/stderr', 'w'))\n{ADD}"), SUM),
+    "os.devnull": (BLOCK.format(f"import os, sys\nsys.stderr = open(os.devnull, 'w')\n{ADD}"), SUM),
+    "/dev/urandom": (
+        BLOCK.format(f"import random\nrandom.seed(open('/dev/urandom', 'rb').read(8))\n{ADD}"), SUM
+    ),
+    "a file in /dev/shm": (
+        BLOCK.format("open('/dev/shm/x', 'w').write(input())\nprint(sum(map(int, open('/dev/shm/x').read().split())))"),
+        SUM,
+    ),
+    "a file in /tmp": (
+        BLOCK.format("import tempfile\nf = tempfile.TemporaryFile('w+')\nf.write(input())\nf.seek(0)\n"
+                     "print(sum(map(int, f.read().split())))"), SUM
+    ),
     "for line in sys.stdin": (BLOCK.format("import sys\nnext(sys.stdin)\nprint(sum(map(int, sys.stdin)))"), LINES),
     "until EOFError": (
         BLOCK.format("n = 0\ninput()\ntry:\n    while 1:\n        n += int(input())\nexcept EOFError:\n    print(n)"),
@@ -207,6 +223,10 @@ HOSTILE = {
     ),
     "very many files": (
         "n = 0\ntry:\n    for n in range(20000):\n        open(f'/tmp/{n}', 'w').close()\nexcept OSError: pass\n"
+        "got = n > 5000" + _GOT, False
+    ),
+    "very many files in /dev/shm": (
+        "n = 0\ntry:\n    for n in range(20000):\n        open(f'/dev/shm/{n}', 'w').close()\nexcept OSError: pass\n"
         "got = n > 5000" + _GOT, False
     ),
     "files in memory": (_CATCH.format("import os; [os.memfd_create('x') for _ in range(9)]"), False),

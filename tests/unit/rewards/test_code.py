@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,7 @@ from opd_ext.preflight.findings import Findings
 from opd_ext.preflight.reward import check_reward
 from opd_ext.rewards import code
 from opd_ext.rewards.code import compute_score
-from opd_ext.rewards.code.find import candidates, faults, find_sandbox
+from opd_ext.rewards.code.find import PACKAGES, candidates, faults, find_sandbox
 from opd_ext.rewards.code.sandbox import Job, Limits, Sandbox, SandboxError
 from tests.unit.rewards.programs import BLOCK, HONEST, HOSTILE, SUM, WRONG, call, stdin
 
@@ -108,8 +109,6 @@ def attack(tmp_path, monkeypatch):
 @walls
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_gets_nothing_and_leaves_nothing(name, attack):
-    if name == "very many files" and find_sandbox().name.startswith("bubblewrap"):
-        pytest.skip("bubblewrap limits the size of a folder in memory, and not the number of its files")
     before = _children()
     assert attack(*HOSTILE[name]) == 0.0
     assert _children() <= before, "processes are left"
@@ -158,8 +157,11 @@ def test_a_sandbox_that_stands_holds_every_kind_of_attack(sandbox, attack, monke
     if broken := faults(sandbox):
         pytest.skip(broken)
     monkeypatch.setattr(code, "find_sandbox", lambda allow_unsafe: sandbox)
-    assert graded(*HONEST["input"])["score"] == 1.0
-    for name in ("a shell by os", "the network", "files of the machine", "a daemon", "a fork bomb", "fills /dev/shm"):
+    styles = ["input", "os.devnull", "/dev/urandom", "a file in /dev/shm", "a file in /tmp"]
+    styles += [] if "no /proc" in sandbox.name else ["/dev/stdin", "/dev/fd/0", "/dev/stdout", "/dev/stderr"]
+    assert [style for style in styles if not graded(*HONEST[style])["score"]] == []
+    for name in ("a shell by os", "the network", "files of the machine", "a daemon", "a fork bomb", "fills /dev/shm",
+                 "very many files", "very many files in /dev/shm"):  # fmt: skip
         assert attack(*HOSTILE[name]) == 0.0, name
 
 
@@ -197,6 +199,24 @@ def test_a_run_that_grades_programs_is_refused_before_it_starts_where_nothing_ca
 def test_an_argument_that_the_grader_does_not_have_is_refused():
     with pytest.raises(ConfigError, match="reward.kwargs=.*'unsafe'"):
         load_grader(RewardConfig("pkg://opd_ext.rewards.code", kwargs={"unsafe": True}))
+
+
+def test_a_sandbox_whose_files_cannot_be_counted_is_none(monkeypatch):
+    """A container without the right to look into processes: the next kind of sandbox is tried."""
+    counted = [each for each in candidates() if each.command and not faults(each)]
+    if not counted:
+        pytest.skip("bubblewrap does not stand here")
+
+    def refused(path, *flags):
+        if str(path).endswith("/root/tmp"):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *flags)
+
+    opened = os.open
+    monkeypatch.setattr("opd_ext.rewards.code.sandbox.os.open", refused)
+    before = _children()
+    assert faults(counted[0]) == "bubblewrap: the files of a program cannot be counted (Permission denied)"
+    assert _children() <= before
 
 
 def test_a_sandbox_that_does_not_start_says_so_and_nothing_about_the_program():
@@ -332,3 +352,8 @@ def test_a_response_without_code_is_asked_for_it_and_a_cut_one_to_be_shorter():
 @walls
 def test_a_syntax_error_names_its_line():
     assert "Line 2 (Solution.py)" in told("x = 1\nprint(x", stdin("", "1", public=1))
+
+
+def test_packages_that_programs_may_import_are_installed_here():
+    """What the guide promises, an environment that setup made must hold."""
+    assert all(find_spec(name) for name in PACKAGES)

@@ -149,12 +149,17 @@ def test_slow_answers_are_graded_beside_others_and_hold_up_no_other(monkeypatch)
     assert mine.verdict("42", "slow 20") is None and sorted(asked) == sorted(texts), "it is remembered"
 
 
-def test_a_right_line_does_not_wait_for_a_box(monkeypatch, asked):
-    monkeypatch.setattr(verifier, "LIMIT_SECONDS", 30)
-    monkeypatch.setattr("opd_ext.rewards.math_dual.HURRIED_SECONDS", 1)
-    result = compute_score("math", "\\boxed{10^{10^{10}}}\nAnswer: 42", "42")
-    assert dict(asked)["10^{10^{10}}"] == verifier.DEADLINE * 1
-    assert (result["acc"], result["acc_strict"], result["acc_boxed_only"]) == (1, 0, 0)
+@pytest.mark.parametrize("box", ["10^{10^{10}}", "9^{9^9}", "2^{2^{2^{9}}}", "(123456789)!", "7^{99999999}"])
+def test_a_right_line_does_not_wait_for_a_box_that_never_evaluates(box, asked):
+    """CRISP's rule takes either path, so the line decides: nobody asks about such a box."""
+    result = compute_score("math", f"\\boxed{{{box}}}\nAnswer: 42", "42")
+    assert {text for text, _ in asked} == {"42"}
+    assert (result["acc"], result["acc_strict"], result["acc_boxed_only"], result["feedback"]) == (1, 0, 0, "")
+
+
+def test_a_box_that_evaluates_is_asked_about_beside_a_right_line(asked):
+    result = compute_score("math", "\\boxed{2^{3^{2}}}\nAnswer: 512", "512")
+    assert "2^{3^{2}}" in dict(asked) and (result["acc_strict"], result["acc_boxed_only"]) == (1, 1)
 
 
 def test_what_the_parsers_print_stays_in_their_process(capfd, fresh_verifier):
@@ -262,6 +267,12 @@ SAME = [  # reference, answer; every one is graded in a line and in a box
     ("\\dfrac{9}{7}", "9/7"),  # Math-Verify 70
     ("C", "C. because 9 is odd"),
     ("C", "(C) 5 apples"),
+    ("C", "C. x = 42"),
+    ("1,2", "$x=1, x=2$"),
+    ("1,2", "$x = 1$ or $x = 2$"),
+    ("1,2", "$x = 1 \\text{ or } x = 2$"),
+    ("1,2", "$x = 1, x = 4/2 = 2$"),
+    ("1234", "x = 1,234"),
 ]
 DIFFERENT = [
     ("5\\%", "500\\%"),
@@ -278,6 +289,10 @@ DIFFERENT = [
     ("C", "B. because C is even"),
     ("C", "C. or D."),
     ("C", "B because C is even"),
+    ("C", "B. x = 42"),
+    ("1,2", "$x=1, x=3$"),
+    ("1,2", "$x=1, x=17=2$"),
+    ("2", "$x=1, x=2$"),
 ]
 
 
@@ -303,6 +318,11 @@ POLICIES = {
     "a line": ("So.\nAnswer: 42", (1, 1)),
     "a bold line": ("✅ Final Answer: **42**", (1, 1)),  # Math-Verify 76
     "a bold heading": ("**Answer:**\n\n$42$", (1, 1)),
+    "a bold word before the colon": ("**Answer**: 42", (1, 1)),
+    "two bold words": ("**Final Answer**: 42", (1, 1)),
+    "a slanted word": ("*Answer*: 42", (1, 1)),
+    "a bold word by underscores": ("__Answer__: 42", (1, 1)),
+    "underscores around the line": ("__Answer: 42__", (1, 1)),
     "a code span": ("Answer: `42`", (1, 1)),
     "display below": ("Answer:\n$$\n42\n$$", (1, 1)),
     "a box": ("Hence \\boxed{42}.", (1, 1)),
@@ -322,6 +342,23 @@ POLICIES = {
     "no stated answer": ("so $6h = 252$ and then $h=42$", (1, 0)),
     "two sides that differ": ("Answer: $17 = 42$", (1, 0)),
     "a side that is far off": ("Answer: $42 \\approx 1234567$", (1, 0)),
+    "another answer in words behind": ("Answer: 42\nThe final answer is 17", (1, 0)),
+    "another answer behind, as an equation": ("Answer: 42\nSo the answer is x = 17.", (1, 0)),
+    "another answer behind a box": ("\\boxed{42}. Thus the correct answer is $17$.", (1, 0)),
+    "taken back, with another": ("Answer: 42\nNo wait, actually it is 17.", (1, 0)),
+    "taken back behind a box": ("\\boxed{42} No, that is wrong. I do not know.", (1, 0)),
+    "doubted": ("Answer: 42\nI am not sure.", (1, 0)),
+    "a mistake": ("$\\boxed{42}$.\n\nHmm, I made a mistake above.", (1, 0)),
+    "taken back on the line": ("Answer: 42. No, that is wrong.", (1, 0)),
+    "a friendly end": ("Answer: 42\nThis is the answer.", (1, 1)),
+    "the same once more": ("Answer: 42\nThe final answer is $42$.", (1, 1)),
+    "the same once more, bold": ("\\boxed{42}\n\n**The answer is 42.**", (1, 1)),
+    "the same with words": ("\\boxed{42}\nSo the answer is 42 as required.", (1, 1)),
+    "a unit behind a box": ("It is \\boxed{42} cm.", (1, 1)),
+    "thanks": ("Answer: 42\nThank you, I hope this helps!", (1, 1)),
+    "no other solution": ("Answer: 42\nNo other value works, and the answer is correct.", (1, 1)),
+    "a form": ("\\boxed{42}. The answer is in simplest form.", (1, 1)),
+    "a check": ("\\boxed{42}\nCheck: $6 \\cdot 7 = 42$, which is right.", (1, 1)),
     "a guess before": ("Answer: 42\nWait.\nAnswer: 41", (0, 0)),
     "two boxes, the right one first": ("\\boxed{42} or \\boxed{41}", (0, 0)),
     "nothing": ("", (0, 0)),
