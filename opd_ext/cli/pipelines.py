@@ -19,7 +19,7 @@ def evaluate(
     on: Annotated[
         str | None,
         typer.Option(
-            help="sets, separated by commas: names of files in data_dir, or paths", show_default="a run's own"
+            help="sets, separated by commas: names of `opd data`, NAME/SPLIT, or paths", show_default="a run's own"
         ),
     ] = None,
     against: Annotated[str | None, typer.Option(help="another model, compared problem by problem")] = None,

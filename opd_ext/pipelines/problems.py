@@ -178,6 +178,9 @@ def grade(
 
     ``acc`` is the grader's ``acc``, or its score; ``truncated`` whether the response ran into its limit. Further
     verdicts of the grader whose names begin with ``acc_`` follow as columns.
+
+    Raises:
+        ConfigError: the grader refuses a row.
     """
     of_uid = problems.set_index("uid")
     answers = decode(samples, tokenizer)
@@ -214,7 +217,15 @@ class _Grading:
     def __call__(self, work: tuple[str, str, str, Any]) -> dict[str, float]:
         source, text, truth, extra = work
         settings = self._settings
-        result = _loaded_grader(settings.path, settings.name, json.dumps(settings.kwargs))(source, text, truth, extra)
+        try:
+            grade = _loaded_grader(settings.path, settings.name, json.dumps(settings.kwargs))
+            result = grade(source, text, truth, extra)
+        except ValueError as error:
+            grader, said = settings.path or "verl", " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(
+                f"A row of {source} cannot be graded by {grader}: {said}; give its data source another grader, or mend "
+                "the row."
+            ) from None
         if not isinstance(result, dict):
             return {"acc": float(result)}
         others = {name: float(value) for name, value in result.items() if name.startswith("acc_")}
