@@ -118,7 +118,10 @@ def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, setti
 
 
 def worded(rows: pd.DataFrame, settings: PromptsConfig) -> list[list[dict[str, str]]]:
-    """The messages of every row, the last asked in the words of ``settings``, if they have any."""
+    """The messages of every row, the last asked in the words of ``settings``, if they have any.
+
+    Those words stand around the row's bare question, so that they replace the words of the row.
+    """
     chats = [list(messages) for messages in rows["prompt"]]
     if not settings.wording:
         return chats
@@ -126,7 +129,8 @@ def worded(rows: pd.DataFrame, settings: PromptsConfig) -> list[list[dict[str, s
     for messages, info in zip(chats, rows["extra_info"], strict=True):
         code = (info or {}).get("starter_code") or ""
         text = texts["function" if code.strip() else "stdin"]
-        messages[-1] = {**messages[-1], "content": text.render(question=messages[-1]["content"], starter_code=code)}
+        question = (info or {}).get("question") or messages[-1]["content"]
+        messages[-1] = {**messages[-1], "content": text.render(question=question, starter_code=code)}
     return chats
 
 
