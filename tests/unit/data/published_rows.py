@@ -45,9 +45,9 @@ FUNCTION = (
 )
 STDIN = (
     "### Question:\nAdd  two\nnumbers.\n\n### Format: Read the inputs from stdin solve the problem and write the "
-    "answer to stdout (do not directly test on the sample inputs). Enclose your code within delimiters as follows. Ensure "
-    "that when the python program runs, it reads the inputs, runs the algorithm and writes output to STDOUT.\n```python\n"
-    "# YOUR CODE HERE\n```\n\n### Answer: (use the provided format with backticks)\n\n"
+    "answer to stdout (do not directly test on the sample inputs). Enclose your code within delimiters as follows. "
+    "Ensure that when the python program runs, it reads the inputs, runs the algorithm and writes output to STDOUT.\n"
+    "```python\n# YOUR CODE HERE\n```\n\n### Answer: (use the provided format with backticks)\n\n"
 )
 
 # As published: rows in their own columns, those that are left by the filter first; then what the first becomes.
