@@ -26,7 +26,7 @@ def evaluate(
     step: Annotated[str | None, typer.Option(help="of a run: saved step, or best", show_default="newest")] = None,
     against_step: Annotated[str | None, typer.Option(help="as --step, of --against")] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="how a paper samples: cispo, crisp, iw_opd, opsd, sdpo, ssd, trace")
+        str | None, typer.Option(help="how a paper samples: cispo, crisp, iw_opd, opsd, sdpo, ssd, t3s, trace")
     ] = None,
     scale: Annotated[str | None, typer.Option(help="the machine", show_default="a run's own, or cpu")] = None,
     n: Annotated[int | None, typer.Option(min=1, help="samples per problem")] = None,

@@ -303,9 +303,25 @@ def test_the_report_has_a_table_of_rules_and_levels_where_there_are_some():
     titles = [section.title for section in found]
     assert titles == ["Accuracy", "a against b", "pass@k", "By difficulty", "By rule of the grader"]
     assert [row[2] for row in found[3].rows] == ["9", "10"]  # numbers in their order
-    assert found[4].rows == [["a", "s", "75.0", "50.0"], ["b", "s", "75.0", "-"]]
+    # Means by problem are 0.5 and 1: resamples of two problems have those two and 0.75. The rule says 0.5 of both.
+    assert [row[4] for row in found[3].rows] == ["100.0", "50.0"]  # one problem has no interval
+    ours, theirs = ["a", "s", "75.0 [50.0, 100.0]", "50.0 [50.0, 50.0]"], ["b", "s", "75.0 [50.0, 100.0]", "-"]
+    assert found[4].rows == [ours, theirs]
     assert numbers["pass"][0] == {"model": "a", "set": "s", "k": [1, 2], "pass": [75.0, 100.0]}
     assert all(math.isfinite(value) for value in numbers["accuracy"][0].values() if isinstance(value, float))
+
+
+def test_levels_have_intervals_and_truncated_responses_an_accuracy_of_their_own():
+    """By hand: one of three cut responses is right; a level with 0 and 1 has means of 0, 50 and 100 % in resamples."""
+    table = grades([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    table["truncated"] = [True, True, True, False, False, False]
+    table["difficulty"] = ["1", "1", "1", "1", "2", "2"]
+    found, _ = sections({"a": {"s": table}})
+    assert found[0].head[-1] == "of truncated %" and found[0].rows[0][-1].startswith("33.3 [0.0, ")
+    (levels,) = [section for section in found if section.title == "By difficulty"]
+    assert levels.rows[0][4:] == ["25.0 [0.0, 50.0]", "15.0 [10.0, 20.0]"] and levels.rows[1][4:] == ["100.0", "30.0"]
+    whole, _ = sections({"a": {"s": grades([[1.0, 0.0], [0.0, 0.0]])}})
+    assert whole[0].rows[0][-1] == "-"
 
 
 def test_votes_are_spelled_alike_and_a_grader_may_read_its_own():
