@@ -19,14 +19,14 @@ def evaluate(
     on: Annotated[
         str | None,
         typer.Option(
-            help="sets, separated by commas: names of files in data_dir, or paths", show_default="a run's own"
+            help="sets, separated by commas: names of `opd data`, NAME/SPLIT, or paths", show_default="a run's own"
         ),
     ] = None,
     against: Annotated[str | None, typer.Option(help="another model, compared problem by problem")] = None,
     step: Annotated[str | None, typer.Option(help="of a run: saved step, or best", show_default="newest")] = None,
     against_step: Annotated[str | None, typer.Option(help="as --step, of --against")] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="how a paper samples: cispo, crisp, iw_opd, opsd, sdpo, ssd, trace")
+        str | None, typer.Option(help="how a paper samples: cispo, crisp, iw_opd, opsd, sdpo, ssd, t3s, trace")
     ] = None,
     scale: Annotated[str | None, typer.Option(help="the machine", show_default="a run's own, or cpu")] = None,
     n: Annotated[int | None, typer.Option(min=1, help="samples per problem")] = None,

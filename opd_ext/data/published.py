@@ -107,6 +107,7 @@ class Published:
         held_out: share of the questions that the second split gets, by the published shuffle; 0: files make splits.
         longest_answer: longer answers (characters) are texts, and their rows are dropped; 0: they stay.
         thinking: the trace gets tags around its ``thoughts``.
+        evaluated: the split that an evaluation takes which names the set alone, if the set has it.
         note: what else a reader must know.
     """
 
@@ -125,6 +126,7 @@ class Published:
     held_out: float = 0.0
     longest_answer: int = 0
     thinking: bool = False
+    evaluated: str = "test"
     note: str = ""
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from opd_ext.context import prompts
+from opd_ext.data import programs
 from opd_ext.data.cells import bare_question, boxed, ground_truth, level, plain, user_text
 from opd_ext.data.published import Published
 from opd_ext.data.tables import schema
@@ -45,12 +46,14 @@ class Problem:
     Attributes:
         index: its place among the rows read.
         reason: why it cannot be used; empty if it can.
-        question: bare, for maths; else the whole message of the user.
+        question: bare, for maths and programs; else the whole message of the user.
+        message: what the user says, where that is neither the question nor a wording of maths.
         key: what copies of it have in common; the text as it is published.
     """
 
     index: int
     question: str = ""
+    message: str | None = None
     answer: str = ""
     reason: str = ""
     key: str | None = None
@@ -65,9 +68,10 @@ class Problem:
 def row_of(problem: Problem, published: Published, split: str, asked: Callable[[str], str], source: str) -> dict:
     """The row that is written; ``asked`` makes the user's message of the question."""
     system = [{"role": "system", "content": problem.system}] if problem.system is not None else []
+    message = asked(problem.question) if problem.message is None else problem.message
     row = {
         "data_source": source,
-        "prompt": [*system, {"role": "user", "content": asked(problem.question)}],
+        "prompt": [*system, {"role": "user", "content": message}],
         "ability": published.ability,
         "reward_model": {"style": "rule", "ground_truth": problem.answer},
         "extra_info": {
@@ -96,7 +100,9 @@ def wanted_columns(published: Published) -> set[str]:
 def read_problem(published: Published, cells: Mapping[str, Any], index: int) -> Problem:
     """What a row says; its reference is not looked at."""
     problem = KINDS[published.kind](published, cells, index)
-    if not problem.reason and not _whole(problem.question + problem.answer + (problem.trace or "")):
+    if not problem.reason and not _whole(
+        problem.question + (problem.message or "") + problem.answer + (problem.trace or "")
+    ):
         problem.reason = "half of a character (a lone surrogate)"
     if not problem.reason and published.has_traces and not problem.trace:
         problem.reason = f"no trace in {' or '.join(published.columns['trace'])}"
@@ -253,14 +259,17 @@ def _contest(published: Published, cells: Mapping[str, Any], index: int) -> Prob
     if function := json.loads(cells.get("metadata") or "{}").get("func_name"):
         truth["fn_name"] = function
     problem.answer = json.dumps(truth)
+    problem.message = programs.contest_prompt(problem.question, problem.starter_code)
     return problem
 
 
 def _bare(published: Published, cells: Mapping[str, Any], index: int) -> Problem:
-    """A question without a reference."""
+    """A problem of contests without a reference."""
     question = str(cells.get(_first(published.columns["question"], cells)) or "")
-    reason = "" if question.strip() else "empty question"
-    return Problem(index, question, key=question, reason=reason, **_about(published, cells))
+    problem = Problem(index, question, key=question, **_about(published, cells))
+    problem.reason = "" if question.strip() else "empty question"
+    problem.message = programs.contest_prompt(question, problem.starter_code)
+    return problem
 
 
 def _humaneval(published: Published, cells: Mapping[str, Any], index: int) -> Problem:
@@ -270,7 +279,7 @@ def _humaneval(published: Published, cells: Mapping[str, Any], index: int) -> Pr
     if not prompt.strip() or not name:
         problem.reason = "no prompt or no entry_point"
         return problem
-    problem.question = f"{COMPLETE}\n\n```python\n{prompt.strip()}\n```"
+    problem.question, problem.message = prompt.strip(), programs.completion_prompt(prompt)
     before = prompt[: prompt.rfind(f"def {name}(")] if f"def {name}(" in prompt else ""
     check = f"{cells['test']}\n\ncheck({name})\n"
     problem.answer = _checked([check], name, prelude=before, seconds=_seconds(check))
@@ -284,7 +293,7 @@ def _mbpp(published: Published, cells: Mapping[str, Any], index: int) -> Problem
     if not text or not shown:
         problem.reason = "no task or no tests"
         return problem
-    problem.question = f"{text}\n\n{WRITE}\n\n```python\n{chr(10).join(shown)}\n```"
+    problem.question, problem.message = programs.tested_question(text, shown), programs.tested_prompt(text, shown)
     setup = cells.get("test_setup_code") or "\n".join(cells.get("test_imports") or ())
     names = re.findall(r"^def (\w+)\(", str(cells.get("code") or ""), re.MULTILINE)
     name = next((name for name in names if re.search(rf"\b{name}\(", shown[0])), None)
@@ -306,8 +315,6 @@ def _seconds(check: str) -> float:
     return 60.0 if len(check) > _MANY else 0
 
 
-COMPLETE = "Complete this function. Write all of it, with what it imports, into one block of Python."
-WRITE = "Write a Python function for this, into one block of Python. It must pass these tests:"
 _MANY = 5_000  # characters of tests
 
 KINDS: dict[str, Callable[[Published, Mapping[str, Any], int], Problem]] = {

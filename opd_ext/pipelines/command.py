@@ -13,8 +13,10 @@ from opd_ext.bridge.warm_python import warm_python
 from opd_ext.errors import ConfigError
 from opd_ext.files import write_whole
 from opd_ext.pipelines import problems
+from opd_ext.pipelines.graded import check_rows
 from opd_ext.pipelines.settings import (
     PipelineConfig,
+    PromptsConfig,
     SampledConfig,
     TracedConfig,
     check_inputs,
@@ -128,8 +130,12 @@ def _check(config: PipelineConfig) -> None:
         config.prompts.file, isinstance(config, TracedConfig) and not config.traces_column, bool(config.prompts.wording)
     )
     wording = config.prompts.wording if config.evaluate.wording is None else config.evaluate.wording
+    graded = [config.prompts] if isinstance(config, TracedConfig) and not config.traces_column else []
     for file in filter(None, (config.evaluate.file, config.evaluate.select_file)):
         problems.check_columns(file, graded=True, worded=bool(wording))
+        graded.append(PromptsConfig(file=file, count=config.evaluate.count, deduplicate=False))
+    for settings in graded:
+        check_rows(str(settings.file), problems.read_problems(settings), lambda _: config.reward)
 
 
 def _missing(config: PipelineConfig) -> list[str]:

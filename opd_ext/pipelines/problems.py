@@ -118,7 +118,10 @@ def render_prompts(rows: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, setti
 
 
 def worded(rows: pd.DataFrame, settings: PromptsConfig) -> list[list[dict[str, str]]]:
-    """The messages of every row, the last asked in the words of ``settings``, if they have any."""
+    """The messages of every row, the last asked in the words of ``settings``, if they have any.
+
+    Those words stand around the row's bare question, so that they replace the words of the row.
+    """
     chats = [list(messages) for messages in rows["prompt"]]
     if not settings.wording:
         return chats
@@ -126,7 +129,8 @@ def worded(rows: pd.DataFrame, settings: PromptsConfig) -> list[list[dict[str, s
     for messages, info in zip(chats, rows["extra_info"], strict=True):
         code = (info or {}).get("starter_code") or ""
         text = texts["function" if code.strip() else "stdin"]
-        messages[-1] = {**messages[-1], "content": text.render(question=messages[-1]["content"], starter_code=code)}
+        question = (info or {}).get("question") or messages[-1]["content"]
+        messages[-1] = {**messages[-1], "content": text.render(question=question, starter_code=code)}
     return chats
 
 
@@ -178,6 +182,9 @@ def grade(
 
     ``acc`` is the grader's ``acc``, or its score; ``truncated`` whether the response ran into its limit. Further
     verdicts of the grader whose names begin with ``acc_`` follow as columns.
+
+    Raises:
+        ConfigError: the grader refuses a row.
     """
     of_uid = problems.set_index("uid")
     answers = decode(samples, tokenizer)
@@ -214,7 +221,15 @@ class _Grading:
     def __call__(self, work: tuple[str, str, str, Any]) -> dict[str, float]:
         source, text, truth, extra = work
         settings = self._settings
-        result = _loaded_grader(settings.path, settings.name, json.dumps(settings.kwargs))(source, text, truth, extra)
+        try:
+            grade = _loaded_grader(settings.path, settings.name, json.dumps(settings.kwargs))
+            result = grade(source, text, truth, extra)
+        except ValueError as error:
+            grader, said = settings.path or "verl", " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(
+                f"A row of {source} cannot be graded by {grader}: {said}; give its data source another grader, or mend "
+                "the row."
+            ) from None
         if not isinstance(result, dict):
             return {"acc": float(result)}
         others = {name: float(value) for name, value in result.items() if name.startswith("acc_")}

@@ -80,13 +80,26 @@ def per_problem(grades: pd.DataFrame) -> pd.DataFrame:
     table = groups[["acc", "tokens", "truncated"]].mean()
     table["pass"] = groups["acc"].apply(lambda acc: float((acc >= 1).any()))
     table["maj"] = groups[["vote", "acc"]].apply(lambda rows: majority(list(rows["vote"]), list(rows["acc"])))
+    table["cut_right"] = (grades["acc"] * grades["truncated"]).groupby(grades["uid"]).mean()
     table["n"] = groups.size()
     return table.join(groups[["data_source", "difficulty"]].first())
 
 
 def _record(model: str, name: str, table: pd.DataFrame, values: np.ndarray, means: np.ndarray) -> dict[str, Any]:
     found = {"model": model, "set": name, "problems": len(table), "n": int(table["n"].max())}
+    found["of_truncated"] = _of_truncated(table)
     return found | _intervals(values, means)
+
+
+def _of_truncated(table: pd.DataFrame) -> str:
+    """The accuracy of the responses that were cut: a ratio of two means, whose interval is over problems as well."""
+    values = table[["cut_right", "truncated"]].to_numpy()
+    if not values[:, 1].any():
+        return "-"
+    means = resampled_means(values)
+    means = means[means[:, 1] > 0]  # a resample without a cut response says nothing
+    value, low, high = estimate(values, means, lambda m: 100 * m[..., 0] / m[..., 1])
+    return _cell({"cut": value, "cut_low": None if np.isnan(low) else low, "cut_high": high}, "cut")
 
 
 def _intervals(values: np.ndarray, means: np.ndarray) -> dict[str, float | None]:
@@ -104,18 +117,32 @@ def _column(place: int, scale: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _accuracy_section(records: list[dict[str, Any]]) -> Section:
-    head = ["model", "set", "problems", "n", "mean@n %", "pass@n %", "maj@n %", "tokens", "truncated %"]
+    head = [
+        "model",
+        "set",
+        "problems",
+        "n",
+        "mean@n %",
+        "pass@n %",
+        "maj@n %",
+        "tokens",
+        "truncated %",
+        "of truncated %",
+    ]
     rows = []
     for record in records:
         shown = [*(_cell(record, column) for column in _COLUMNS[:-1]), f"{record['truncated']:.1f}"]
         n = "-" if record["n"] is None else str(record["n"])
         if record["n"] == 1:
             shown[1] = shown[2] = "-"  # one sample passes, votes and is the mean
+        shown.append(record.get("of_truncated", "-"))
         rows.append([record["model"], record["set"], str(record["problems"]), n, *shown])
     text = (
         "Means over problems with 95 % intervals. mean: of n samples; pass: any of them is right; maj: the answer that "
     )
-    return Section("Accuracy", text + "most of them give is right.", head, rows)
+    return Section(
+        "Accuracy", text + "most of them give is right; of truncated: of responses cut at the limit.", head, rows
+    )
 
 
 def _cell(record: Mapping[str, Any], column: str, sign: str = "") -> str:
@@ -199,11 +226,16 @@ def _difficulty_section(grades: Grades) -> Section | None:
             problems = per_problem(table)
             levels = problems["difficulty"].dropna()
             for level in sorted(levels.unique(), key=_numbers_first) if levels.nunique() > 1 else ():
-                of_level = problems[problems["difficulty"] == level]
-                means = (f"{100 * of_level['acc'].mean():.1f}", f"{of_level['tokens'].mean():.1f}")
-                rows.append([model, name, level, str(len(of_level)), *means])
+                values = problems.loc[problems["difficulty"] == level, ["acc", "tokens"]].to_numpy()
+                rows.append([model, name, level, str(len(values)), _mean(values[:, :1], 100), _mean(values[:, 1:])])
     head = ["model", "set", "difficulty", "problems", "mean@n %", "tokens"]
-    return Section("By difficulty", "", head, rows) if rows else None
+    return Section("By difficulty", "Means over problems with 95 % intervals.", head, rows) if rows else None
+
+
+def _mean(values: np.ndarray, scale: float = 1.0) -> str:
+    """The mean of one column over problems, with its interval."""
+    value, low, high = estimate(values, resampled_means(values), _column(0, scale))
+    return _cell({"mean": value, "mean_low": None if np.isnan(low) else low, "mean_high": high}, "mean")
 
 
 def _numbers_first(level: str) -> tuple[bool, float, str]:
@@ -223,7 +255,8 @@ def _verdict_section(grades: Grades) -> Section | None:
     rows = []
     for model, sets in grades.items():
         for name, table in sets.items():
-            shares = (table[each].mean() if each in table else np.nan for each in ("acc", *names))
-            rows.append([model, name, *("-" if np.isnan(share) else f"{100 * share:.1f}" for share in shares)])
+            known = table.groupby("uid")[[each for each in ("acc", *names) if each in table]].mean()
+            shown = (_mean(known[[each]].to_numpy(), 100) if each in known else "-" for each in ("acc", *names))
+            rows.append([model, name, *shown])
     text = "The same responses, read otherwise. acc is what the other tables report."
     return Section("By rule of the grader", text, ["model", "set", "acc %", *(f"{each} %" for each in names)], rows)

@@ -109,3 +109,21 @@ def test_every_room_is_on_the_page():
     rooms = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
     missing = [room for room in rooms if f"{room}/" not in PAGE]
     assert rooms and not missing
+
+
+def test_the_readmes_row_of_the_pages_links_every_one():
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `docs/` |")]
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert pages - set(re.findall(r"\((docs/\w+\.md)\)", row)) == set()
+
+
+def test_no_command_of_a_page_needs_a_variable_that_is_unset_by_default():
+    """Without OPD_HOME a command with its bare name would look in the root folder."""
+    pages = [
+        ROOT / "README.md",
+        *(path for top in ("docs", "recipes", "examples") for path in (ROOT / top).rglob("*.md")),
+    ]
+    commands = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+    said = [line.partition(" #")[0] for block in commands for line in block.splitlines()]
+    assert len(said) > 100
+    assert [line for line in said if re.search(r"\$(OPD_HOME|\{OPD_HOME\})", line)] == []

@@ -115,6 +115,10 @@ def test_problems_of_livecodebench_are_asked_as_the_recipe_asks_and_graded_by_al
     said = {name: asked(pd.read_parquet(lcb[name]))[0] for name in right}
     assert "Question a." in said["v5"] and "stdin" in said["v5"]
     assert "Question b." in said["v6"] and "```python\nclass Solution:\n```" in said["v6"]
+    # The recipe's words stand around the bare question, in the place of those of the row.
+    for name, words in said.items():
+        (message,) = pd.read_parquet(lcb[name]).iloc[0]["prompt"]
+        assert "### Format: " in message["content"] and "###" not in words and words.count("```") == 2
     for name, program in right.items():
         truth = pd.read_parquet(lcb[name]).iloc[0]["reward_model"]["ground_truth"]
 

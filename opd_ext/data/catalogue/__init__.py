@@ -27,8 +27,15 @@ SETS: dict[str, Published] = {published.name: published for published in (*maths
 def set_name(path: Path) -> str:
     """What the set in a file is called: the folder's name of ``aime24/test.parquet``, else the file's."""
     folder = path.parent.name
-    made_here = any(folder == name or folder.startswith((f"{name}-", f"{name}_")) for name in SETS)
-    return folder if made_here and path.stem == "test" else path.stem
+    return folder if of_folder(folder) and path.stem == "test" else path.stem
+
+
+def of_folder(name: str) -> Published | None:
+    """The set that `opd data` writes into a folder of that name, ``aime24`` or another wording's ``aime24-boxed``."""
+    if name in SETS:
+        return SETS[name]
+    begun = [known for known in SETS if name.startswith((f"{known}-", f"{known}_"))]
+    return SETS[max(begun, key=len)] if begun else None
 
 
 def find(name: str) -> Published:

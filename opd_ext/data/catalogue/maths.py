@@ -52,6 +52,7 @@ SETS = (
         wording="dapo",
         distinct="exact",
         held_out=0.2,
+        evaluated="val",
         note="Also reads the first file, BytedTsinghua-SIA/DAPO-Math-17k, 1,791,700 rows that hold each question a "
         "hundred times: the first copy stays. Its split is another one than the published, which is of the file above.",
     ),

@@ -82,6 +82,7 @@ SETS = (
         recipes=("sdpo",),
         ability="science",
         held_out=0.1,
+        evaluated="chemistry_test",
         note=f"SDPO's own files ({_SDPO}/sciknoweval) are taken as they are, to the byte; the hub's rows are filtered, "
         "worded and split as its script does, and may differ with the version of the set.",
     ),
@@ -130,6 +131,7 @@ SETS = (
         },
         recipes=("ssd", "sdpo"),
         ability="code",
+        evaluated="v6",
         note="`v5` reads all six files, 4.5 GB. Private tests are pickled text; anything else in them is refused.",
     ),
     Published(

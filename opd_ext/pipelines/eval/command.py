@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from opd_ext.config.overrides import quoted
 from opd_ext.pipelines.command import overview, planned, work
 from opd_ext.pipelines.eval.config import EvalConfig
+from opd_ext.pipelines.eval.graders import files_of, with_own
 from opd_ext.pipelines.eval.models import Evaluated, evaluated
 from opd_ext.pipelines.eval.pipeline import Evaluation, build
-from opd_ext.pipelines.settings import RewardConfig, compose_pipeline
+from opd_ext.pipelines.settings import compose_pipeline
 from opd_ext.plan.stages_page import WIDTH
 from opd_ext.report.after import after_run
 from opd_ext.report.evaluation import sections
@@ -54,6 +55,7 @@ def run(
         name = re.sub(r"[^\w.-]+", "-", named.name).strip("-")
         asked.append(f"run_dir={quoted(str(Path(os.environ.get('OPD_RUNS') or 'runs') / f'eval-{name}'))}")
     config = compose_pipeline("eval", EvalConfig, [*asked, *overrides])
+    config.graders = with_own(config.graders, named.config)
     if cfg:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return
@@ -106,16 +108,11 @@ def _run_defaults(model: Evaluated, protocol: bool) -> list[str]:
     Args:
         protocol: whether one was named, which then says how to sample.
     """
-    config: dict[str, Any] = model.source.config if model.source else {}
-    if "opd" not in config:
+    config = model.config
+    if not config:
         return []
     data, rollout = config["data"], config["actor_rollout_ref"]["rollout"]
-    grader = RewardConfig.of_run(config)
-    files = data["val_files"] if isinstance(data["val_files"], list) else [data["val_files"]]
-    found = [f"sets=[{','.join(quoted(str(file)) for file in files if file)}]"]
-    if grader.path:
-        found += [f"reward.path={quoted(grader.path)}", f"reward.name={grader.name}"]
-        found += [f"reward.kwargs={_flow(grader.kwargs)}"] if grader.kwargs else []
+    found = [f"sets=[{','.join(map(quoted, files_of(config, 'val_files')))}]"]
     if options := data.get("apply_chat_template_kwargs"):
         found.append(f"template={_flow(options)}")
     if (Path(__file__).parents[2] / "config" / "pipelines" / "scale" / f"{config['opd']['scale']}.yaml").is_file():

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from opd_ext.data.catalogue import SETS, set_name
+from opd_ext.data.catalogue import SETS, of_folder, set_name
 from opd_ext.errors import ConfigError, did_you_mean, positive
 from opd_ext.pipelines.settings import RewardConfig, SampledConfig, check_decoding
 from opd_ext.sampling.config import SamplingConfig
@@ -20,7 +20,9 @@ class EvalConfig(SampledConfig):
     step: str | None = None  # of a run: a step that was saved, or best; null: the newest
     against: str | None = None  # another model that it is compared with, problem by problem
     against_step: str | None = None  # as step
-    sets: list[str] = field(default_factory=list)  # names of parquet files in data_dir, or paths of such files
+    sets: list[str] = field(default_factory=list)
+    """Names in data_dir, of sets (`sciknoweval`), their splits (`sciknoweval/physics_test`) or parquet files; or paths
+    of such files."""
     data_dir: str = "."  # where the files lie that sets names without a path
     count: int | None = None  # the first so many problems of every set; null: all
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # how a problem is answered, and how often
@@ -28,7 +30,8 @@ class EvalConfig(SampledConfig):
     system: str | None = None  # a system message put before the conversation
     template: dict[str, Any] = field(default_factory=dict)  # options of the chat template
     graders: dict[str, RewardConfig] = field(default_factory=dict)
-    """Data source, or a pattern of sources -> its grader, the first that fits; `reward.path` stands above them all."""
+    """Data source, or a pattern of sources -> its grader: the source itself, else the first pattern that fits;
+    `reward.path` stands above them all."""
 
     def check(self) -> None:
         super().check()
@@ -39,7 +42,7 @@ class EvalConfig(SampledConfig):
         positive("sampling.max_tokens", self.sampling.max_tokens)
         if self.count is not None:
             positive("count", self.count)
-        names = [set_name(self._file(entry)) for entry in self.sets]
+        names = [self._name(entry) for entry in self.sets]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"sets has {twice[0]} twice: give the files different names.")
         for name, n in self.samples.items():
@@ -50,15 +53,19 @@ class EvalConfig(SampledConfig):
     @property
     def files(self) -> dict[str, Path]:
         """Name of a set -> its file."""
-        files = map(self._file, self.sets)
-        return {set_name(file): file for file in files}
+        return {self._name(entry): self._file(entry) for entry in self.sets}
+
+    def _name(self, entry: str) -> str:
+        bare = Path(entry).name == entry and not Path(entry).suffix
+        return entry if bare else set_name(self._file(entry))
 
     def _file(self, entry: str) -> Path:
         """A path, or a name in ``data_dir``: ``aime24.parquet`` or, as `opd data` has it, ``aime24/test.parquet``."""
         path, folder = Path(entry).expanduser(), Path(self.data_dir).expanduser().absolute()
         if path.suffix:
             return path.absolute()
-        of_set, alone = folder / entry / "test.parquet", folder / f"{entry}.parquet"
+        published, alone = of_folder(entry), folder / f"{entry}.parquet"
+        of_set = folder / entry / f"{published.evaluated if published else 'test'}.parquet"
         return of_set if of_set.is_file() and not alone.is_file() else alone
 
     def samples_of(self, name: str) -> int:
@@ -73,6 +80,8 @@ class EvalConfig(SampledConfig):
         """
         if self.reward.path:
             return self.reward
+        if source in self.graders:
+            return self.graders[source]
         for pattern, grader in self.graders.items():
             if fnmatchcase(source, pattern):
                 return grader
@@ -80,14 +89,34 @@ class EvalConfig(SampledConfig):
 
     def check_files(self) -> None:
         """Raises ConfigError for a set whose file is not there, and says how it is made."""
-        for name, file in self.files.items():
+        folder = Path(self.data_dir).expanduser()
+        for entry, (name, file) in zip(self.sets, self.files.items(), strict=True):
             if file.is_file():
                 continue
-            folder = Path(self.data_dir).expanduser()
-            there = sorted(set_name(path) for path in (*folder.glob("*.parquet"), *folder.glob("*/test.parquet")))
+            if splits := sorted(path.stem for path in (folder / entry).glob("*.parquet")):
+                raise ConfigError(
+                    f"{entry} has no split that is evaluated on by its name alone: name one, "
+                    f"{' or '.join(f'--on {entry}/{split}' for split in splits)}."
+                )
+            made = [path for path in folder.glob("*/*.parquet") if of_folder(path.parent.name)]
+            there = sorted({*map(set_name, folder.glob("*.parquet")), *map(_called, made)})
             listed = f" There are {', '.join(there)}.{did_you_mean(name, there)}" if there else ""
-            known = name if name in SETS else "list"
             raise ConfigError(
-                f"{file} is not there, so nothing can be evaluated on {name}: make it (`opd data {known}`), or name a "
+                f"{file} is not there, so nothing can be evaluated on {name}: make it (`{_maker(entry)}`), or name a "
                 f"parquet file with its path.{listed}"
             )
+
+
+def _maker(entry: str) -> str:
+    """The command that makes what was named, if one does."""
+    name, _, split = entry.partition("/")
+    if name not in SETS:
+        return "opd data list"
+    known = any(each.name == split for each in SETS[name].splits)
+    return f"opd data {name}{f' --split {split}' if known else ''}"
+
+
+def _called(file: Path) -> str:
+    """How a split that `opd data` has made is named: by its set alone, or with it."""
+    published, folder = of_folder(file.parent.name), file.parent.name
+    return folder if published and file.stem == published.evaluated else f"{folder}/{file.stem}"

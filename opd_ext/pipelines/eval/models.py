@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opd_ext.checkpoints.export import RECORD, export
 from opd_ext.checkpoints.layout import CheckpointError
@@ -29,6 +30,12 @@ class Evaluated:
     def readable(self) -> str:
         """Where its config and tokenizer can be read, before and after an export."""
         return str(self.source.template) if self.source else self.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the run of `opd train` that it is of; empty for any other model."""
+        found = self.source.config if self.source else {}
+        return found if "opd" in found else {}
 
     @property
     def identity(self) -> str:

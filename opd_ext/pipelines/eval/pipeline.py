@@ -17,6 +17,7 @@ from opd_ext.pipelines import problems
 from opd_ext.pipelines.eval.config import EvalConfig
 from opd_ext.pipelines.eval.models import Evaluated, evaluated
 from opd_ext.pipelines.eval.votes import voted
+from opd_ext.pipelines.graded import check_rows
 from opd_ext.pipelines.settings import PromptsConfig
 from opd_ext.pipelines.stages import Pipeline, Stage
 from opd_ext.pipelines.steps import REFUSALS, SamplingSteps, write_frame
@@ -35,7 +36,7 @@ class Evaluation(SamplingSteps):
         self.key, self.model = key, model
 
     def stages(self) -> list[Stage]:
-        rendering = [self.render(f"{self.key}-{name}", self._prompts(file)) for name, file in self.config.files.items()]
+        rendering = [self.render(f"{self.key}-{name}", self.prompts_of(f)) for name, f in self.config.files.items()]
         return rendering + [self._stage(name, file) for name, file in self.config.files.items()]
 
     def grades(self, name: str) -> pd.DataFrame:
@@ -57,7 +58,8 @@ class Evaluation(SamplingSteps):
         self.config = replace(self.config, vllm=replace(asked, max_model_len=length))
         super().sample(jobs, title)
 
-    def _prompts(self, file: Path) -> PromptsConfig:
+    def prompts_of(self, file: Path) -> PromptsConfig:
+        """What is asked of a set."""
         config = self.config
         return PromptsConfig(
             file=str(file), count=config.count, deduplicate=False, system=config.system, template=config.template
@@ -98,7 +100,7 @@ class Evaluation(SamplingSteps):
         if not job.done:
             self.model.have()
             self.sample([self._job(each) for each in self.config.files], f"samples of {self.key}")
-        rows = problems.read_problems(self._prompts(file))
+        rows = problems.read_problems(self.prompts_of(file))
         samples = read_table(Path(job.out), SAMPLES)
         texts = pd.Series(problems.decode(samples, self.tokenizer), samples.index)
         of_problem = rows.set_index("uid")["data_source"].map(str).loc[samples["uid"]].set_axis(samples.index)
@@ -139,4 +141,7 @@ def build(config: EvalConfig) -> tuple[Pipeline, dict[str, Evaluation]]:
         models["against"] = evaluated("against", config.against, config.against_step)
     evaluations = {key: Evaluation(config, key, model) for key, model in models.items()}
     stages = [stage for each in evaluations.values() for stage in each.stages()]
+    for file in config.files.values():
+        rows = problems.read_problems(evaluations["model"].prompts_of(file))
+        check_rows(str(file), rows, config.grader_of)
     return Pipeline(Path(config.run_dir), stages, REFUSALS), evaluations

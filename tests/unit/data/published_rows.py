@@ -37,6 +37,19 @@ CALL = json.dumps([{"Action": "find", "Action_Input": '{"what": "axolotl"}'}])
 OPTIONS = {"Correct Answer": "red", **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}
 SDPO = {"idx": 7, "kind": "mcq", "dataset": "sciknoweval", "elo": 1500, "description": "d", "tests": "-"}
 
+# As lcb_runner/prompts/code_generation.py of LiveCodeBench writes them.
+FUNCTION = (
+    "### Question:\nAdd them. 2025-03-01\n\n### Format: You will use the following starter code to write the solution "
+    "to the problem and enclose your code within delimiters.\n```python\nclass Solution:\n```\n\n"
+    "### Answer: (use the provided format with backticks)\n\n"
+)
+STDIN = (
+    "### Question:\nAdd  two\nnumbers.\n\n### Format: Read the inputs from stdin solve the problem and write the "
+    "answer to stdout (do not directly test on the sample inputs). Enclose your code within delimiters as follows. "
+    "Ensure that when the python program runs, it reads the inputs, runs the algorithm and writes output to STDOUT.\n"
+    "```python\n# YOUR CODE HERE\n```\n\n### Answer: (use the provided format with backticks)\n\n"
+)
+
 # As published: rows in their own columns, those that are left by the filter first; then what the first becomes.
 PUBLISHED = {
     "dapo_math_17k": (
@@ -122,7 +135,8 @@ PUBLISHED = {
     "livecodebench": (
         [contest("2025-03-01", "add"), contest("2024-09-01")],
         1,
-        {"difficulty": "easy", "starter_code": "class Solution:", "question_id": "q1"},
+        {"text": FUNCTION, "question": "Add them. 2025-03-01", "difficulty": "easy", "starter_code": "class Solution:",
+         "question_id": "q1"},
     ),
     "rstar_coder": (
         [
@@ -131,7 +145,7 @@ PUBLISHED = {
             for text, passed in (("Add  two\nnumbers.", True), ("Add two numbers.", True), ("Sort.", False))
         ],
         1,
-        {"text": "Add  two\nnumbers.", "answer": "", "starter_code": None},
+        {"text": STDIN, "question": "Add  two\nnumbers.", "answer": "", "starter_code": None},
     ),
     "humaneval": (
         [{"task_id": "HumanEval/0", "prompt": 'import math\n\n\ndef half(x: int) -> int:\n    """Half."""\n',

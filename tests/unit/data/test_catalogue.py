@@ -119,6 +119,8 @@ def test_programs_are_graded_by_the_tests_that_are_published(name, tmp_path):
     source = write(called(name, tmp_path), PUBLISHED[name][0])
     (row,) = contents(prepare(SETS[name], source, tmp_path / "out")["test"])
     assert "half" in row["text"] and row["text"].count("```") == 2
+    asks = "Complete this function" if name.startswith("humaneval") else "Write a Python function for this"
+    assert asks in row["text"] and asks not in row["question"] and "half" in row["question"]
 
     def graded(program: str) -> dict:
         return code.compute_score(name, f"So:\n```python\n{program}\n```", row["answer"])

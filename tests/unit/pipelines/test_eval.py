@@ -9,13 +9,17 @@ import pandas as pd
 import pytest
 import yaml
 
+from opd_ext.data.catalogue import SETS
 from opd_ext.errors import ConfigError
 from opd_ext.estimators import majority
 from opd_ext.pipelines.eval.command import _run_defaults
 from opd_ext.pipelines.eval.config import EvalConfig
+from opd_ext.pipelines.eval.graders import with_own
 from opd_ext.pipelines.eval.models import Evaluated, evaluated
 from opd_ext.pipelines.eval.votes import voted
-from opd_ext.pipelines.settings import CONFIG_DIR, RewardConfig, compose_pipeline
+from opd_ext.pipelines.graded import check_rows
+from opd_ext.pipelines.problems import _Grading, read_problems
+from opd_ext.pipelines.settings import CONFIG_DIR, PromptsConfig, RewardConfig, compose_pipeline
 from opd_ext.report.bootstrap import holm, sign_flip_p
 from opd_ext.report.evaluation import AVERAGE, accuracies, comparison, sections
 
@@ -96,6 +100,35 @@ def test_sets_of_opd_data_are_found_by_name_and_bear_it(tmp_path):
         settings(f"data_dir={tmp_path}", "sets=[hmmt25]").check_files()
 
 
+@pytest.mark.parametrize(
+    ("name", "split"), [("livecodebench", "v6"), ("sciknoweval", "chemistry_test"), ("dapo_math_17k", "val")]
+)
+def test_a_set_without_a_split_called_test_is_found_by_its_name_too(name, split, tmp_path):
+    """As published: SSD and SDPO report v6 and chemistry, DAPO's questions have a held-out fifth."""
+    for each in SETS[name].splits:
+        (tmp_path / name / f"{each.name}.parquet").parent.mkdir(exist_ok=True)
+        (tmp_path / name / f"{each.name}.parquet").write_bytes(b"")
+    config = settings(f"data_dir={tmp_path}", f"sets=[{name},{name}/{SETS[name].splits[0].name}]")
+    config.check_files()
+    assert list(config.files) == [name, SETS[name].splits[0].name]
+    assert config.files[name] == tmp_path / name / f"{split}.parquet"
+
+
+def test_every_set_by_its_name_has_one_split_that_is_made_for_evaluation_or_none():
+    for published in SETS.values():
+        trained = all(split.asks for split in published.splits)
+        assert published.evaluated in [split.name for split in published.splits] or trained or not published.grader
+
+
+def test_a_set_to_train_on_and_a_split_that_is_not_made_are_refused_with_what_to_say(tmp_path):
+    (tmp_path / "openthoughts").mkdir()
+    (tmp_path / "openthoughts" / "train.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"openthoughts has no split .*name one, --on openthoughts/train\."):
+        settings(f"data_dir={tmp_path}", "sets=[openthoughts]").check_files()
+    with pytest.raises(ConfigError, match=r"`opd data sciknoweval --split physics_test`.*There are openthoughts/train"):
+        settings(f"data_dir={tmp_path}", "sets=[sciknoweval/physics_test]").check_files()
+
+
 def test_the_grader_follows_the_data_source_and_a_path_stands_above():
     config = settings()
     assert config.grader_of("gym/gcd").path == "pkg://opd_ext.rewards.gym"
@@ -132,12 +165,76 @@ def test_a_run_is_evaluated_as_it_validated(tmp_path, composed_run):
     validation = composed_run["actor_rollout_ref"]["rollout"]["val_kwargs"]
     assert config.sampling.temperature == validation["temperature"] and config.sampling.n == validation["n"]
     assert config.sampling.max_tokens == composed_run["opd"]["rollout"]["val_tokens"]
-    assert config.reward.path == "pkg://opd_ext.rewards.gym" and config.reward.name == "last_number"
-    assert config.reward.kwargs == arguments
+    # The family of reasoning-gym's tasks has the run's grader, whichever of them the run knows.
+    own = with_own(config.graders, model.config)["gym/*"]
+    assert own == RewardConfig("pkg://opd_ext.rewards.gym", "last_number", arguments)
     assert config.scale == "cpu" and [path.name for path in config.files.values()] == ["val.parquet"]
     assert config.template == {"enable_thinking": False}
     with_protocol = _run_defaults(model, protocol=True)
     assert not [each for each in with_protocol if each.startswith("sampling")]
+
+
+def rows_of(file, *sources: str, truth: str = "7"):
+    """A file in verl's format, with a question of each data source."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"data_source": source, "prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": truth}}
+        for source in sources
+    ]
+    pd.DataFrame(rows).to_parquet(file)
+    return file
+
+
+def run_that_knows(folder, path: str, train: list, val: list):
+    """What an evaluation reads of the configuration of a run."""
+    files = {"train_files": [str(rows_of(folder / "train.parquet", *train))]}
+    files["val_files"] = str(rows_of(folder / "val.parquet", *val))
+    custom = {"path": path, "name": "compute_score", "reward_kwargs": {"mine": 1}}
+    return {"data": files, "reward": {"custom_reward_function": custom}}
+
+
+def test_a_run_grades_the_data_that_it_knows_and_published_sets_have_their_own_graders(tmp_path):
+    """The miniature world's grader refuses MATH-500's answers, and a mathematical one calls a right option wrong."""
+    config = settings()
+    config.graders = with_own(config.graders, run_that_knows(tmp_path, "world.py", ["tinymath"], ["poems"]))
+    paths = {source: config.grader_of(source).path for source in ("tinymath", "poems", "math500", "gpqa_diamond")}
+    dual, choices = "pkg://opd_ext.rewards.math_dual", "pkg://opd_ext.rewards.mcq"
+    assert paths == {"tinymath": "world.py", "poems": "world.py", "math500": dual, "gpqa_diamond": choices}
+    maths = settings()
+    maths.graders = with_own(maths.graders, run_that_knows(tmp_path, dual, ["math_dapo"], ["aime24"]))
+    assert maths.grader_of("math500").kwargs == maths.grader_of("aime24").kwargs == {"mine": 1}
+    assert maths.grader_of("gpqa_diamond").path == choices
+    assert with_own(config.graders, {}) == config.graders
+
+
+def test_a_grader_that_is_set_for_a_source_stands_above_patterns_and_a_runs_own(tmp_path):
+    config = settings("graders.math500.path=mine.py")
+    assert config.grader_of("math500").path == "mine.py"
+    run = run_that_knows(tmp_path, "world.py", ["math500"], ["math500"])
+    assert with_own(config.graders, run)["math500"].path == "mine.py"
+
+
+def test_a_row_that_its_grader_refuses_is_told_before_anything_is_sampled(tmp_path):
+    file = rows_of(tmp_path / "val.parquet", "tinymath", "math500", truth="\\frac{1}{2}")
+    rows = read_problems(PromptsConfig(file=str(file), deduplicate=False))
+    world = RewardConfig("pkg://opd_ext.tinymath.grader")
+    with pytest.raises(ConfigError, match=r"row 0 of tinymath cannot be graded by .*are whole numbers") as refused:
+        check_rows(str(file), rows, settings().grader_of)
+    assert "\n" not in str(refused.value)
+    check_rows(str(file), rows[1:], settings().grader_of)
+    with pytest.raises(ConfigError, match="row 1 of math500 cannot be graded by pkg://opd_ext.tinymath.grader"):
+        check_rows(str(file), rows[1:], lambda _: world)
+    with pytest.raises(ConfigError, match=r"does not load"):
+        check_rows(str(file), rows, lambda _: RewardConfig("pkg://nobody.has.it"))
+
+
+def test_a_row_that_is_refused_while_graded_is_one_sentence_too():
+    grading = _Grading(RewardConfig("pkg://opd_ext.tinymath.grader"))
+    assert grading(("tinymath", "Answer: 7", "7", {}))["acc"] == 1.0
+    with pytest.raises(
+        ConfigError, match="A row of math500 cannot be graded by pkg://opd_ext.tinymath.grader: the min"
+    ):
+        grading(("math500", "Answer: 7", "x", {}))
 
 
 @pytest.fixture
@@ -206,9 +303,25 @@ def test_the_report_has_a_table_of_rules_and_levels_where_there_are_some():
     titles = [section.title for section in found]
     assert titles == ["Accuracy", "a against b", "pass@k", "By difficulty", "By rule of the grader"]
     assert [row[2] for row in found[3].rows] == ["9", "10"]  # numbers in their order
-    assert found[4].rows == [["a", "s", "75.0", "50.0"], ["b", "s", "75.0", "-"]]
+    # Means by problem are 0.5 and 1: resamples of two problems have those two and 0.75. The rule says 0.5 of both.
+    assert [row[4] for row in found[3].rows] == ["100.0", "50.0"]  # one problem has no interval
+    ours, theirs = ["a", "s", "75.0 [50.0, 100.0]", "50.0 [50.0, 50.0]"], ["b", "s", "75.0 [50.0, 100.0]", "-"]
+    assert found[4].rows == [ours, theirs]
     assert numbers["pass"][0] == {"model": "a", "set": "s", "k": [1, 2], "pass": [75.0, 100.0]}
     assert all(math.isfinite(value) for value in numbers["accuracy"][0].values() if isinstance(value, float))
+
+
+def test_levels_have_intervals_and_truncated_responses_an_accuracy_of_their_own():
+    """By hand: one of three cut responses is right; a level with 0 and 1 has means of 0, 50 and 100 % in resamples."""
+    table = grades([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    table["truncated"] = [True, True, True, False, False, False]
+    table["difficulty"] = ["1", "1", "1", "1", "2", "2"]
+    found, _ = sections({"a": {"s": table}})
+    assert found[0].head[-1] == "of truncated %" and found[0].rows[0][-1].startswith("33.3 [0.0, ")
+    (levels,) = [section for section in found if section.title == "By difficulty"]
+    assert levels.rows[0][4:] == ["25.0 [0.0, 50.0]", "15.0 [10.0, 20.0]"] and levels.rows[1][4:] == ["100.0", "30.0"]
+    whole, _ = sections({"a": {"s": grades([[1.0, 0.0], [0.0, 0.0]])}})
+    assert whole[0].rows[0][-1] == "-"
 
 
 def test_votes_are_spelled_alike_and_a_grader_may_read_its_own():
