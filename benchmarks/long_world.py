@@ -6,12 +6,14 @@
     python benchmarks/long_world.py --report                          the tables again, of what is finished
     python benchmarks/long_world.py -- opd.selftest=false             any setting of `opd train`, for all trainers alike
 
-Each run has a folder of its own in ``--out``. Started again, finished runs and evaluations are left alone and the one
-that was interrupted goes on. Base and every trained model answer the 1,000 test problems four times, at temperature 1.
-``comparison.{md,json,png}`` hold accuracies and paired differences, with 95 % intervals over problems and seeds.
+Each run has a folder of its own in ``--out``. Base and every trained model answer the 1,000 test problems four times,
+at temperature 1; what that gave, by problem, goes into ``--kept``, one file per model. A model that has its file is not
+trained again, and a run that was interrupted goes on. ``comparison.{md,json,png}``, beside these files, hold
+accuracies and paired differences, with 95 % intervals over problems and seeds.
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -23,17 +25,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from measure import provenance
+from measure import RESULTS, provenance
 
 from opd_ext.files import write_whole
 from opd_ext.home import home
 from opd_ext.report.compare import Arm, compare, finite
+from opd_ext.tinymath import shipped
+from opd_ext.tinymath.levels import LONG
 
 SCALE = "cpu_tiny_long"
 # Method -> problems per step; with the rollouts of each that makes 64.
 TRAINED = {"grpo": 8, "cispo": 8, "opd": 64, "iw_opd": 64, "crisp": 64, "opsd": 64, "sdpo": 8, "trace": 8}
 PIPELINES = ("ssd", "t3s")
 BASE = "base"
+OF_AN_EVALUATION = ("world", "problems", "samples")
 PAIRS = (
     *((method, BASE) for method in (*TRAINED, *PIPELINES)),
     ("cispo", "grpo"), ("sdpo", "grpo"), ("trace", "grpo"), ("iw_opd", "opd"), ("opsd", "opd"), ("t3s", "opd"),
@@ -75,57 +80,71 @@ def _step(path: Path) -> int:
     return int(path.parent.name.rpartition("_")[2])
 
 
-def evaluate(out: Path, name: str, model: Path, count: int | None, samples: int) -> None:
-    """Have the grades of a model on the test problems."""
-    asked = [f"count={count}"] if count else []
+def evaluate(out: Path, kept: Path, name: str, model: Path, asked: dict) -> None:
+    """Have in ``kept`` what a model did: accuracy and tokens by test problem, means over its samples."""
+    limit = [f"count={asked['problems']}"] if asked["problems"] else []
     opd(
         out / f"eval-{name}.log", "eval", str(model), "--on", str(home() / "tinymath_long" / "test.parquet"),
-        "--n", str(samples), "--scale", SCALE, f"run_dir='{out / 'eval' / name}'", "sampling.temperature=1.0",
-        "sampling.top_p=1.0", "sampling.top_k=-1", "sampling.max_tokens=416", *asked,
+        "--n", str(asked["samples"]), "--scale", SCALE, f"run_dir='{out / 'eval' / name}'", "sampling.temperature=1.0",
+        "sampling.top_p=1.0", "sampling.top_k=-1", "sampling.max_tokens=416", *limit,
     )  # fmt: skip
+    (grades,) = (out / "eval" / name / "grades").glob("*.parquet")
+    table = pd.read_parquet(grades).groupby("uid")[["acc", "tokens"]].mean().sort_index()
+    seconds = out / name / "seconds.json"
+    took = json.loads(seconds.read_text()) if seconds.is_file() else {}
+    table.attrs = asked | took | {"hardware": provenance("cpu", "")["hardware"]["name"]}
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    write_whole(kept / f"{name}.parquet", buffer.getvalue())
 
 
-def read(out: Path, name: str) -> pd.DataFrame | None:
-    """Accuracy and tokens by problem, None where a model has not been evaluated."""
-    files = sorted((out / "eval" / name / "grades").glob("*.parquet"))
-    return pd.read_parquet(files[0]).groupby("uid")[["acc", "tokens"]].mean().sort_index() if files else None
+def read(kept: Path, name: str, asked: dict) -> pd.DataFrame | None:
+    """What :func:`evaluate` kept, None where a model has not been evaluated.
+
+    Raises SystemExit if it was made with other settings.
+    """
+    file = kept / f"{name}.parquet"
+    if not file.is_file():
+        return None
+    table = pd.read_parquet(file)
+    decisive = OF_AN_EVALUATION if name == BASE else tuple(asked)
+    for key in decisive:
+        if (made := table.attrs.get(key)) != asked[key]:
+            raise SystemExit(f"{file} has {key} {made}, not {asked[key]}: name another folder by --kept.")
+    return table
 
 
-def arms(out: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
-    """What is finished, as the comparison of runs reads it. Raises ValueError if other problems were evaluated."""
-    start = read(out, BASE)
+def arms(kept: Path, methods: Sequence[str], seeds: Sequence[int], asked: dict) -> list[Arm]:
+    """What is finished, as the comparison of runs reads it."""
+    start = read(kept, BASE, asked)
     if start is None:
-        raise SystemExit(f"{out} has no evaluation of the base model: run the benchmark first.")
-    found = [_arm(BASE, {1: start}, out)]
+        raise SystemExit(f"{kept} has no evaluation of the base model: run the benchmark first.")
+    found = [_arm(BASE, {1: start})]
     for method in methods:
-        tables = {seed: read(out, f"{method}-seed{seed}") for seed in seeds}
-        finished = {seed: table for seed, table in tables.items() if table is not None}
-        if any(not table.index.equals(start.index) for table in finished.values()):
-            raise ValueError(f"{method} was evaluated on other problems than the base model: remove {out / 'eval'}")
-        if finished:
-            found.append(_arm(method, finished, out))
+        tables = {seed: read(kept, f"{method}-seed{seed}", asked) for seed in seeds}
+        if finished := {seed: table for seed, table in tables.items() if table is not None}:
+            found.append(_arm(method, finished))
     return found
 
 
-def _arm(name: str, tables: dict[int, pd.DataFrame], out: Path) -> Arm:
+def _arm(name: str, tables: dict[int, pd.DataFrame]) -> Arm:
     accuracy, tokens = (np.stack([table[key].to_numpy() for table in tables.values()]) for key in ("acc", "tokens"))
-    records = [out / f"{name}-seed{seed}" / "seconds.json" for seed in tables]
-    seconds = [json.loads(file.read_text())["seconds"] for file in records if file.is_file()]
+    seconds = [table.attrs["seconds"] for table in tables.values() if "seconds" in table.attrs]
     # One validation, at the end: `step` has no other meaning here.
     return Arm(
         name, list(tables), {1: accuracy}, {1: tokens}, {"minutes": np.mean(seconds) / 60 if seconds else np.nan}
     )
 
 
-def report(out: Path, methods: Sequence[str], seeds: Sequence[int], steps: int) -> str:
+def report(kept: Path, methods: Sequence[str], seeds: Sequence[int], asked: dict) -> str:
     """Write ``comparison.{md,json,png}`` and return the tables."""
-    found = arms(out, methods, seeds)
+    found = arms(kept, methods, seeds, asked)
     there = {arm.name for arm in found}
     table, differences = compare(found, [pair for pair in PAIRS if there.issuperset(pair)])
     problems = found[0].accuracy[1].shape[1]
     made = provenance("cpu", "", "verl")
     lines = [
-        f"{problems} test problems; {steps} steps of 64 rollouts; {made['date']}, {made['hardware']['name']}.",
+        f"{problems} test problems; {asked['steps']} steps of 64 rollouts; {made['date']}, {made['hardware']['name']}.",
         "",
         "| method | seeds | accuracy % | seeds' range | tokens | minutes |",
         "|---|---|---|---|---|---|",
@@ -142,9 +161,9 @@ def report(out: Path, methods: Sequence[str], seeds: Sequence[int], steps: int) 
     ]
     text = "\n".join(lines) + "\n"
     records = {"made": made, "methods": table.to_dict("records"), "differences": differences.to_dict("records")}
-    write_whole(out / "comparison.md", text.encode())
-    write_whole(out / "comparison.json", (json.dumps(finite(records), indent=2) + "\n").encode())
-    draw(table, differences).savefig(out / "comparison.png", dpi=120)
+    write_whole(kept / "comparison.md", text.encode())
+    write_whole(kept / "comparison.json", (json.dumps(finite(records), indent=2) + "\n").encode())
+    draw(table, differences).savefig(kept / "comparison.png", dpi=120)
     return text
 
 
@@ -179,24 +198,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--problems", type=int, help="the first so many test problems; all 1,000 by default")
     parser.add_argument("--samples", type=int, default=4, help="per test problem")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OPD_RUNS", "runs")) / "long_world")
+    parser.add_argument("--kept", type=Path, default=RESULTS / "long_world", help="results, a file per model")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables of what is there")
     parser.add_argument("overrides", nargs="*", help="settings of `opd train`, after --")
-    asked = parser.parse_args(arguments)
-    out, methods = asked.out.absolute(), asked.methods.split(",")
-    seeds = [int(seed) for seed in asked.seeds.split(",")]
+    given = parser.parse_args(arguments)
+    out, kept, methods = given.out.absolute(), given.kept.absolute(), given.methods.split(",")
+    seeds = [int(seed) for seed in given.seeds.split(",")]
     if unknown := [method for method in methods if method not in (*TRAINED, *PIPELINES)]:
         parser.error(f"--methods {unknown[0]} is none of {', '.join((*TRAINED, *PIPELINES))}")
-    if not asked.report:
+    models = shipped.record(LONG)["models"]
+    asked = {
+        "world": [models[name]["digests"]["model.safetensors"] for name in ("base", "large")],
+        "problems": given.problems,
+        "samples": given.samples,
+        "steps": given.steps,
+        "settings": given.overrides,
+    }
+    if not given.report:
         world = home() / "tinymath_long"
-        if not (world / "large" / "config.json").is_file():
-            parser.error("the world is not there: make it with `opd data tinymath long --rebuild`")
-        evaluate(out, BASE, world / "base", asked.problems, asked.samples)
+        if not all(shipped.is_shipped(world / name, name, LONG) for name in ("base", "large")):
+            parser.error("the world that is compared is not there: make it with `opd data tinymath long`")
+        if read(kept, BASE, asked) is None:
+            evaluate(out, kept, BASE, world / "base", asked)
         for seed in seeds:
             for method in methods:
-                model = train(out, method, seed, asked.steps, asked.overrides)
-                evaluate(out, f"{method}-seed{seed}", model, asked.problems, asked.samples)
-                print(f"{time.strftime('%H:%M:%S')}  {method} seed {seed} is finished", flush=True)
-    print(report(out, methods, seeds, asked.steps))
+                name = f"{method}-seed{seed}"
+                if read(kept, name, asked) is None:
+                    evaluate(out, kept, name, train(out, method, seed, given.steps, given.overrides), asked)
+                print(f"{time.strftime('%H:%M:%S')}  {name} is finished", flush=True)
+    print(report(kept, methods, seeds, asked))
 
 
 if __name__ == "__main__":

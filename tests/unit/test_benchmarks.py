@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from unittest import mock
 import pandas as pd
 import pytest
 import torch
+
+from opd_ext.tinymath import shipped
+from opd_ext.tinymath.levels import LONG
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -206,15 +210,40 @@ def test_a_result_is_there_as_a_whole_and_says_on_what_it_was_measured(benchmark
     assert {"date", "hardware", "torch", "rich"} == set(written) and len(list((tmp_path / "new").iterdir())) == 1
 
 
+def kept_long_world(benchmark, folder, accuracies: dict, **other):
+    """Results as the benchmark keeps them, of runs with its own defaults but for ``other``."""
+    folder.mkdir()
+    models = shipped.record(LONG)["models"]
+    world = [models[name]["digests"]["model.safetensors"] for name in ("base", "large")]
+    for name, values in accuracies.items():
+        table = pd.DataFrame({"acc": values, "tokens": 280.0}, index=[f"p{i}" for i in range(len(values))])
+        table.attrs = {"world": world, "problems": None, "samples": 4, "steps": 40, "settings": []} | other
+        table.to_parquet(folder / f"{name}.parquet")
+    benchmark("long_world").main(["--report", "--kept", str(folder)])
+    return (folder / "comparison.md").read_text()
+
+
 def test_the_long_world_is_compared_from_what_is_finished(benchmark, tmp_path):
     """Four of five problems are gained by the method, one is lost: +60 points, paired."""
-    tables = {"base": [0.0, 0.0, 0.0, 0.0, 1.0], "grpo-seed1": [1.0, 1.0, 1.0, 1.0, 0.0]}
-    for name, accuracies in tables.items():
-        (tmp_path / "eval" / name / "grades").mkdir(parents=True)
-        rows = {"uid": [f"p{i}" for i in range(5)], "sample": 0, "acc": accuracies, "tokens": 280}
-        pd.DataFrame(rows).to_parquet(tmp_path / "eval" / name / "grades" / "model-test.parquet")
-    benchmark("long_world").main(["--report", "--out", str(tmp_path)])
-    text = (tmp_path / "comparison.md").read_text()
+    found = {"base": [0.0, 0.0, 0.0, 0.0, 1.0], "grpo-seed1": [1.0, 1.0, 1.0, 1.0, 0.0]}
+    text = kept_long_world(benchmark, tmp_path / "kept", found)
     assert "| grpo | 1 | 80.0 [" in text and "| base | 1 | 20.0 [" in text
     assert re.search(r"grpo - base \| \+(5|6)\d\.\d \[", text) and "sdpo" not in text
-    assert (tmp_path / "comparison.png").stat().st_size > 1000
+    assert (tmp_path / "kept" / "comparison.png").stat().st_size > 1000
+
+
+def test_results_of_other_settings_are_not_compared(benchmark, tmp_path):
+    found = {"base": [0.0, 1.0], "grpo-seed1": [1.0, 1.0]}
+    with pytest.raises(SystemExit, match="grpo-seed1.parquet has steps 20, not 40: name another folder"):
+        kept_long_world(benchmark, tmp_path / "steps", found, steps=20)
+    with pytest.raises(SystemExit, match="base.parquet has world"):
+        kept_long_world(benchmark, tmp_path / "world", found, world=["another", "one"])
+
+
+def test_the_committed_comparison_is_what_the_committed_results_say(benchmark, tmp_path):
+    """The table in docs/worlds.md rests on these files."""
+    kept = tmp_path / "kept"
+    shutil.copytree(FOLDER / "results" / "long_world", kept)
+    committed = (kept / "comparison.md").read_text().splitlines()
+    benchmark("long_world").main(["--report", "--kept", str(kept)])
+    assert (kept / "comparison.md").read_text().splitlines()[1:] == committed[1:]  # the first has date and machine
