@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a configuration says of a run's size: models, shards, batches, lengths, what is computed and what is kept."""
 
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,19 +13,12 @@ from opd_ext.config.old_policy import old_log_probs, updates, whole_entropies
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.sequence_parallel import sequence_parallel
 from opd_ext.config.teachers import adapter_weights, model_weights
-from opd_ext.data.catalogue import set_name
 from opd_ext.errors import ConfigError
 from opd_ext.plan.machines import Machine, machine
 from opd_ext.plan.shapes import DTYPE_BYTES, ModelShape, model_shape
 from opd_ext.plan.teachers import Served, asked, models, moving, projections, prompt, servers
+from opd_ext.plan.validation import Validation, asked_to_think, mean_response, validation_sets
 from opd_ext.protocol import ValidationConfig
-
-# Mean tokens of a response where nobody says: of a model that thinks, most of a short limit; of another a quarter.
-_THINKING, _THINKING_SHARE, _PLAIN_SHARE, _SHORT = 10_000, 0.8, 0.25, 950
-# Problems of validation sets of `opd data`, and mean tokens of a response: thinking or not. Published and
-# measured means of Qwen3-8B; AIME's of 2025 are longer.
-_SETS = {"math500": (500, 4900, 1100), "aime24": (30, 14_200, 5000), "aime25": (30, 16_300, 5700)}
-UNKNOWN_ROWS = 500  # of a file that is not here
 
 
 @dataclass(frozen=True)
@@ -47,17 +37,6 @@ class Sharding:
     compute: int
     offloaded: frozenset[str] = frozenset()
     streamed: bool = False
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A validation set: its samples and their lengths."""
-
-    name: str
-    problems: int
-    samples: int
-    mean: float
-    known: bool  # whether somebody has counted its problems
 
 
 @dataclass(frozen=True)
@@ -338,19 +317,6 @@ def _thinks(config: DictConfig) -> bool:
     return asked_to_think(config.data.apply_chat_template_kwargs, config.actor_rollout_ref.model.path)
 
 
-def asked_to_think(template: Mapping[str, Any] | None, model: str) -> bool:
-    """Whether responses hold a chain of thought: the template asks for it, and the model was trained to."""
-    wanted = bool((template or {}).get("enable_thinking", False))
-    return wanted and not re.search(r"-(base|instruct)\b", str(model).lower())
-
-
-def mean_response(limit: int, thinks: bool) -> float:
-    """Tokens of a response where nobody says: of a limit of ``limit`` tokens."""
-    if thinks:
-        return min(_THINKING_SHARE * limit, _THINKING)
-    return max(_PLAIN_SHARE * limit, min(limit, _SHORT))
-
-
 def _between(config: DictConfig, steps: int) -> list[int]:
     """The steps of validations that are neither before nor after training."""
     every = config.trainer.test_freq
@@ -372,32 +338,3 @@ def _meanwhile(
             ]
         found.append((count, tuple(each for each in part if each.samples)))
     return tuple(found)
-
-
-def validation_sets(
-    files: Any, samples: Callable[[str], int], limit: int, thinks: bool, mean: float | None
-) -> tuple[Validation, ...]:
-    """The sets of a full validation; rows are counted where a file is on this machine.
-
-    Args:
-        samples: of a problem, by the set's name; a file's is taken for its ``data_source``.
-    """
-    paths: Sequence[str] = [files] if isinstance(files, str) else list(files or ())
-    found = []
-    for path in paths:
-        name = set_name(Path(path))
-        rows, long, short = _SETS.get(name, (None, None, None))
-        counted = rows_of(Path(path).expanduser())
-        problems = counted or rows or UNKNOWN_ROWS
-        length = mean or (long if thinks else short) or mean_response(limit, thinks)
-        found.append(Validation(name, problems, problems * samples(name), min(length, limit), bool(counted or rows)))
-    return tuple(found)
-
-
-def rows_of(path: Path) -> int | None:
-    """Rows of a parquet file; None where there is no such file here."""
-    if path.suffix != ".parquet" or not path.is_file():
-        return None
-    import pyarrow.parquet
-
-    return pyarrow.parquet.ParquetFile(path).metadata.num_rows

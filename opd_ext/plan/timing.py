@@ -11,9 +11,10 @@ from opd_ext.plan import lengths
 from opd_ext.plan.disk import checkpoint_bytes
 from opd_ext.plan.lengths import Server
 from opd_ext.plan.machines import Machine
-from opd_ext.plan.run import Run, Validation
+from opd_ext.plan.run import Run
 from opd_ext.plan.shapes import ModelShape
 from opd_ext.plan.teachers import Served
+from opd_ext.plan.validation import Validation
 
 # Orders of magnitude for what is neither bytes nor products.
 _FP32_SHARE = 0.75  # of the peak that fp32 products reach

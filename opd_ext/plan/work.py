@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opd_ext.plan.run import asked_to_think, validation_sets
+from opd_ext.plan.validation import asked_to_think, validation_sets
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def run_ppo(config, monkeypatch):
     with open_dict(config):
         runtime_env = config.ray_kwargs.ray_init.runtime_env
         runtime_env.env_vars["NCCL_DEBUG"], runtime_env.py_executable = "ours", "/warm/python"
-        config.ray_kwargs.ray_init.log_to_driver = False
+        config.ray_kwargs.ray_init.log_to_driver, config.ray_kwargs.ray_init.num_gpus = False, 1
     started, runner = Mock(), Mock()
     monkeypatch.setattr(main_ppo, "ray", Mock(is_initialized=lambda: False, init=started))
     main_ppo.run_ppo(config, runner)
