@@ -80,6 +80,7 @@ def per_problem(grades: pd.DataFrame) -> pd.DataFrame:
     table = groups[["acc", "tokens", "truncated"]].mean()
     table["pass"] = groups["acc"].apply(lambda acc: float((acc >= 1).any()))
     table["maj"] = groups[["vote", "acc"]].apply(lambda rows: majority(list(rows["vote"]), list(rows["acc"])))
+    table["votes"] = groups["vote"].apply(lambda votes: any(votes))
     table["cut_right"] = (grades["acc"] * grades["truncated"]).groupby(grades["uid"]).mean()
     table["n"] = groups.size()
     return table.join(groups[["data_source", "difficulty"]].first())
@@ -88,6 +89,7 @@ def per_problem(grades: pd.DataFrame) -> pd.DataFrame:
 def _record(model: str, name: str, table: pd.DataFrame, values: np.ndarray, means: np.ndarray) -> dict[str, Any]:
     found = {"model": model, "set": name, "problems": len(table), "n": int(table["n"].max())}
     found["of_truncated"] = _of_truncated(table)
+    found["votes"] = bool(table["votes"].any())
     return found | _intervals(values, means)
 
 
@@ -135,6 +137,8 @@ def _accuracy_section(records: list[dict[str, Any]]) -> Section:
         n = "-" if record["n"] is None else str(record["n"])
         if record["n"] == 1:
             shown[1] = shown[2] = "-"  # one sample passes, votes and is the mean
+        if not record.get("votes", True):  # of programs none does
+            shown[2] = "-"
         shown.append(record.get("of_truncated", "-"))
         rows.append([record["model"], record["set"], str(record["problems"]), n, *shown])
     text = (

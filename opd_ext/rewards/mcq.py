@@ -83,6 +83,16 @@ def compute_score(
     return {"score": float(correct), "acc": float(correct), "feedback": "", "format_ok": float(format_ok)}
 
 
+def final_answer(response: str) -> str | None:
+    """The letter that a response chooses, which is its vote; None for what is no letter.
+
+    >>> final_answer("<answer>\\nB\\n</answer>"), final_answer("I do not know")
+    ('B', None)
+    """
+    answer = stated_answer(response)
+    return answer if answer in {*ascii_uppercase} else None
+
+
 def stated_answer(response: str, closed: bool = False) -> str | None:
     """What stands between the last ``<answer>`` and the ``</answer>`` after it, without the white space around it.
 

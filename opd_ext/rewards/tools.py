@@ -78,6 +78,14 @@ def compute_score(
     return {"score": float(right), "acc": float(right), "feedback": fault, "format_ok": float(not fault)}
 
 
+def final_answer(response: str) -> str | None:
+    """The calls of a response as one text, whatever their order, which is its vote; None if one cannot be read."""
+    calls = stated_calls(response)
+    if not calls or None in calls:
+        return None
+    return json.dumps(sorted([call.name, call.arguments] for call in calls if call is not None))
+
+
 def stated_calls(response: str) -> list[Call | None]:
     """The calls of a response, in order; None for one whose input is no JSON object."""
     text = response.rpartition("</think>")[2].replace("\r\n", "\n")[-LONGEST:]

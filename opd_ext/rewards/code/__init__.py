@@ -30,6 +30,10 @@ _REMOTE_THREADS = 32
 _GIB = 1 << 30
 
 
+def final_answer(response: str) -> None:
+    """Programs are not compared as texts: none of them votes."""
+
+
 def compute_score(
     data_source,
     solution_str,

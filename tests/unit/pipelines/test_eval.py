@@ -324,8 +324,30 @@ def test_levels_have_intervals_and_truncated_responses_an_accuracy_of_their_own(
     assert whole[0].rows[0][-1] == "-"
 
 
+def test_where_nobody_votes_there_is_no_majority():
+    """As of programs, which are not compared as texts; where some vote, a problem without a vote is not solved."""
+    shown = {
+        name: sections({"a": {"s": grades([[1.0, 1.0], [0.0, 1.0]], votes)}})[0][0].rows[0]
+        for name, votes in (("none", None), ("some", [["7", "7"], ["", ""]]))
+    }
+    place = 6  # of maj@n
+    assert shown["none"][place] == "-" and shown["some"][place].startswith("50.0")
+
+
 def test_votes_are_spelled_alike_and_a_grader_may_read_its_own():
     dual = RewardConfig("pkg://opd_ext.rewards.math_dual")
     assert voted(dual, [r"\boxed{ 1{,}000 }", "Answer: $1000$", "no"])[2] == ""
+    half = ["Answer: 1/2", r"\boxed{0.50}", r"Answer: $\frac12$", r"\boxed{x = \dfrac{1}{2}}"]
+    assert voted(dual, half) == ["1/2"] * 4, "one number, as four texts"
+    assert voted(dual, ["Answer: x = 5", "Answer: 5.0", "Answer: 50%", "Answer: x^2 = 4"])[:2] == ["5", "5"]
+    mcq, tools = RewardConfig("pkg://opd_ext.rewards.mcq"), RewardConfig("pkg://opd_ext.rewards.tools")
+    assert voted(mcq, ["<answer>\nB\n</answer>", "<answer>B", "no idea"]) == ["B", "B", ""]
+    calls = [
+        'Action: f\nAction Input: {"x": 1, "y": 2}',
+        'Action: f\nAction Input: {"y": 2.0, "x": 1}',
+        "Action: f\nno",
+    ]
+    first, second, none = voted(tools, calls)
+    assert first == second != "" == none
     gym = RewardConfig("pkg://opd_ext.rewards.gym", "last_number")
     assert voted(gym, ["so it is 12", "Answer: 12", "<think>5</think> nothing"]) == ["12", "12", ""]
