@@ -24,6 +24,8 @@ _RESTATED = re.compile(
     re.IGNORECASE,
 )
 
+_LAYOUT = re.compile(r"\\(?:text|mathrm|left|right|[dt]?frac|sqrt)(?![a-zA-Z])|(?<!\\)[{}]|[\s$()\[\].,;:?!*]")
+_UNFINISHED = re.compile(r"(?:(?<!\^)[+\-]|[/=^_]|\\(?:[dt]?frac|sqrt)(?![a-zA-Z])|\\[dt]?frac\s*\{[^{}]*\})\s*\$*$")
 _NO_REFERENCE = {"nan", "none", "null", "n/a", "<na>", "unknown"}
 _PROSE_WORDS = 20
 
@@ -98,10 +100,13 @@ def _behind(told: str) -> str:
 def check_reference(reference: object, where: str = "") -> str:
     """The reference answer as text; ``where`` begins the sentence that refuses one.
 
+    A full stop, asterisks and GSM8K's ``####`` around it are taken off.
+
     Raises:
-        ValueError: it is empty, says that there is none, is a whole solution, or its braces do not match; one sentence.
+        ValueError: it is empty, says that there is none, is a whole solution or a sentence, holds nothing to compare,
+            or is not finished; one sentence.
     """
-    text = "" if reference is None else str(reference).strip()
+    text = _around(str(reference)) if reference is not None else ""
     braces = re.sub(r"\\[{}]", "", text)
     depths = [0, *accumulate({"{": 1, "}": -1}.get(mark, 0) for mark in braces)]
     prose = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", re.sub(r"\\text\s*\{[^{}]*\}", "", text))
@@ -110,7 +115,11 @@ def check_reference(reference: object, where: str = "") -> str:
         "says that there is none": text.casefold() in _NO_REFERENCE,
         "holds a box, so it is a solution": bool(_BOX.search(text) or _BARE_BOX.search(text)),
         "is a text, not an answer": len(text) > LONGEST or len(prose) > _PROSE_WORDS,
+        "is a sentence": bool(re.search(r"\banswer\s*(?:is|:|=)", text, re.IGNORECASE)),
+        "holds a tag": bool(re.search(r"</?[a-z]{2,}>", text)),
         "has braces that do not match": min(depths) < 0 or depths[-1] != 0,
+        "holds nothing to compare": not _LAYOUT.sub("", text),
+        "is not finished": bool(_UNFINISHED.search(text)),
     }
     fault = next((words for words, found in faults.items() if found), None)
     if fault:
@@ -118,6 +127,13 @@ def check_reference(reference: object, where: str = "") -> str:
         remedy = "give the bare answer in LaTeX, or leave the row out"
         raise ValueError(f"{where}the reference answer{shown} {fault}: {remedy}.")
     return text
+
+
+def _around(reference: str) -> str:
+    """Without what stands around an answer in the files of some sets: ``#### 42``, ``**42**``, ``42.``."""
+    text = re.sub(r"^#{2,}\s*", "", reference.strip())
+    text = re.sub(r"^\*\*([^*]*)\*\*$", r"\1", text).strip()
+    return re.sub(r"(?<=[\w)}$\]])\.$", "", text)
 
 
 # ---------------------------------------------------------------------- spellings

@@ -224,6 +224,42 @@ def test_odd_references_are_references(gold):
     assert check_reference(gold) == gold
 
 
+@pytest.mark.parametrize("gold", ["#### 42", "**42**", "42.", " ## 42 ", "$42$."])
+def test_what_stands_around_a_reference_is_taken_off(gold):
+    """As files of GSM8K's form, or of models' answers, have it."""
+    for response in ("Answer: 42", r"\boxed{42}"):
+        assert compute_score("math", response, gold)["acc"] == 1
+    assert compute_score("math", "Answer: 43", gold)["acc"] == 0
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "$$",
+        "?",
+        "{}",
+        r"\text{}",
+        r"\sqrt",
+        r"\frac{1}",
+        r"\frac",
+        "1 +",
+        "x =",
+        "The answer is 5",
+        "<answer>3</answer>",
+    ],
+)
+def test_a_reference_that_no_answer_can_equal_is_refused(gold):
+    with pytest.raises(ValueError, match="the reference answer .* (is|holds) .*: give the bare answer in LaTeX"):
+        check_reference(gold)
+
+
+@pytest.mark.parametrize(
+    "gold", [r"\{\}", r"\emptyset", "0^+", "A^*", r"\pm", "5!", r"\frac12", r"\sqrt3", "x < a", "0.5"]
+)
+def test_short_references_stay(gold):
+    assert check_reference(gold) == gold
+
+
 def test_numeric_references_are_accepted():
     assert compute_score("math", "Answer: 42", 42)["acc"] == 1
 
