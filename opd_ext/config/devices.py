@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The devices that a run asks for, part by part: for every check and plan that counts them."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -144,9 +145,7 @@ def check_replicas(config: DictConfig) -> None:
     key, place = (_ROLLOUT, rollout) if trainer.v1.trainer_mode == SEPARATE else ("trainer", trainer)
     devices = place.nnodes * place.n_gpus_per_node
     sizes = {name: rollout[name] for name in _OF_A_REPLICA if rollout[name] > 1}
-    replica = 1
-    for size in sizes.values():
-        replica *= size
+    replica = math.prod(sizes.values())
     if devices % replica:
         named = " x ".join(f"{_ROLLOUT}.{name}={size}" for name, size in sizes.items())
         raise ConfigError(

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from opd_ext.errors import ConfigError
-from opd_ext.pipelines.problems import load_grader
+from opd_ext.pipelines.problems import load_grader, refused
 from opd_ext.pipelines.settings import RewardConfig
 from opd_ext.rewards.load import load_function
 
@@ -50,9 +49,4 @@ def _refusing(file: str, place: str, source: object, settings: RewardConfig) -> 
     except ConnectionError:  # a judge that is not up yet is nothing that is wrong with a row
         return
     except Exception as error:
-        grader, said = settings.path or "verl", " ".join(str(error).split()).rstrip(".")
-        said = said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}"
-        raise ConfigError(
-            f"{file}: row {int(place)} of {source} cannot be graded by {grader}: {said}; give its data source another "
-            "grader, or mend the row."
-        ) from None
+        raise refused(f"{file}: row {int(place)} of {source}", settings.path, error) from None

@@ -212,6 +212,15 @@ def grade(
     return table.join(verdicts)
 
 
+def refused(row: str, grader: str | None, error: Exception) -> ConfigError:
+    """What to say of a row that its grader does not take."""
+    said = " ".join(str(error).split()).rstrip(".")
+    said = said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}"
+    return ConfigError(
+        f"{row} cannot be graded by {grader or 'verl'}: {said}; give its data source another grader, or mend the row."
+    )
+
+
 class _Grading:
     """A grader that is loaded where it is used, so that it can be sent to other processes."""
 
@@ -225,11 +234,7 @@ class _Grading:
             grade = _loaded_grader(settings.path, settings.name, json.dumps(settings.kwargs))
             result = grade(source, text, truth, extra)
         except ValueError as error:
-            grader, said = settings.path or "verl", " ".join(str(error).split()).rstrip(".")
-            raise ConfigError(
-                f"A row of {source} cannot be graded by {grader}: {said}; give its data source another grader, or mend "
-                "the row."
-            ) from None
+            raise refused(f"A row of {source}", settings.path, error) from None
         if not isinstance(result, dict):
             return {"acc": float(result)}
         others = {name: float(value) for name, value in result.items() if name.startswith("acc_")}

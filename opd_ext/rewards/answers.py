@@ -11,18 +11,20 @@ _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
 _STARTS_WITH_BOX = re.compile(r"[\s$]*(?:\\[(\[]\s*)?\\f?box(?:ed)?\b")
 
+# Both read text whose runs of white space are one blank: several repetitions of it side by side would be slow.
 _RETRACTED = re.compile(
-    r"(?:^|[.!?\n])[\s$*]*(?:no|nope|oops|hmm+|wait|actually|correction|scratch that|hold on|sorry)\s*[,.!:;-]"
-    r"|\bno,?\s+wait\b|\b(?:wait|actually),?\s+(?:no|it|that|the answer)\b|\bon second thoughts?\b"
-    r"|\b(?:is|was|are|be)\s+(?:wrong|incorrect|mistaken|not\s+(?:right|correct))\b"
-    r"|\b(?:do not|don't|don’t)\s+know\b|\bnot\s+sure\b|\bmade\s+an?\s+(?:mistake|error)\b",
+    r"(?:^|[.!?\n]) ?(?:no|nope|oops|hmm+|wait|actually|correction|scratch that|hold on|sorry) ?[,.!:;-]"
+    r"|\bno,? wait\b|\b(?:wait|actually),? (?:no|it|that|the answer)\b|\bon second thoughts?\b"
+    r"|\b(?:is|was|are|be) (?:wrong|incorrect|mistaken|not (?:right|correct))\b"
+    r"|\b(?:do not|don't|don’t) know\b|\bnot sure\b|\bmade an? (?:mistake|error)\b",
     re.IGNORECASE,
 )
-_RESTATED = re.compile(
-    r"\banswer\s+(?:is|should be|must be|equals)\s*:?\s*(?:in fact|actually|indeed|therefore|thus)?[\s*:]*"
-    r"((?:[-+\d$\\(]|[a-zA-Z]\s*=)[^\n]*?)(?=[.!?;,]?\**(?:\s+[a-zA-Z][^\n]*)?(?:\n|$)|[.!?;,]\**\s)",
+_RESTATES = re.compile(
+    r"\banswer (?:is|should be|must be|equals)(?: (?:in fact|actually|indeed|therefore|thus))?[ :]*"
+    r"(?=[-+\d$\\(]|[a-zA-Z] ?=)",
     re.IGNORECASE,
 )
+_RESTATED_ENDS = re.compile(r"(?<!=)[.!?;,]?(?: [a-zA-Z]|\n|$)|[.!?;,] ")
 
 _LAYOUT = re.compile(r"\\(?:text|mathrm|left|right|[dt]?frac|sqrt)(?![a-zA-Z])|(?<!\\)[{}]|[\s$()\[\].,;:?!*]")
 _UNFINISHED = re.compile(r"(?:(?<!\^)[+\-]|[/=^_]|\\(?:[dt]?frac|sqrt)(?![a-zA-Z])|\\[dt]?frac\s*\{[^{}]*\})\s*\$*$")
@@ -57,12 +59,8 @@ def stated_box(response: str) -> str | None:
         return bare[1].rstrip(".,;:")
     if not opening:
         return ""
-    depth = 1
-    for position in range(opening.end(), len(response)):
-        depth += {"{": 1, "}": -1}.get(response[position], 0)
-        if depth == 0:
-            return response[opening.end() : position]
-    return None
+    end = _closing(response, opening.end())
+    return None if end is None else response[opening.end() : end - 1]
 
 
 def final_answers(response: str) -> list[str]:
@@ -78,9 +76,9 @@ def final_answers(response: str) -> list[str]:
     line = answer_line(told)
     found = [text for text in ("" if _STARTS_WITH_BOX.match(line) else line, box.strip()) if text]
     behind = _behind(told)
-    if _RETRACTED.search(behind) or _RETRACTED.search(line):
+    if not found or _RETRACTED.search(_bare(behind)) or _RETRACTED.search(_bare(line)):
         return []
-    return [match[1].strip().strip("*") for match in _RESTATED.finditer(behind)] + found if found else []
+    return _restated(behind) + found
 
 
 def _behind(told: str) -> str:
@@ -89,12 +87,31 @@ def _behind(told: str) -> str:
     box = max((match.end() for form in (_BOX, _BARE_BOX) for match in form.finditer(told)), default=0)
     if box < line:
         return "\n" + told[line:]
-    depth = 1  # of a box without braces there is nothing to close
-    for position in range(box, len(told)) if told[:box].endswith("{") else ():
-        depth += {"{": 1, "}": -1}.get(told[position], 0)
+    return told[(_closing(told, box) if told[:box].endswith("{") else box) or box :]
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Behind the brace that closes the one in front of ``start``; None where it stays open."""
+    depth = 1
+    for position in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
         if depth == 0:
-            return told[position + 1 :]
-    return told[box:]
+            return position + 1
+    return None
+
+
+def _restated(behind: str) -> list[str]:
+    """What `the answer is ...` says, up to the next word or the end of its sentence."""
+    found, text = [], "\n".join(re.sub(r"\s+|\*{2,}", " ", line).strip() for line in behind.split("\n"))
+    for opening in _RESTATES.finditer(text):
+        end = _RESTATED_ENDS.search(text, opening.end() + 1)
+        found.append(text[opening.end() : end.start() if end else None].strip(" *"))
+    return found
+
+
+def _bare(text: str) -> str:
+    """The words of lines that have some, without signs of emphasis, one blank between them."""
+    return "\n".join(filter(None, (re.sub(r"[\s$*]+", " ", line).strip() for line in text.split("\n"))))
 
 
 def check_reference(reference: object, where: str = "") -> str:
@@ -205,6 +222,8 @@ def never_evaluates(text: str) -> bool:
     >>> never_evaluates("10^{10^{10}}"), never_evaluates("2^{3^{2}}")
     (True, False)
     """
+    if len(text) > LONGEST:  # no answer, and not looked at elsewhere either
+        return False
     towers = [re.findall(r"\d+", found[0]) for found in _TOWER.finditer(text)]
     high = any(len(t) > 3 or len(t[2]) > 4 or int(t[2]) * len(t[1]) > 6 for t in towers)
     return high or bool(_VAST.search(text))

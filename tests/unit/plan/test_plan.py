@@ -3,11 +3,9 @@
 
 import re
 from dataclasses import replace
-from io import StringIO
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from opd_ext.config.checks import check
@@ -18,13 +16,11 @@ from opd_ext.plan.advice import grave
 from opd_ext.plan.disk import checkpoint_bytes
 from opd_ext.plan.machines import GiB, cpu
 from opd_ext.plan.memory import phases
-from opd_ext.plan.page import _settings
 from opd_ext.plan.run import dtype_bytes, read_run
 from opd_ext.plan.shapes import model_shape, of_config
 from opd_ext.plan.timing import times
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
-SEPARATE = "asynchronous=separate_node_8xh200"
 FULL_OPSD = ("actor_rollout_ref.model.lora_rank=0", "opd.teacher.weights=frozen")
 QWEN3_32B = (
     "recipe=crisp/qwen3_8b", "actor_rollout_ref.model.path=Qwen/Qwen3-32B", f"{ROLLOUT}.tensor_model_parallel_size=1"
@@ -333,38 +329,6 @@ def test_several_teachers_hold_each_set_of_weights_once():
         (("recipe=crisp/qwen3_8b", "trainer.nnodes=4", f"{ACTOR}.fsdp_config.fsdp_size=8"), "set both alike"),
         (("recipe=opd/qwen3_0_6b", "teacher_server=node_8xh200", "trainer.n_gpus_per_node=8"), "are 12, and there are"),
         (("recipe=crisp/qwen3_8b", "trainer.n_gpus_per_node=16"), "= 16 GPUs, and there are 1 node(s) of 8"),
-        (
-            ("recipe=opd/qwen3_0_6b", "teacher_server=vllm_node_8xh200", "trainer.n_gpus_per_node=8"),
-            "8 GPUs that train and 4 that serve the teacher are 12, and there are 1 node(s) of 8: set "
-            "trainer.n_gpus_per_node=4",
-        ),
-        (
-            ("recipe=crisp/qwen3_8b", SEPARATE, "trainer.n_gpus_per_node=8"),
-            "8 GPUs that train and 4 that sample are 12",
-        ),
-        (
-            ("recipe=opd/qwen3_0_6b", SEPARATE, "teacher_server=vllm_node_8xh200"),
-            "4 GPUs that train, 4 that sample and 4 that serve the teacher are 12, and there are 1 node(s) of 8: lower",
-        ),
-        (
-            (
-                "recipe=opd/qwen3_0_6b",
-                "teacher_server=vllm_node_8xh200",
-                "opd.teacher.vllm.replicas=1",
-                "opd.plan.nodes=2",
-                "opd.teacher.vllm.tensor_parallel_size=12",
-            ),
-            "opd.teacher.vllm.tensor_parallel_size puts 12 GPUs on one node",
-        ),
-        (
-            ("recipe=crisp/qwen3_8b", "trainer.n_gpus_per_node=2"),
-            "tensor_model_parallel_size=4 takes 4 devices for a replica of vLLM, and trainer.nnodes x "
-            "trainer.n_gpus_per_node are 2",
-        ),
-        (
-            ("recipe=crisp/qwen3_8b", SEPARATE, "actor_rollout_ref.rollout.n_gpus_per_node=1"),
-            "actor_rollout_ref.rollout.nnodes x actor_rollout_ref.rollout.n_gpus_per_node are 1",
-        ),
         (("recipe=crisp/qwen3_8b", "opd.plan.gpu=h300"), "opd.plan.gpu=h300 does not exist"),
         (("recipe=crisp/qwen3_8b", "opd.plan.mfu_train=2"), "opd.plan.mfu_train"),
     ],
@@ -381,50 +345,6 @@ def test_a_vllm_that_stays_awake_takes_its_share_of_the_update():
         assert after.uses["vLLM awake"] > asleep.vllm_share * asleep.machine.memory
         assert before.uses.keys() - after.uses.keys() <= {"vLLM asleep", "vLLM: weights"}
     assert "vLLM awake" not in phases(awake)[0].uses and phases(awake)[0].name == "generation"
-
-
-def test_a_sampler_on_devices_of_its_own_leaves_the_trainers_alone():
-    """Four and four: as many GPU hours as there are GPUs, no vLLM in the update, half as many replicas as beside."""
-    beside, apart = (plan("recipe=crisp/qwen3_8b", *more) for more in ((), (SEPARATE,)))
-    assert (beside.gpus, beside.replicas) == (8, 2) and (apart.gpus, apart.ranks, apart.replicas) == (8, 4, 1)
-    assert apart.gpus_there == 8
-    sampling, *training = phases(apart)
-    assert sampling.name == "generation" and not any("vLLM" in use for phase in training for use in phase.uses)
-    assert sampling.uses.keys() == {"vLLM: weights, cache", "vLLM: CUDA graphs", "CUDA context, NCCL"}
-    assert times(apart).phases["generation"] > times(beside).phases["generation"]
-
-
-def test_ranks_that_share_sequences_and_devices_beside_the_trainers_are_told():
-    def devices(*words):
-        config = compose_config(list(words))
-        console = Console(width=400, record=True, file=StringIO())
-        with console.capture() as said:
-            console.print(_settings(config, check(config), {}))
-        return next(line for line in said.get().splitlines() if "devices" in line and "cuda" in line)
-
-    shared = devices("recipe=crisp/qwen3_8b", f"{ACTOR}.ulysses_sequence_parallel_size=2")
-    assert "8 FSDP2 rank(s), 2 of which share every sequence (Ulysses) and 2 vLLM" in shared
-    assert "4 FSDP2 rank(s) and 1 vLLM replica(s) of tensor parallel 4; 4 more sample" in devices(
-        "recipe=crisp/qwen3_8b", SEPARATE
-    )
-    assert "; 4 more serve the teacher" in devices(
-        "recipe=opd/qwen3_0_6b", "teacher_server=node_8xh200", "trainer.n_gpus_per_node=4"
-    )
-
-
-def test_teachers_that_do_not_fit_are_advised_to_wait_in_the_hosts_memory():
-    """32.8 and 30.5 billion parameters in bfloat16 over two GPUs are 59 GiB on each; streamed, two layers are left."""
-    words = (
-        "recipe=opd/qwen3_0_6b", "opd.teacher_key=data_source", "trainer.n_gpus_per_node=2", "opd.plan.gpu=h100",
-        "opd.teachers={a: {path: Qwen/Qwen3-32B}, b: {path: Qwen/Qwen3-30B-A3B}}",
-        "data.train_batch_size=64", f"{ACTOR}.ppo_mini_batch_size=64",
-    )  # fmt: skip
-    config, away = compose_config(list(words)), f"{REF}.fsdp_config.param_offload=true"
-    (grave,) = [said for said in as_json(config, check(config))["advice"] if "OUT OF MEMORY in teacher" in said]
-    assert away in grave
-    here, streamed = (memory(*words, *more)["teacher"] for more in ((), (away,)))
-    assert here.uses["teacher weights"] == pytest.approx(63.3e9, rel=0.01)
-    assert here.bytes > 79 * GiB > streamed.bytes and "teacher weights" not in streamed.uses
 
 
 def test_a_served_teacher_has_gpus_of_its_own():

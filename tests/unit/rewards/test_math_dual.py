@@ -4,6 +4,8 @@ it."""
 
 import logging
 import multiprocessing
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -422,3 +424,19 @@ def test_another_policy_is_refused():
 
 def test_a_last_box_that_stays_open_is_told_from_none():
     assert (stated_box("\\boxed{4"), stated_box("no box")) == (None, "")
+
+
+HOSTILE = r"""
+from opd_ext.rewards.answers import final_answers, never_evaluates
+from opd_ext.rewards.math_dual import MAX_RESPONSE_CHARS as N
+parts = ("\n", ". ", "1", ".$*", "no ", "answer is 1 ", "x,. ", "Answer: ", r"\boxed{", "$$")
+for text in [part * N for part in parts] + ["answer is" + part * N for part in (" ", "* ", ": ", "1x,. ")]:
+    final_answers("Answer: 42\n" + text[:N] + "x")
+for text in ("1" * N, "111111" + "}" * N, "1^" * N, "1" + " " * N):
+    never_evaluates(text)
+"""
+
+
+def test_no_text_keeps_the_grader_from_its_work():
+    """Blanks behind `answer is` once took over five minutes, at a fifth of this length: repetitions met there."""
+    subprocess.run([sys.executable, "-c", HOSTILE], check=True, timeout=120)
