@@ -7,6 +7,8 @@ from typing import Any
 from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
+from opd_ext.bridge.console import ALARM
+from opd_ext.credit.annotate import FAILURES
 from opd_ext.errors import RunError
 
 FAILURE = "opd_failure"
@@ -84,6 +86,33 @@ def account(
     if len(failed) == len(rows):
         raise RuntimeError(f"{line}: none is left to learn from, so the reward function or agent loop is broken.")
     return {f"{prefix}/failed": len(failed) / len(rows)}, line
+
+
+def account_annotations(rows: list[dict[str, Any]], choice: str) -> str:
+    """Annotations that failed, and why the first of them did.
+
+    Args:
+        rows: of :func:`opd_ext.bridge.rollouts.read_rows`; those that nobody was asked about have no ``annotation``.
+        choice: ``opd.credit.annotator.failed``.
+
+    Returns:
+        A line for the console, empty where few or none failed.
+
+    Raises:
+        RuntimeError: all failed and ``choice`` is stop.
+    """
+    found = [row["annotation"] for row in rows if row.get("annotation")]
+    asked = [one for one in found if one["called"] or one["status"] in FAILURES]
+    failed = [one for one in asked if one["status"] in FAILURES]
+    if not failed or len(failed) < ALARM * len(asked):
+        return ""
+    line = f"{len(failed)} of {len(asked)} annotations failed; the first: {failed[0]['status']}, {failed[0]['cause']}"
+    if len(failed) == len(asked) and choice == "stop":
+        raise RuntimeError(
+            f"{line}: mend the annotator and run the command again, which goes on from the last checkpoint, or set "
+            "opd.credit.annotator.failed=plain to train such steps without spans."
+        )
+    return line
 
 
 def sample(buffer: Any, manager: Any, step: int, partition: str, prompts: int) -> tuple[KVBatchMeta, dict[str, Any]]:

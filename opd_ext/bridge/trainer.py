@@ -190,6 +190,8 @@ class OPDTrainer(PPOTrainer):
             with marked_timer("teacher_context", timing_raw, color="olive"):
                 batch, taught = self._add_teacher_inputs(batch, rows, metrics)
         files.write_jsonl(self.run_dir / "generations" / f"train_{self.global_steps}.jsonl", rows)
+        if line := failures.account_annotations(rows, self.opd.credit.annotator.failed):
+            self.log.note(f"step {self.global_steps}: {line}", "yellow")
         untrained = not taught and not self.opd.policy.present
         metrics["opd/skipped"] = float(untrained)
         if self._found(rows):

@@ -62,6 +62,7 @@ class CreditConfig:
         if self.kind == "spans" and not self.annotates:
             raise ConfigError("opd.credit.kind=spans needs spans: set opd.credit.annotator.kind.")
         one_of("opd.credit.annotator.kind", self.annotator.kind, annotator_names())
+        one_of("opd.credit.annotator.failed", self.annotator.failed, ("stop", "plain"))
         annotator = get_annotator(self.annotator.kind)
         check_options("opd.credit.annotator", f"kind={self.annotator.kind}", self.annotator.args, annotator.options)
         try:

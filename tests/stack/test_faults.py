@@ -172,3 +172,24 @@ def test_a_teachers_server_that_never_comes_up_ends_the_run_and_says_why(world, 
     assert ended.returncode == 1, said[-3000:]
     *_, last = said.split("opd train: ")
     assert all(word in last for word in told), last
+
+
+@pytest.mark.slow
+def test_an_annotators_endpoint_that_is_gone_ends_the_run_unless_told_otherwise(world, tmp_path):
+    """Nobody listens at its address: one sentence with the address; what to set is said, and it trains."""
+    run = tmp_path / "run"
+    asked = ["method=trace", "trainer.total_training_steps=2", "opd.credit.annotator.retries=0"]
+    gone = ["opd.credit.annotator.kind=server", "opd.credit.annotator.model=m"]
+    gone.append("opd.credit.annotator.base_url='http://127.0.0.1:9/v1'")
+    words = command(run, *asked, *gone)
+    ended = subprocess.run(words, env=alone(world), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 1, said[-3000:]
+    *_, last = said.split("opd train: ")
+    told = "annotations failed; the first: api_error, ConnectionError: http://127.0.0.1:9/v1/ cannot be reached: "
+    assert told in last and "opd.credit.annotator.failed=plain" in last, last
+    finish([*words, "opd.credit.annotator.failed=plain"], alone(world), tmp_path)
+    assert len(lines := metrics(run)) == 2
+    for line in lines:  # a response that was cut off is asked about by nobody
+        assert line["annotation/api_error"] > 0 and line["annotation/api_error"] + line["annotation/skipped"] == 1
+    assert told in (run / "console.log").read_text()

@@ -2,7 +2,7 @@
 """What every annotator shares: from a finished rollout to labelled tokens, without ever failing the rollout.
 
 An annotator that has nothing to say, or breaks, leaves its rollout without spans: it then trains with the plain policy
-term. An exception here would cost the whole group of the prompt.
+term. An exception here would cost the whole group of the prompt. Where all of a step break, the trainer ends the run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from opd_ext.credit.annotate.align import AlignmentError, TokenBytes, align, cap, runs
 from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.annotate.segments import Interval, segment
+from opd_ext.errors import in_brief
 from opd_ext.registry import Registry
 from opd_ext.spans import ERROR, KEY
 
@@ -73,6 +74,7 @@ class Annotation:
         n_segments: that the annotator was shown.
         tokens_in, tokens_out: of a language model that was asked.
         called: an answer was asked for; latency_s: seconds until it was there.
+        cause: of a failure, in words; empty otherwise.
     """
 
     status: str
@@ -85,6 +87,7 @@ class Annotation:
     tokens_out: int = 0
     called: bool = False
     latency_s: float = 0.0
+    cause: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings."""
@@ -108,6 +111,7 @@ class Found:
     spans: Sequence[tuple[int, int, str]] = ()
     tokens_in: int = 0
     tokens_out: int = 0
+    cause: str = ""
 
 
 class Annotator:
@@ -158,7 +162,7 @@ class Annotator:
             text = self._read(request)
         except AlignmentError as error:
             _log.warning("annotation: %s", error)
-            return Annotation("align_failure")
+            return Annotation("align_failure", cause=str(error))
         started = time.perf_counter()
         found = await self._ask(request, text)
         waited = time.perf_counter() - started
@@ -179,6 +183,7 @@ class Annotator:
             tokens_out=found.tokens_out,
             called=True,
             latency_s=waited,
+            cause=found.cause,
         )
 
     def _read(self, request: Request) -> Text:
@@ -191,13 +196,15 @@ class Annotator:
         try:
             return await self.find(request, text)
         except (TimeoutError, asyncio.TimeoutError):
-            return Found("timeout")
+            waited = self.config.timeout_s * (self.config.retries + 1)
+            return Found("timeout", cause=f"no answer in {waited:g} s (opd.credit.annotator.timeout_s, .retries)")
         except ValueError as error:
             _log.warning("annotation skipped: %s", error)
-            return Found("skipped")
+            return Found("skipped", cause=str(error))
         except Exception as error:
-            _log.warning("annotation failed: %s: %s", type(error).__name__, error)
-            return Found("api_error")
+            cause = f"{type(error).__name__}: {in_brief(error)}"
+            _log.warning("annotation failed: %s", cause)
+            return Found("api_error", cause=cause)
 
 
 _annotators: Registry[type[Annotator]] = Registry("annotator")

@@ -19,6 +19,7 @@ class AnnotatorConfig:
     max_concurrency: int = 64  # requests in flight per agent-loop worker
     timeout_s: float = 120.0  # seconds for one answer
     retries: int = 2  # api, server: after rate limits, server errors and timeouts, with growing pauses
+    failed: str = "stop"  # not one annotation of a step arrived: stop: ends the run; plain: the step has no spans
     max_tokens: int = 256  # of an answer
     extra_body: dict[str, Any] = field(default_factory=dict)  # api, server: sent along, e.g. {enable_thinking: false}
     structured: bool = False  # api, server: constrain the answer to the JSON schema, where the endpoint can

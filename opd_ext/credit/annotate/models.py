@@ -17,7 +17,12 @@ from opd_ext.credit.annotate.base import Annotator, Found, Generate, Request, Te
 from opd_ext.credit.annotate.config import AnnotatorConfig
 from opd_ext.credit.annotate.parse import parse
 from opd_ext.credit.annotate.prompts import TEMPLATE_VERSION, annotation_prompt, answer_schema
+from opd_ext.errors import in_brief
 from opd_ext.files import write_whole
+
+_UNREADABLE = {"parse_error": "holds no JSON", "wrong_schema": "is not of the form that it was asked for"}
+_SHOWN = 80
+"""Characters of an unreadable answer that are told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,9 @@ class ModelAnnotator(Annotator):
         status, named = parse(answer.text, len(text.segments), request.correct)
         cut = text.segments
         spans = [(cut[span.segment_ids[0]][0], cut[span.segment_ids[-1]][1], span.type) for span in named]
-        return Found(status, spans, answer.tokens_in, answer.tokens_out)
+        wrong = _UNREADABLE.get(status)
+        cause = f"the answer {_beginning(answer.text)} {wrong}" if wrong else ""
+        return Found(status, spans, answer.tokens_in, answer.tokens_out, cause)
 
     async def _answer(self, request: Request, text: Text) -> Answer:
         shown = [text.text[start:end] for start, end in text.segments]
@@ -133,7 +140,7 @@ class APIAnnotator(ModelAnnotator):
         )
 
     async def ask(self, messages: list[dict], schema: dict) -> Answer:
-        from openai import APITimeoutError
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         question: dict[str, Any] = {
             "model": self.config.model,
@@ -147,6 +154,10 @@ class APIAnnotator(ModelAnnotator):
             reply = await self._client.chat.completions.create(**question)
         except APITimeoutError as error:
             raise TimeoutError from error
+        except APIConnectionError as error:  # says "Connection error." and no more; what it was raised from knows
+            raise ConnectionError(f"{self._client.base_url} cannot be reached: {in_brief(_first(error))}") from error
+        except APIStatusError as error:
+            raise RuntimeError(f"{self._client.base_url} refuses the question: {in_brief(error)}") from error
         usage = reply.usage
         text = reply.choices[0].message.content or ""
         return Answer(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
@@ -191,3 +202,13 @@ class ReplayAnnotator(ModelAnnotator):
 
     async def ask(self, messages: list[dict], schema: dict) -> Answer:
         raise ValueError("the replayed folder holds no answer for this rollout")
+
+
+def _beginning(answer: str) -> str:
+    return repr(answer if len(answer) <= _SHOWN else f"{answer[:_SHOWN]}...")
+
+
+def _first(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

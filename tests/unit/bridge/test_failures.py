@@ -18,6 +18,7 @@ from opd_ext.bridge.agent_loop import OPDAgentLoopWorker
 from opd_ext.bridge.first_cause import first_cause
 from opd_ext.bridge.rollouts import first_draws, summarise
 from opd_ext.bridge.teacher_inputs import Desk, plan_teacher_inputs
+from opd_ext.credit.annotate import Annotation, Found
 from opd_ext.credit.horizon import HorizonConfig
 from opd_ext.lessons import rendered_with
 from opd_ext.seeds import Copies
@@ -104,6 +105,30 @@ def test_three_steps_without_a_pair_that_fits_end_the_run_with_the_key_to_change
     assert failures.check_pairs(metrics | {"rollout/too_long": 0.9}, 2, 320) == 0
     with pytest.raises(RuntimeError, match="opd.max_pair_length=320: the longest teacher prompt has 611 tokens"):
         failures.check_pairs(metrics, 2, 320)
+
+
+def annotated(failed: int, n: int = 8, status: str = "api_error") -> list[dict]:
+    """``n`` rollouts of which so many failed, one that was cut off, and one that no loss term would have read."""
+    answers = [Found(status, cause="nobody listens") if i < failed else Found("empty") for i in range(n)]
+    asked = [{"annotation": Annotation(one.status, called=True, cause=one.cause).as_dict()} for one in answers]
+    return [{"annotation": Annotation("skipped").as_dict()}, *asked, {}]
+
+
+def test_a_step_without_any_annotation_ends_the_run_and_says_why():
+    """The endpoint of an annotator was down, and the run trained plain GRPO to its end."""
+    account = failures.account_annotations
+    with pytest.raises(RuntimeError, match=r"8 of 8 annotations failed; the first: api_error, nobody listens: mend .*"):
+        account(annotated(8), "stop")
+    with pytest.raises(RuntimeError, match="8 of 8 annotations failed; the first: parse_error"):
+        account(annotated(8, status="parse_error"), "stop")
+    assert account(annotated(8), "plain") == "8 of 8 annotations failed; the first: api_error, nobody listens"
+    assert account(annotated(7), "stop").startswith("7 of 8 annotations failed")
+
+
+def test_few_annotations_that_fail_and_none_that_was_asked_for_are_not_told():
+    assert failures.account_annotations(annotated(1, n=16), "stop") == ""
+    assert failures.account_annotations(annotated(0, n=0), "stop") == ""
+    assert failures.account_annotations([{}], "stop") == ""
 
 
 def test_copies_of_a_prompt_are_further_draws_and_single_prompts_are_as_ever():

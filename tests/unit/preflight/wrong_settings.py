@@ -66,6 +66,11 @@ VALUES = [
         "opd.credit.annotator reads one answer",
         "the agent loop tool_agent has turns",
     ),
+    wrong(
+        "a choice that steps without annotations do not have",
+        "method=trace opd.credit.annotator.failed=zero",
+        "opd.credit.annotator.failed=zero does not exist; choose one of: plain, stop.",
+    ),
     wrong("a horizon beyond the limit", "opd.horizon.end=1.5", "opd.horizon.end=1.5", "(0, 1]"),
     wrong("a horizon that never begins", "opd.horizon.start=0.2", "start=0.2 is never used", "set the steps"),
     wrong("a horizon that stops nothing", "opd.horizon.stop=true", "stop=true stops nothing", "end below 1"),

@@ -4,6 +4,8 @@
 import asyncio
 import dataclasses
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -123,21 +125,47 @@ async def _sleeps(messages, max_tokens, temperature):
 
 
 @pytest.mark.parametrize(
-    "generate, status",
+    "generate, status, cause",
     [
-        (_says("no JSON"), "parse_error"),
-        (_says('{"error_spans": []}'), "wrong_schema"),
-        (_says('{"key_spans": []}'), "empty"),
-        (_too_long, "skipped"),
-        (_breaks, "api_error"),
-        (_sleeps, "timeout"),
-        (None, "api_error"),
+        (_says("no JSON"), "parse_error", "the answer 'no JSON' holds no JSON"),
+        (_says("x" * 99), "parse_error", f"the answer '{'x' * 80}...' holds no JSON"),
+        (_says('{"error_spans": []}'), "wrong_schema", "is not of the form that it was asked for"),
+        (_says('{"key_spans": []}'), "empty", ""),
+        (_too_long, "skipped", "too long"),
+        (_breaks, "api_error", "ConnectionError: gone"),
+        (_sleeps, "timeout", "no answer in 0.02 s (opd.credit.annotator.timeout_s, .retries)"),
+        (None, "api_error", "has no rollout servers here"),
     ],
 )
-def test_every_failure_is_a_rollout_without_spans(generate, status):
+def test_every_failure_is_a_rollout_without_spans_that_says_why(generate, status, cause):
     annotation = _annotate(_config("self", timeout_s=0.02, retries=0), _request(), generate)
     assert (annotation.status, annotation.runs, annotation.types) == (status, (), ())
     assert status in STATUSES
+    assert annotation.cause.endswith(cause) and bool(annotation.cause) == bool(cause)
+
+
+class _Refuses(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"error": {"message": "this key is unknown"}}')
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_endpoint_that_refuses_and_one_that_is_not_there_are_told_with_their_address():
+    """The client's own words are "Connection error." for whatever it could not reach."""
+    with HTTPServer(("127.0.0.1", 0), _Refuses) as endpoint:
+        threading.Thread(target=endpoint.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+        asked = _config("server", model="m", base_url=url, retries=0)
+        refused = _annotate(asked, _request())
+        endpoint.shutdown()
+    gone = _annotate(asked, _request())
+    assert (refused.status, gone.status) == ("api_error", "api_error")
+    assert f"{url}/ refuses the question: " in refused.cause and "this key is unknown" in refused.cause
+    assert gone.cause.endswith(f"{url}/ cannot be reached: All connection attempts failed")
 
 
 def test_truncated_rollouts_and_foreign_tokens_are_not_asked_about():
