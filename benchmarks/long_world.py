@@ -3,13 +3,16 @@
 
     python benchmarks/long_world.py                                   10 methods x 3 seeds, one after the other
     python benchmarks/long_world.py --methods grpo,sdpo --seeds 1,2   some of them
+    python benchmarks/long_world.py --methods iw_opd+constant_weight  a method and a control, of `opd train control=`
+    python benchmarks/long_world.py --methods base+instruction        not trained: base, large, base+instruction
     python benchmarks/long_world.py --report                          the tables again, of what is finished
     python benchmarks/long_world.py -- opd.selftest=false             any setting of `opd train`, for all trainers alike
 
-Each run has a folder of its own in ``--out``. Base and every trained model answer the 1,000 test problems four times,
-at temperature 1; what that gave, by problem, goes into ``--kept``, one file per model. A model that has its file is not
-trained again, and a run that was interrupted goes on. ``comparison.{md,json,png}``, beside these files, hold
-accuracies and paired differences, with 95 % intervals over problems and seeds.
+Each run has a folder of its own in ``--out``. Every model answers the 1,000 test problems four times, at temperature 1;
+of one that is not trained the seed is of these answers. What that gave, by problem, goes into ``--kept``, one file per
+model. A model that has its file is not trained again, and a run that was interrupted goes on.
+``comparison.{md,json,png}``, beside these files, hold accuracies and paired differences, with 95 % intervals over
+problems and seeds.
 """
 
 import argparse
@@ -27,6 +30,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from measure import RESULTS, provenance
 
+from opd_ext.config.compose import compose_config
+from opd_ext.config.schema import load
+from opd_ext.context import build_context
 from opd_ext.files import write_whole
 from opd_ext.home import home
 from opd_ext.report.compare import Arm, compare, finite
@@ -37,11 +43,20 @@ SCALE = "cpu_tiny_long"
 # Method -> problems per step; with the rollouts of each that makes 64.
 TRAINED = {"grpo": 8, "cispo": 8, "opd": 64, "iw_opd": 64, "crisp": 64, "opsd": 64, "sdpo": 8, "trace": 8}
 PIPELINES = ("ssd", "t3s")
-BASE = "base"
+BASE, TEACHER, INSTRUCTED = "base", "large", "base+instruction"
+UNTRAINED = (BASE, TEACHER, INSTRUCTED)
+CONTROLLED = (
+    "iw_opd+constant_weight", "opd+constant_advantage", "opd+prefix_only", "opsd+another_problem",
+    "sdpo+another_problem", "trace+random_places",
+)  # fmt: skip
+"""Method + control, where `opd compare METHOD --dry-run` says that it applies; CRISP's is `base+instruction`."""
+
 OF_AN_EVALUATION = ("world", "problems", "samples")
 PAIRS = (
     *((method, BASE) for method in (*TRAINED, *PIPELINES)),
     ("cispo", "grpo"), ("sdpo", "grpo"), ("trace", "grpo"), ("iw_opd", "opd"), ("opsd", "opd"), ("t3s", "opd"),
+    ("opd", TEACHER), ("iw_opd", TEACHER), (INSTRUCTED, BASE), ("crisp", INSTRUCTED),
+    *((name.partition("+")[0], name) for name in CONTROLLED),
 )  # fmt: skip
 
 
@@ -61,10 +76,12 @@ def train(out: Path, method: str, seed: int, steps: int, overrides: Sequence[str
     if method in PIPELINES:
         arguments = [method, f"scale={SCALE}", f"seed={seed}", f"run_dir='{folder}'"]
         # One arm, in place of the controls that the pipelines are published with.
-        arguments += ["sweep=[]", "diagnose=0"] if method == "ssd" else ["arms=[t3s]", "rrt=false"]
+        arguments += ["~arms.mild", "sweep=[]", "diagnose=0"] if method == "ssd" else ["arms=[t3s]", "rrt=false"]
     else:
-        arguments = ["train", f"method={method}", f"scale={SCALE}", f"opd.seed={seed}", f"opd.run_dir='{folder}'"]
-        arguments += [f"trainer.total_training_steps={steps}", f"data.train_batch_size={TRAINED[method]}"]
+        preset, _, control = method.partition("+")
+        arguments = ["train", f"method={preset}", f"scale={SCALE}", f"opd.seed={seed}", f"opd.run_dir='{folder}'"]
+        arguments += [f"control={control}"] if control else []
+        arguments += [f"trainer.total_training_steps={steps}", f"data.train_batch_size={TRAINED[preset]}"]
         arguments += ["data.val_max_samples=64", "trainer.test_freq=10", "trainer.save_freq=10"]
         arguments += ["trainer.max_actor_ckpt_to_keep=1", *overrides]
     if not done.is_file():
@@ -80,13 +97,25 @@ def _step(path: Path) -> int:
     return int(path.parent.name.rpartition("_")[2])
 
 
-def evaluate(out: Path, kept: Path, name: str, model: Path, asked: dict) -> None:
+def instructed(out: Path, world: Path) -> Path:
+    """The test problems as CRISP's teacher is asked them."""
+    context = build_context(load(compose_config(["method=crisp", f"scale={SCALE}"]).opd).context)
+    table = pd.read_parquet(world / "test.parquet")
+    rows = table.to_dict("records")
+    table["prompt"] = [context.messages({"raw_prompt": row["prompt"], "extra_info": row["extra_info"]}) for row in rows]
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    write_whole(out / "instructed.parquet", buffer.getvalue())
+    return out / "instructed.parquet"
+
+
+def evaluate(out: Path, kept: Path, name: str, model: Path, asked: dict, seed: int = 1, on: Path | None = None) -> None:
     """Have in ``kept`` what a model did: accuracy and tokens by test problem, means over its samples."""
     limit = [f"count={asked['problems']}"] if asked["problems"] else []
     opd(
-        out / f"eval-{name}.log", "eval", str(model), "--on", str(home() / "tinymath_long" / "test.parquet"),
+        out / f"eval-{name}.log", "eval", str(model), "--on", str(on or home() / "tinymath_long" / "test.parquet"),
         "--n", str(asked["samples"]), "--scale", SCALE, f"run_dir='{out / 'eval' / name}'", "sampling.temperature=1.0",
-        "sampling.top_p=1.0", "sampling.top_k=-1", "sampling.max_tokens=416", *limit,
+        "sampling.top_p=1.0", "sampling.top_k=-1", "sampling.max_tokens=416", f"seed={seed}", *limit,
     )  # fmt: skip
     (grades,) = (out / "eval" / name / "grades").glob("*.parquet")
     table = pd.read_parquet(grades).groupby("uid")[["acc", "tokens"]].mean().sort_index()
@@ -107,7 +136,7 @@ def read(kept: Path, name: str, asked: dict) -> pd.DataFrame | None:
     if not file.is_file():
         return None
     table = pd.read_parquet(file)
-    decisive = OF_AN_EVALUATION if name == BASE else tuple(asked)
+    decisive = OF_AN_EVALUATION if name.startswith(tuple(f"{model}-" for model in UNTRAINED)) else tuple(asked)
     for key in decisive:
         if (made := table.attrs.get(key)) != asked[key]:
             raise SystemExit(f"{file} has {key} {made}, not {asked[key]}: name another folder by --kept.")
@@ -116,14 +145,13 @@ def read(kept: Path, name: str, asked: dict) -> pd.DataFrame | None:
 
 def arms(kept: Path, methods: Sequence[str], seeds: Sequence[int], asked: dict) -> list[Arm]:
     """What is finished, as the comparison of runs reads it."""
-    start = read(kept, BASE, asked)
-    if start is None:
-        raise SystemExit(f"{kept} has no evaluation of the base model: run the benchmark first.")
-    found = [_arm(BASE, {1: start})]
+    found = []
     for method in methods:
         tables = {seed: read(kept, f"{method}-seed{seed}", asked) for seed in seeds}
         if finished := {seed: table for seed, table in tables.items() if table is not None}:
             found.append(_arm(method, finished))
+    if not found:
+        raise SystemExit(f"{kept} has no evaluation of any model: run the benchmark first.")
     return found
 
 
@@ -149,9 +177,10 @@ def report(kept: Path, methods: Sequence[str], seeds: Sequence[int], asked: dict
         "| method | seeds | accuracy % | seeds' range | tokens | minutes |",
         "|---|---|---|---|---|---|",
     ]
+    table["took"] = ["-" if np.isnan(minutes) else f"{minutes:.0f}" for minutes in table["minutes"]]
     lines += [
         f"| {row['method']} | {row['seeds']} | {_interval(row, 'accuracy')} | {row['seed_min']:.1f} to "
-        f"{row['seed_max']:.1f} | {_interval(row, 'tokens')} | {row['minutes']:.0f} |"
+        f"{row['seed_max']:.1f} | {_interval(row, 'tokens')} | {row['took']} |"
         for _, row in table.iterrows()
     ]
     lines += ["", "| method - baseline | accuracy, points | tokens |", "|---|---|---|"]
@@ -192,7 +221,8 @@ def draw(table: pd.DataFrame, differences: pd.DataFrame) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join((*TRAINED, *PIPELINES)))
+    every = (*UNTRAINED, *TRAINED, *PIPELINES, *CONTROLLED)
+    parser.add_argument("--methods", default=",".join(every))
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--steps", type=int, default=40, help="of the trainers; pipelines have their own lengths")
     parser.add_argument("--problems", type=int, help="the first so many test problems; all 1,000 by default")
@@ -204,8 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     out, kept, methods = given.out.absolute(), given.kept.absolute(), given.methods.split(",")
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    if unknown := [method for method in methods if method not in (*TRAINED, *PIPELINES)]:
-        parser.error(f"--methods {unknown[0]} is none of {', '.join((*TRAINED, *PIPELINES))}")
+    if unknown := [method for method in methods if method not in every]:
+        parser.error(f"--methods {unknown[0]} is none of {', '.join(every)}")
     models = shipped.record(LONG)["models"]
     asked = {
         "world": [models[name]["digests"]["model.safetensors"] for name in ("base", "large")],
@@ -218,12 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         world = home() / "tinymath_long"
         if not all(shipped.is_shipped(world / name, name, LONG) for name in ("base", "large")):
             parser.error("the world that is compared is not there: make it with `opd data tinymath long`")
-        if read(kept, BASE, asked) is None:
-            evaluate(out, kept, BASE, world / "base", asked)
         for seed in seeds:
             for method in methods:
                 name = f"{method}-seed{seed}"
-                if read(kept, name, asked) is None:
+                if read(kept, name, asked) is None and method in UNTRAINED:
+                    on = instructed(out, world) if method == INSTRUCTED else None
+                    evaluate(out, kept, name, world / method.partition("+")[0], asked, seed, on)
+                elif read(kept, name, asked) is None:
                     evaluate(out, kept, name, train(out, method, seed, given.steps, given.overrides), asked)
                 print(f"{time.strftime('%H:%M:%S')}  {name} is finished", flush=True)
     print(report(kept, methods, seeds, asked))

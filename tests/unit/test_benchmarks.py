@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
+from opd_ext.context import prompts
 from opd_ext.tinymath import shipped
 from opd_ext.tinymath.levels import LONG
 
@@ -225,7 +226,7 @@ def kept_long_world(benchmark, folder, accuracies: dict, **other):
 
 def test_the_long_world_is_compared_from_what_is_finished(benchmark, tmp_path):
     """Four of five problems are gained by the method, one is lost: +60 points, paired."""
-    found = {"base": [0.0, 0.0, 0.0, 0.0, 1.0], "grpo-seed1": [1.0, 1.0, 1.0, 1.0, 0.0]}
+    found = {"base-seed1": [0.0, 0.0, 0.0, 0.0, 1.0], "grpo-seed1": [1.0, 1.0, 1.0, 1.0, 0.0]}
     text = kept_long_world(benchmark, tmp_path / "kept", found)
     assert "| grpo | 1 | 80.0 [" in text and "| base | 1 | 20.0 [" in text
     assert re.search(r"grpo - base \| \+(5|6)\d\.\d \[", text) and "sdpo" not in text
@@ -233,11 +234,22 @@ def test_the_long_world_is_compared_from_what_is_finished(benchmark, tmp_path):
 
 
 def test_results_of_other_settings_are_not_compared(benchmark, tmp_path):
-    found = {"base": [0.0, 1.0], "grpo-seed1": [1.0, 1.0]}
+    found = {"base-seed1": [0.0, 1.0], "grpo-seed1": [1.0, 1.0]}
     with pytest.raises(SystemExit, match="grpo-seed1.parquet has steps 20, not 40: name another folder"):
         kept_long_world(benchmark, tmp_path / "steps", found, steps=20)
-    with pytest.raises(SystemExit, match="base.parquet has world"):
+    with pytest.raises(SystemExit, match="base-seed1.parquet has world"):
         kept_long_world(benchmark, tmp_path / "world", found, world=["another", "one"])
+
+
+def test_an_instructed_model_is_asked_as_crisps_teacher_is(benchmark, tmp_path):
+    """The instruction stands where the student's header was; the reminder comes once."""
+    question, header = "What is 1 + 1?", prompts.STUDENT_HEADER
+    row = {"prompt": [{"role": "user", "content": f"{header}{question}{prompts.REMINDER}"}], "extra_info": {"index": 0}}
+    pd.DataFrame([row]).to_parquet(tmp_path / "test.parquet")
+    (asked,) = pd.read_parquet(benchmark("long_world").instructed(tmp_path, tmp_path))["prompt"]
+    (message,) = asked
+    assert message["content"].startswith(prompts.INSTRUCTIONS["v2"]) and question in message["content"]
+    assert message["content"].count(prompts.REMINDER.strip()) == 1 and header not in message["content"]
 
 
 def test_the_committed_comparison_is_what_the_committed_results_say(benchmark, tmp_path):
