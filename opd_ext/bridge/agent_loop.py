@@ -17,6 +17,7 @@ from verl.experimental.agent_loop.agent_loop import register
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from vllm.sampling_params import RequestOutputKind
 
+from opd_ext.bridge import likeliest
 from opd_ext.bridge.failures import FAILURE, in_words, mark_ungraded, unfinished
 from opd_ext.bridge.rollouts import ANNOTATION, STOPPED, is_truncated
 from opd_ext.bridge.turns import ANSWERED, OUT_OF_TOKENS, ROLLOUT, TURNS, OPDToolAgentLoop, TurnClient, Turns, finish
@@ -54,12 +55,15 @@ _Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 class OPDAgentLoopWorker(_Worker):
     """Sets ``seed``, ``max_tokens`` and what vLLM need not produce, and annotates rollouts as they are finished."""
 
+    served_topk: int | None = None  # of how many tokens verl's teacher servers are asked; None: of the sampled one
+
     def __init__(self, *args: Any, **kwargs: Any):
         register(TOOL_AGENT)(OPDToolAgentLoop)  # before a file of the user's, which may name another
         super().__init__(*args, **kwargs)
         self.servers, self.llm_client = self.llm_client, TurnClient(self.llm_client)
         self.opd = schema.load(self.config.opd)
         self.opd.import_external_libs()
+        self.served_topk = self.opd.served_topk
         self.stop_ids = stop_ids(self.config.actor_rollout_ref.model.path, self.tokenizer)
         self._first_exception: str | None = None
         self.annotator = None
@@ -157,7 +161,10 @@ class OPDAgentLoopWorker(_Worker):
     async def _compute_teacher_logprobs(self, output, prompt_ids, response_ids, validate, **kwargs: Any) -> None:
         """verl's hook between the score of a rollout and its way into the queue: the rollout servers are still awake,
         and earlier rollouts are annotated while later ones are being sampled."""
-        await super()._compute_teacher_logprobs(output, prompt_ids, response_ids, validate, **kwargs)
+        scoring = super()._compute_teacher_logprobs(output, prompt_ids, response_ids, validate, **kwargs)
+        await (
+            scoring if self.served_topk is None or validate else likeliest.answered(scoring, output, self.served_topk)
+        )
         if self.annotator is not None and not validate and FAILURE not in output.extra_fields:
             annotation = await self._annotate(output, kwargs["sample_kwargs"])
             if annotation is not None:

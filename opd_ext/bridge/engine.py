@@ -30,7 +30,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 
-from opd_ext.bridge import old_policy, teachers, ulysses
+from opd_ext.bridge import likeliest, old_policy, teachers, ulysses
 from opd_ext.bridge.layout import (
     is_distilled,
     like_ids,
@@ -277,6 +277,8 @@ class OPDEngine(FSDPEngineWithLMHead):
         if not is_distilled(data):
             return self._keep(super().forward_backward_batch(data, loss_function))
         self._count(data)
+        if likeliest.IDS in data.keys():
+            likeliest.check_ids(data[likeliest.IDS].values(), self._lm_head.weight.shape[0])
         # Otherwise the teacher's servers have answered already.
         self._answers = teachers.ask(self, data) if "teacher_input_ids" in data.keys() else None
         try:

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric.utils import Metric
 
-from opd_ext.bridge import old_policy
+from opd_ext.bridge import likeliest, old_policy
 from opd_ext.objective.alignment import packed_response_rows
 from opd_ext.objective.batch import MicroBatch, PolicyTerm, Shape
 from opd_ext.objective.shares import Share
@@ -73,11 +73,11 @@ def objective_batch(
         old_log_probs=packed("old_log_probs"),
         sample_mask=data["has_teacher"].bool(),
         span_label=packed("span_label"),
-        # Row j of what a server returns scores token j + 1, as row j of the logits does.
-        teacher_log_prob=data["teacher_logprobs"].values()[rows, 0] if "teacher_logprobs" in data else None,
         distillation_weight=data["opd_distillation_weight"],
         gate=data["opd_gate"],
         share=share,
+        # Row j of what a server returns scores token j + 1, as row j of the logits does.
+        **likeliest.read(data, rows),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transfer_queue import KVBatchMeta
 from verl.utils.metric import reduce_metrics
 
-from opd_ext.bridge import old_policy, teacher_server
+from opd_ext.bridge import likeliest, old_policy, teacher_server
 from opd_ext.bridge.teachers import LESSON, READ, STUDENT_SPANS, TEACHER_SPANS
 from opd_ext.config.old_policy import Source
 from opd_ext.objective.metrics import means
@@ -58,7 +58,7 @@ def with_teacher(
     if trainer.opd.asks:
         batch.fields += ["teacher_input_ids", LESSON, *spans]
     if "server" in trainer.opd.backends:
-        batch.fields.append("teacher_logprobs")
+        batch.fields += [likeliest.LOG_PROBS, *([likeliest.IDS] if trainer.opd.served_topk is not None else [])]
     if rollout.calculate_log_probs:
         batch.fields.append("rollout_log_probs")
     if old in ("pass", "sampler"):

@@ -193,7 +193,7 @@ def _try_credit(opd: OPDConfig) -> None:
     if opd.divergence.sampled:
         absent.add("divergence")
     if opd.teacher.backend == "server":
-        absent |= {"divergence", "teacher_entropy"}
+        absent |= {"teacher_entropy"} | (set() if opd.divergence.sampled else {"teacher_log_prob"})
     if not opd.credit.annotates:
         absent.add("span_label")
     present = {name: torch.zeros(1, 1) for name in CreditInputs._fields if name not in absent}

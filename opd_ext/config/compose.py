@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opd_ext import home
 from opd_ext.config import maths_grader as _maths_grader  # noqa: F401  (its resolver)
 from opd_ext.config import processor as _processor  # noqa: F401  (its resolver)
+from opd_ext.config import served as _served  # noqa: F401  (its resolvers)
 from opd_ext.config.overrides import check_folders, check_groups, keys_of, quoted, readable
 from opd_ext.config.refusals import refusal
 from opd_ext.errors import ConfigError

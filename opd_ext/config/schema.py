@@ -223,6 +223,15 @@ class OPDConfig:
         """Whether the update asks a teacher itself: verl's servers have answered before."""
         return bool(self.backends - {"server"})
 
+    @property
+    def served_topk(self) -> int | None:
+        """How many of its likeliest tokens a teacher on verl's servers is asked for; None: none is, or for no more
+        than the sampled token."""
+        served = [view.opd.divergence for view in self.views if self.distils and view.opd.teacher.backend == "server"]
+        return max(
+            (term.k for each in served for term in each.compared if term.support == "topk" and term.k), default=None
+        )
+
     def schedule(self, step: int) -> tuple[float, float]:
         """Weight of the distillation term and gate of the policy term on spans, at a step that counts from 1."""
         return self.credit.schedule(step) if self.distils else (0.0, 1.0)

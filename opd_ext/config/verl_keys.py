@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 from opd_ext.config.devices import check_replicas, check_there, pools
 from opd_ext.config.schema import OPDConfig
 from opd_ext.config.sequence_parallel import check_sequence_parallel, sequence_parallel
+from opd_ext.config.served import check_server
 from opd_ext.config.teachers import model_weights, trains_adapter
 from opd_ext.errors import ConfigError, one_of, positive
 
@@ -26,7 +27,7 @@ def check_teacher(opd: OPDConfig, config: DictConfig, backends: set[str]) -> Non
             f"actor_rollout_ref.ref.fsdp_config.model_dtype to {model_dtypes[1]}, the student's."
         )
     if opd.teacher.backend == "server":
-        _check_server(opd, config)
+        check_server(opd, config)
     elif opd.teacher.backend == "vllm" and opd.teacher.kind.moves and trains_adapter(config):
         raise ConfigError(
             f"opd.teacher.backend=vllm with weights={opd.teacher.weights} beside a LoRA student would serve a "
@@ -49,24 +50,6 @@ def _check_lonely_feedback(opd: OPDConfig) -> None:
             "actor_rollout_ref.rollout.n=1 with opd.context.include_feedback=false never has anything to show a "
             "teacher: sample at least 2, or include feedback."
         )
-
-
-def _check_server(opd: OPDConfig, config: DictConfig) -> None:
-    """verl's servers score prompt + response once, as sampled, at temperature 1, with frozen weights."""
-    temperature = config.actor_rollout_ref.rollout.temperature
-    wrong = {
-        f"opd.teacher.weights={opd.teacher.weights} (external)": opd.teacher.weights != "external",
-        f"opd.context.kind={opd.context.kind} (same)": opd.context.kind != "same",
-        f"opd.divergence.support={opd.divergence.support} (sampled)": opd.divergence.support != "sampled",
-        f"actor_rollout_ref.rollout.temperature={temperature} (1.0)": temperature != 1.0,
-        "opd.policy (null)": opd.policy.present,
-        "distillation.enabled=false (true)": not config.distillation.enabled,
-    }
-    served = config.distillation.teacher_models if config.distillation.enabled else None
-    path = served.teacher_model.model_path if served is not None and len(served) == 1 else opd.teacher.path
-    wrong[f"opd.teacher.path={opd.teacher.path} ({path}, which the servers have)"] = path != opd.teacher.path
-    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise ConfigError(f"opd.teacher.backend=server cannot serve {found[0]}: the value it needs is in brackets.")
 
 
 def _check_extrapolation(opd: OPDConfig, config: DictConfig) -> None:

@@ -14,6 +14,7 @@ from opd_ext.divergence.divergences import (
     reverse_kl,
     topk_divergence,
 )
+from opd_ext.divergence.known import TopK, known_clipped_fraction, known_topk_divergence
 from opd_ext.divergence.sampled import Surrogate, clipped_surrogate, sampled_advantage, sampled_kl
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "DivergenceConfig",
     "DivergenceTerm",
     "Surrogate",
+    "TopK",
     "clipped_fraction",
     "clipped_surrogate",
     "divergence_names",
@@ -28,6 +30,8 @@ __all__ = [
     "forward_kl",
     "get_divergence",
     "jsd",
+    "known_clipped_fraction",
+    "known_topk_divergence",
     "log_probs",
     "register_divergence",
     "reverse_kl",

@@ -23,7 +23,7 @@ class DivergenceTerm:
     kind: str = "reverse_kl"  # a registered divergence: reverse_kl, forward_kl, jsd, ...
     support: str = "full"  # full | topk | sampled
     k: int | None = None  # topk only: how many tokens
-    topk_by: str = "teacher"  # topk only: whose likeliest tokens
+    topk_by: str = "teacher"  # topk only: whose likeliest tokens (teacher.backend=server knows the teacher's)
     tail: str = "bucket"  # topk only: what becomes of the other tokens (bucket | renorm | none)
     beta: float | None = None  # jsd only, in (0, 1)
     clip: float | None = None  # nats; what it bounds says clip_mode
@@ -131,6 +131,11 @@ class DivergenceConfig(DivergenceTerm):
         """The divergences of span classes, by class; empty where one divergence is for all tokens."""
         found = {name: getattr(self, name) for name in SPAN_LABELS}
         return {name: term for name, term in found.items() if term is not None}
+
+    @property
+    def compared(self) -> tuple[DivergenceTerm, ...]:
+        """What the loss is made of: the divergences of span classes, or the one for all tokens."""
+        return tuple(self.terms.values()) or (self,)
 
     @property
     def active_spans(self) -> set[int]:

@@ -34,17 +34,18 @@ get_divergence = _divergences.get
 divergence_names = _divergences.names
 
 # Smallest tail mass that top-K divergences tell apart from none (SDPO, arXiv 2601.20802, released loss).
-_LOG_TAIL_FLOOR = math.log(-math.expm1(-1e-7))
+LOG_TAIL_FLOOR = math.log(-math.expm1(-1e-7))
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
+def scaled(logits: Float[Tensor, "*tokens V"], temperature: float) -> Float[Tensor, "*tokens V"]:
+    """``logits / temperature`` in float32 or wider."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits if temperature == 1.0 else logits / temperature
 
 
 def log_probs(logits: Float[Tensor, "*tokens V"], temperature: float = 1.0) -> Float[Tensor, "*tokens V"]:
     """Log-softmax of ``logits / temperature`` in float32 or wider."""
-    return torch.log_softmax(_scaled(logits, temperature), dim=-1)
+    return torch.log_softmax(scaled(logits, temperature), dim=-1)
 
 
 def entropy(logits: Float[Tensor, "*tokens V"], temperature: float = 1.0) -> Float[Tensor, "*tokens"]:
@@ -68,7 +69,10 @@ def _jsd_terms(logq: Tensor, logp: Tensor, beta: float | None) -> Tensor:
     return beta * logp.exp() * (logp - logm) + (1.0 - beta) * logq.exp() * (logq - logm)
 
 
-def _terms_of(kind: str, beta: float | None) -> Callable[[Tensor, Tensor], Tensor]:
+def terms_of(
+    kind: str, beta: float | None
+) -> Callable[[Float[Tensor, "*tokens V"], Float[Tensor, "*tokens V"]], Float[Tensor, "*tokens V"]]:
+    """(log q, log p) -> the terms that ``kind`` sums; ``ValueError`` for another kind, or a ``beta`` out of place."""
     if kind == "jsd":
         return functools.partial(_jsd_terms, beta=beta)
     terms = {"reverse_kl": _reverse_kl_terms, "forward_kl": _forward_kl_terms}
@@ -79,7 +83,10 @@ def _terms_of(kind: str, beta: float | None) -> Callable[[Tensor, Tensor], Tenso
     return terms[kind]
 
 
-def _sum_terms(terms: Tensor, entry_clip: float | None, entry_clip_mode: ClipMode) -> Tensor:
+def sum_terms(
+    terms: Float[Tensor, "*tokens V"], entry_clip: float | None, entry_clip_mode: ClipMode
+) -> Float[Tensor, "*tokens"]:
+    """The sum of the terms, bounded as :func:`forward_kl` says; ``ValueError`` as there."""
     if entry_clip_mode not in ("vocab_max", "token_scale", "none"):
         raise ValueError(f"Unknown entry_clip_mode '{entry_clip_mode}'; allowed: vocab_max, token_scale, none.")
     if entry_clip is None or entry_clip_mode == "none":
@@ -103,7 +110,7 @@ def _full(
 ) -> Float[Tensor, "*tokens"]:
     logq = log_probs(student_logits, temperature)
     logp = log_probs(teacher_logits.detach(), temperature)
-    return _sum_terms(_terms_of(kind, beta)(logq, logp), entry_clip, entry_clip_mode)
+    return sum_terms(terms_of(kind, beta)(logq, logp), entry_clip, entry_clip_mode)
 
 
 @register_divergence("reverse_kl")
@@ -199,10 +206,10 @@ def _log_tail(
 ) -> Float[Tensor, "*tokens 1"]:
     """Log mass outside ``support``, summed over the complement: 1 - sum cancels in float32."""
     outside = logits.scatter(-1, support, torch.finfo(logits.dtype).min)
-    return (torch.logsumexp(outside, dim=-1, keepdim=True) - logz).clamp(min=_LOG_TAIL_FLOOR)
+    return (torch.logsumexp(outside, dim=-1, keepdim=True) - logz).clamp(min=LOG_TAIL_FLOOR)
 
 
-def _restrict(
+def restrict(
     logits: Float[Tensor, "*tokens V"], support: Int[Tensor, "*tokens K"], tail: Tail
 ) -> Float[Tensor, "*tokens R"]:
     """Log-probs on ``support``, closed as ``tail`` says; R is K, or K + 1 with a bucket."""
@@ -213,6 +220,12 @@ def _restrict(
     if tail == "bucket":
         return torch.cat([head, _log_tail(logits, logz, support)], dim=-1)
     return head
+
+
+def check_tail(tail: str) -> None:
+    """``ValueError`` for a tail that there is not."""
+    if tail not in ("bucket", "renorm", "none"):
+        raise ValueError(f"Unknown tail '{tail}'; allowed: bucket, renorm, none.")
 
 
 def _restricted(
@@ -229,12 +242,11 @@ def _restricted(
         raise ValueError(f"k={k} must lie between 1 and the vocabulary size {vocabulary}.")
     if support not in ("student", "teacher"):
         raise ValueError(f"Unknown support '{support}'; allowed: student, teacher.")
-    if tail not in ("bucket", "renorm", "none"):
-        raise ValueError(f"Unknown tail '{tail}'; allowed: bucket, renorm, none.")
-    student = _scaled(student_logits, temperature)
-    teacher = _scaled(teacher_logits.detach(), temperature)
+    check_tail(tail)
+    student = scaled(student_logits, temperature)
+    teacher = scaled(teacher_logits.detach(), temperature)
     ids = (student if support == "student" else teacher).detach().topk(k, dim=-1).indices
-    return _restrict(student, ids, tail), _restrict(teacher, ids, tail)
+    return restrict(student, ids, tail), restrict(teacher, ids, tail)
 
 
 def topk_divergence(
@@ -276,9 +288,9 @@ def topk_divergence(
     >>> at("bucket"), at("renorm"), at("none")  # a lower bound; another quantity; not even a divergence
     ([0.184, 0.213, 0.213], [0.0, 0.107, 0.213], [0.392, 0.322, 0.213])
     """
-    terms = _terms_of(kind, beta)
+    terms = terms_of(kind, beta)
     logq, logp = _restricted(student_logits, teacher_logits, k, support, tail, temperature)
-    return _sum_terms(terms(logq, logp), entry_clip, entry_clip_mode)
+    return sum_terms(terms(logq, logp), entry_clip, entry_clip_mode)
 
 
 def clipped_fraction(
@@ -302,7 +314,7 @@ def clipped_fraction(
             logq, logp = log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
         else:
             logq, logp = _restricted(student_logits, teacher_logits, k, support, tail, temperature)
-        return (_terms_of(kind, beta)(logq, logp) > entry_clip).to(logq.dtype).mean(dim=-1)
+        return (terms_of(kind, beta)(logq, logp) > entry_clip).to(logq.dtype).mean(dim=-1)
 
 
 for _kind in ("reverse_kl", "forward_kl", "jsd"):

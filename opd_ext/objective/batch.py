@@ -13,8 +13,14 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from opd_ext.divergence.known import TopK
 from opd_ext.objective.byte_spans import SpanScores
 from opd_ext.objective.shares import Share
+
+
+def chosen(known: TopK | None, rows: Int[Tensor, " n"]) -> TopK | None:
+    """What is known of a teacher on some of the tokens."""
+    return None if known is None else TopK(known.ids[rows], known.log_probs[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,7 @@ class MicroBatch:
         span_label: class of each token: 0 none, 1 key, 2 error; None: no annotation.
         rollout_log_probs, old_log_probs: log-probs of the labels when they were sampled and before the update.
         teacher_log_prob: the teacher's log-probs of the labels, where its hidden states are not at hand.
+        teacher_topk: ids and log-probs [N, K] of the teacher's likeliest tokens, where these are all it says.
         reference_log_prob: the reference's log-probs of the labels, for a surrogate that extrapolates.
         distillation_weight: of the distillation term at this step (`opd.credit.weight`, annealed).
         gate: what the annealing leaves to the policy term on annotated spans.
@@ -54,6 +61,7 @@ class MicroBatch:
     sample_mask: Shaped[Tensor, " B"] | None = None
     span_label: Int[Tensor, " N"] | None = None
     teacher_log_prob: Float[Tensor, " N"] | None = None
+    teacher_topk: TopK | None = None
     reference_log_prob: Float[Tensor, " N"] | None = None
     distillation_weight: float = 1.0
     gate: float = 1.0
@@ -61,6 +69,11 @@ class MicroBatch:
     reduced: Float[Tensor, " N"] | None = None
     byte_spans: SpanScores | None = None
     share: Share | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether a teacher's hidden states are not needed, because what it says is here."""
+        return any(each is not None for each in (self.teacher_log_prob, self.teacher_topk, self.byte_spans))
 
     @functools.cached_property
     def sizes(self) -> list[int]:

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd_ext.divergence.divergences import clipped_fraction, entropy, log_probs
+from opd_ext.divergence.known import TopK, known_clipped_fraction, known_topk_divergence
 from opd_ext.errors import present
 from opd_ext.objective.products import is_widening, project
 
@@ -50,11 +51,12 @@ class Side(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Rows to compare, and the ids whose log-probs are wanted."""
+    """Rows to compare, and the ids whose log-probs are wanted; of a teacher its hidden states, or what is known."""
 
     student: Side
     teacher: Side | None
     labels: Int[Tensor, " N"] | None
+    known: TopK | None = None
 
     @classmethod
     def of(
@@ -64,13 +66,16 @@ class Inputs(NamedTuple):
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         labels: Tensor | None,
+        ids: Tensor | None,
+        log_probs: Tensor | None,
     ) -> Inputs:
         """From the flat list that autograd passes on."""
-        return cls(Side(hidden, weight), Side.given(teacher_hidden, teacher_weight), labels)
+        known = None if ids is None or log_probs is None else TopK(ids, log_probs)
+        return cls(Side(hidden, weight), Side.given(teacher_hidden, teacher_weight), labels, known)
 
     def flat(self) -> tuple[Tensor | None, ...]:
         """For autograd, which sees no tensor inside a tuple."""
-        return *self.student, *(self.teacher or (None, None)), self.labels
+        return *self.student, *(self.teacher or (None, None)), self.labels, *(self.known or (None, None))
 
 
 class Result(NamedTuple):
@@ -103,6 +108,14 @@ class Comparison:
         options = {name: value for name, value in self.options if name != "entry_clip_mode"}
         return clipped_fraction(z, w, self.kind.removeprefix("topk_"), **options)
 
+    def of_known(self, z: Float[Tensor, "C V"], known: TopK, name: Output) -> Float[Tensor, " C"]:
+        """The output ``name``, divergence or clipped, against a teacher of whom the likeliest tokens are known."""
+        k = dict(self.options)["k"]
+        left_out = ("k", "support") if name == "divergence" else ("k", "support", "entry_clip_mode")
+        options = {option: value for option, value in self.options if option not in left_out}
+        measure = known_topk_divergence if name == "divergence" else known_clipped_fraction
+        return measure(z, TopK(known.ids[:, :k], known.log_probs[:, :k]), self.kind.removeprefix("topk_"), **options)
+
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
@@ -123,18 +136,23 @@ class Computation:
         z: Float[Tensor, "C V"],
         w: Float[Tensor, "C VT"] | None,
         labels: Int[Tensor, " C"] | None,
+        known: TopK | None,
         differentiable: tuple[Output, ...],
     ) -> tuple[Float[Tensor, " C"], ...]:
-        """Logits of both sides and labels -> one tensor per output.
+        """Logits of both sides and labels -> one tensor per output; ``known`` stands for the teacher's logits.
 
         Where one head is taller, distributions are compared over the rows that both have; log-probs and entropies are
         those of the whole head.
         """
-        return tuple(self._term(name, z if name in differentiable else z.detach(), w, labels) for name in self.outputs)
+        return tuple(
+            self._term(name, z if name in differentiable else z.detach(), w, labels, known) for name in self.outputs
+        )
 
-    def _term(self, name: Output, z: Tensor, w: Tensor | None, labels: Tensor | None) -> Tensor:
+    def _term(self, name: Output, z: Tensor, w: Tensor | None, labels: Tensor | None, known: TopK | None) -> Tensor:
         if name == "divergence" or name == "clipped":
             comparison = present(self.comparison, f"The output {name} needs a divergence.")
+            if known is not None:
+                return comparison.of_known(z, known, name)
             teacher = present(w, f"The output {name} needs a teacher.")
             common = min(z.shape[-1], teacher.shape[-1])  # rows beyond are padding of one of the heads
             z, teacher = z[..., :common], teacher[..., :common]
@@ -214,8 +232,9 @@ def run_chunks(
                 labels = None if inputs.labels is None else inputs.labels[block]
                 block_active = bool(upstream) and active[block.start // block_rows]
                 block_upstream = {name: g[block] for name, g in upstream.items()} if block_active else {}
+                known = None if inputs.known is None else TopK(*(each[block] for each in inputs.known))
                 block_values, d_logits = _block(
-                    compute, terms.outputs, z[local], None if w is None else w[local], labels, block_upstream
+                    compute, terms.outputs, z[local], None if w is None else w[local], labels, known, block_upstream
                 )
                 for name, value in zip(terms.outputs, block_values, strict=True):
                     values[name][block] = value
@@ -240,15 +259,16 @@ def _block(
     z: Float[Tensor, "C V"],
     w: Float[Tensor, "C VT"] | None,
     labels: Int[Tensor, " C"] | None,
+    known: TopK | None,
     upstream: dict[Output, Float[Tensor, " C"]],
 ) -> tuple[tuple[Float[Tensor, " C"], ...], Float[Tensor, "C V"] | None]:
     """Values of one block and, for a non-empty ``upstream``, the gradient for its logits."""
     if not upstream:
         with torch.no_grad():
-            return compute(z, w, labels, ()), None
+            return compute(z, w, labels, known, ()), None
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        values = compute(z, w, labels, tuple(upstream))
+        values = compute(z, w, labels, known, tuple(upstream))
         chosen = [values[outputs.index(name)] for name in upstream]
         weights = [g.to(value.dtype) for g, value in zip(upstream.values(), chosen, strict=True)]
         (d_logits,) = torch.autograd.grad(chosen, z, weights)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_ext.divergence.divergences import get_divergence
+from opd_ext.divergence.known import TopK
 from opd_ext.objective.chunks import Comparison, Computation, Inputs, Output, Plan, Side, run_chunks
 from opd_ext.objective.shares import Share
 
@@ -134,6 +135,7 @@ def divergence_head(
     with_entropy: bool = True,
     matmul_dtype: torch.dtype | None = None,
     total: GradientSum | None = None,
+    known: TopK | None = None,
 ) -> HeadOutput:
     """All per-token terms of one micro-batch; see :class:`HeadOutput` and the module's docstring.
 
@@ -154,16 +156,22 @@ def divergence_head(
             price of one float32 copy of the weights (on CUDA and from bfloat16 the student's alone, for its gradient;
             see :mod:`opd_ext.objective.products`). What follows the product is float32 in any case.
         total: in mode ``forward``, what this pass shares the gradient of ``weight`` with; see :class:`GradientSum`.
+        known: in the place of a teacher's hidden states, its likeliest tokens [N, K], of which a ``topk_`` divergence
+            on the teacher's support reads the first ``k``. Its entropy and its log-probs of the labels then remain
+            unknown.
 
     Raises:
         ValueError: for shapes that do not fit together, an unknown ``kind`` or ``mode``, or a mode that
             cannot be used with what was passed.
     """
     student, teacher = Side(hidden, weight), Side.given(teacher_hidden, teacher_weight)
-    _check(student, teacher, labels, token_weight, chunk_size, mode)
+    _check(student, teacher or known, labels, token_weight, chunk_size, mode)
+    if known is not None:
+        _check_known(student, teacher, known, kind, kind_args or {})
     if mode == "forward" and kind is None:
         raise ValueError("Mode 'forward' needs a divergence; without one use mode='recompute'.")
-    comparison = None if kind is None or teacher is None else _comparison(kind, kind_args or {})
+    compared = teacher is not None or known is not None
+    comparison = _comparison(kind, kind_args or {}) if kind is not None and compared else None
     terms = Computation(
         outputs=_outputs(comparison, teacher is not None, labels is not None, with_entropy),
         comparison=comparison,
@@ -177,7 +185,7 @@ def divergence_head(
     )
     teacher = None if teacher is None else Side(*(tensor.detach() for tensor in teacher))
     token_weight = None if token_weight is None else token_weight.detach()
-    inputs = Inputs(student, teacher, labels).flat()
+    inputs = Inputs(student, teacher, labels, known).flat()
     if mode == "forward":
         loss, *values = _GradientInForward.apply(plan, terms, token_weight, total, *inputs)
         return HeadOutput(loss, **_by_name(terms.outputs, values))
@@ -229,7 +237,7 @@ class _GradientInForward(torch.autograd.Function):
             (d_hidden,) = (None if d is None else d * grad_loss.to(d.dtype) for d in ctx.saved_tensors)
             if ctx.total is not None and ctx.total.value is not None:
                 d_weight = ctx.total.value.to(ctx.dtype) * grad_loss.to(ctx.dtype)
-        return None, None, None, None, d_hidden, d_weight, None, None, None
+        return None, None, None, None, d_hidden, d_weight, None, None, None, None, None
 
 
 class _RecomputeInBackward(torch.autograd.Function):
@@ -250,7 +258,7 @@ class _RecomputeInBackward(torch.autograd.Function):
         inputs = Inputs.of(*ctx.saved_tensors)
         _, d_hidden, d_weight = run_chunks(ctx.plan, terms, inputs, upstream)
         d_weight = None if d_weight is None else d_weight.to(inputs.student.weight.dtype)
-        return None, None, d_hidden, d_weight, None, None, None
+        return None, None, d_hidden, d_weight, None, None, None, None, None
 
 
 def _weighted_sum(divergence: Float[Tensor, " N"], token_weight: Float[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -278,9 +286,26 @@ def _by_name(outputs: tuple[Output, ...], values: Iterable[Tensor]) -> dict[str,
     return {name: found.get(name) for name in get_args(Output)}
 
 
+def _check_known(
+    student: Side, teacher: Side | None, known: TopK, kind: str | None, kind_args: Mapping[str, Any]
+) -> None:
+    if teacher is not None:
+        raise ValueError("Pass the teacher's hidden states, or what is known of it, not both.")
+    if known.ids.ndim != 2 or known.ids.shape != known.log_probs.shape or len(known.ids) != len(student.hidden):
+        raise ValueError(
+            f"known must be ids and log-probs [{len(student.hidden)}, K] but is {tuple(known.ids.shape)} and "
+            f"{tuple(known.log_probs.shape)}."
+        )
+    if kind is None or not kind.startswith("topk_") or kind_args.get("support", "teacher") != "teacher":
+        raise ValueError("What is known of a teacher is for a topk_ divergence on support='teacher'.")
+    k = kind_args.get("k", 0)
+    if not 1 <= k <= known.ids.shape[1]:
+        raise ValueError(f"k={k} must lie between 1 and the {known.ids.shape[1]} tokens that are known.")
+
+
 def _check(
     student: Side,
-    teacher: Side | None,
+    teacher: Side | TopK | None,
     labels: Tensor | None,
     token_weight: Tensor | None,
     chunk_size: int,
@@ -294,7 +319,7 @@ def _check(
         raise ValueError("Mode 'forward' needs a teacher and token_weight; policy terms need mode='recompute'.")
     _check_side("hidden", student)
     rows = {"labels": labels, "token_weight": token_weight}
-    if teacher is not None:
+    if isinstance(teacher, Side):
         _check_side("teacher_hidden", teacher)
         rows["teacher_hidden"] = teacher.hidden
     for name, per_row in rows.items():

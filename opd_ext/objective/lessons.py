@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd_ext.objective.batch import MicroBatch, PolicyTerm, Terms
+from opd_ext.objective.batch import MicroBatch, PolicyTerm, Terms, chosen
 from opd_ext.objective.byte_spans import SpanScores
 from opd_ext.objective.chunks import Side
 from opd_ext.objective.head import GradientSum
@@ -35,7 +35,7 @@ class Lesson:
             tokenizer, or no sample in the whole batch.
         reference: rows [n, H] of the initial model, for a surrogate that extrapolates.
         weight: of its distillation term, beside the batch's.
-        served: its log-probs are in ``teacher_log_prob``, and that is all it says.
+        served: what it says is in ``teacher_log_prob``, or in ``teacher_topk``.
         byte_spans: what it says of its samples' tokens [n], if it has another tokenizer.
     """
 
@@ -91,6 +91,7 @@ def _of_one(batch: MicroBatch, student: Side, lesson: Lesson, alone: bool, total
         distillation_weight=batch.distillation_weight * lesson.weight,
         known_ids=None if lesson.teacher is None else len(lesson.teacher.weight),
         teacher_log_prob=batch.teacher_log_prob if lesson.served else None,
+        teacher_topk=batch.teacher_topk if lesson.served else None,
         byte_spans=lesson.byte_spans,
     )
     return lesson.objective.distilled(batch, student, lesson.teacher, alone, lesson.reference, total)
@@ -105,6 +106,7 @@ def _part(
     cut: dict[str, Any] = {}
     for names, where in ((per_token, rows), (per_sample, samples)):
         cut |= {name: values[where] for name in names if (values := getattr(batch, name)) is not None}
+    cut["teacher_topk"] = chosen(batch.teacher_topk, rows)
     share, own = (None, rows) if batch.share is None else batch.share.pick(rows)
     return dataclasses.replace(batch, share=share, **cut), own
 
@@ -112,12 +114,12 @@ def _part(
 def _joined(parts: Sequence[Terms], order: Int[Tensor, " N"], lessons: Sequence[Lesson], alone: bool) -> Terms:
     """Terms of all tokens; what is reported depends on the run's lessons, not on which have a sample here.
 
-    Credit and the teacher's entropy mean something only where every lesson has them; a divergence without a bound
-    clips nothing.
+    Credit, the teacher's entropy and log-probs mean something only where every lesson has them; a divergence without a
+    bound clips nothing.
     """
     reported = {
         "divergence": True,
-        "teacher_log_prob": True,
+        "teacher_log_prob": not any(lesson.served and lesson.objective.surrogate is None for lesson in lessons),
         "teacher_entropy": not any(lesson.served for lesson in lessons),
         "credit": not any(lesson.objective.weighs_beforehand(alone) or _on_spans(lesson) for lesson in lessons),
         "clipped": any(lesson.objective.clips for lesson in lessons),

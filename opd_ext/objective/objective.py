@@ -21,9 +21,9 @@ from torch import Tensor
 from opd_ext.credit.credits import CreditInputs, get_credit
 from opd_ext.credit.placement import OWN, get_placement
 from opd_ext.divergence.config import Branch
+from opd_ext.divergence.known import TopK
 from opd_ext.divergence.sampled import Surrogate, clipped_surrogate, sampled_advantage
-from opd_ext.errors import present
-from opd_ext.objective.batch import MicroBatch, PolicyTerm, Shape, Terms
+from opd_ext.objective.batch import MicroBatch, PolicyTerm, Shape, Terms, chosen
 from opd_ext.objective.chunks import Side
 from opd_ext.objective.head import GradientSum, HeadOutput, Mode, divergence_head
 from opd_ext.objective.metrics import token_sums
@@ -122,11 +122,10 @@ class Objective:
             with torch.no_grad():
                 reference = self._head(batch, Side(reference_hidden, student.weight), None, mode="recompute")
             batch = dataclasses.replace(batch, reference_log_prob=reference.student_log_prob)
-        if teacher is None and batch.teacher_log_prob is None and batch.byte_spans is None:
+        if teacher is None and not batch.is_answered:
             return self._without_teacher(batch, student)
         if self.surrogate is None and self.branches[0].label is not None:
-            both = present(teacher, "Spans are compared by the teacher's hidden states.")
-            return self._on_spans(batch, student, both, total or GradientSum())
+            return self._on_spans(batch, student, teacher, total or GradientSum())
         return self._everywhere(batch, student, teacher, alone, total)
 
     def finished(self, batch: MicroBatch, terms: Terms, policy: PolicyTerm | None) -> Terms:
@@ -210,15 +209,8 @@ class Objective:
     def _at_once(self, batch: MicroBatch, student: Side, teacher: Side | None, total: GradientSum | None) -> Terms:
         """One divergence for all tokens, whose weights are known: the head forms the gradient within its pass."""
         weights = self._weights(batch) * self._credit(batch, None)
-        out = self._head(
-            batch,
-            student,
-            teacher,
-            branch=self.branches[0],
-            token_weight=weights,
-            mode="forward",
-            total=total,
-        )
+        branch = self.branches[0]
+        out = self._head(batch, student, teacher, branch=branch, token_weight=weights, mode="forward", total=total)
         loss, log_prob, entropy = out.need("loss", "student_log_prob", "student_entropy")
         return Terms(
             loss,
@@ -233,11 +225,12 @@ class Objective:
             per_token=out.divergence,
         )
 
-    def _on_spans(self, batch: MicroBatch, student: Side, teacher: Side, total: GradientSum) -> Terms:
+    def _on_spans(self, batch: MicroBatch, student: Side, teacher: Side | None, total: GradientSum) -> Terms:
         """A divergence per class of annotated tokens: only their rows meet the teacher."""
         terms = self._without_teacher(batch, student)
         weights = self._weights(batch) * self._caps(batch, terms.student_log_prob)
-        values = {name: torch.zeros_like(weights) for name in ("divergence", "teacher_log_prob", "teacher_entropy")}
+        of_teacher = ("teacher_log_prob", "teacher_entropy") if teacher is not None else ()
+        values = {name: torch.zeros_like(weights) for name in ("divergence", *of_teacher)}
         # Micro-batches report the same quantities whether or not they have a marked row: verl lines up their lists.
         if self.clips:
             values["clipped"] = torch.zeros_like(weights)
@@ -250,8 +243,9 @@ class Objective:
             out = self._shared_head(
                 share,
                 Side(student.hidden[own], student.weight),
-                Side(teacher.hidden[own], teacher.weight),
+                None if teacher is None else Side(teacher.hidden[own], teacher.weight),
                 labels=batch.labels[rows],
+                known=chosen(batch.teacher_topk, rows),
                 branch=branch,
                 token_weight=weights[rows],
                 mode="forward",
@@ -268,7 +262,8 @@ class Objective:
     # ------------------------------------------------------------------ pieces
 
     def _head(self, batch: MicroBatch, student: Side, teacher: Side | None, **options: Any) -> HeadOutput:
-        return self._shared_head(batch.share, student, teacher, labels=batch.labels, **options)
+        known = batch.teacher_topk if options.get("branch") else None
+        return self._shared_head(batch.share, student, teacher, labels=batch.labels, known=known, **options)
 
     def _shared_head(
         self,
@@ -278,11 +273,12 @@ class Objective:
         *,
         labels: Int[Tensor, " N"],
         mode: Mode,
+        known: TopK | None = None,
         branch: Branch | None = None,
         token_weight: Float[Tensor, " N"] | None = None,
         total: GradientSum | None = None,
     ) -> HeadOutput:
-        """The head on this rank's rows; labels and weights are of all rows, and so is what comes back."""
+        """The head on this rank's rows; what is per token is of all rows, and so is what comes back."""
         teacher_hidden, teacher_weight = teacher or (None, None)
         out = divergence_head(
             student.hidden,
@@ -298,6 +294,7 @@ class Objective:
             mode=mode,
             matmul_dtype=torch.float32 if self.fp32 else None,
             total=total,
+            known=known if share is None else chosen(known, share.own),
         )
         return out if share is None else out.shared(share, token_weight)
 
@@ -347,7 +344,6 @@ class Objective:
 
     def _shape(self, batch: MicroBatch, terms: Terms) -> Shape:
         old = terms.student_log_prob.detach() if batch.old_log_probs is None else batch.old_log_probs
-
         taught = torch.ones_like(batch.lengths) if batch.sample_mask is None else batch.sample_mask
         inputs = {
             "mask": batch.mask,

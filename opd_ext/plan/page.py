@@ -19,7 +19,7 @@ from opd_ext.plan.machines import GiB
 from opd_ext.plan.memory import machine_uses, phases
 from opd_ext.plan.run import Run, read_run
 from opd_ext.plan.shapes import UNKNOWN
-from opd_ext.plan.teachers import unsized
+from opd_ext.plan.teachers import told_bytes, unsized
 from opd_ext.plan.timing import Times, times
 from opd_ext.report.methods import describe
 from opd_ext.terminal import terminal
@@ -71,6 +71,7 @@ def as_json(config: DictConfig, opd: OPDConfig) -> dict[str, Any]:
         "host_memory_per_gpu": {phase.name: phase.host for phase in phases(run)},
         "seconds": taken.phases | {"step": taken.step, "validation": taken.validation, "run": taken.total},
         "tokens_per_step": taken.tokens,
+        "teacher_bytes_per_token": told_bytes(opd),
         "checkpoint": checkpoint_bytes(run),
         "disk": {"bytes": size, "checkpoints": count},
         "advice": advice(run, taken),
@@ -84,6 +85,16 @@ def _ahead(config: DictConfig) -> str:
         rollout = config.actor_rollout_ref.rollout
         told += f"on {rollout.nnodes} node(s) x {rollout.n_gpus_per_node} devices beside those of the trainer; "
     return f"{told}below, both are counted one after the other"
+
+
+def _told(opd: OPDConfig, pairs: int, prompt: int) -> str:
+    """What verl's servers tell of a teacher, through Ray and the queue."""
+    tokens = "its sampled token" if opd.served_topk is None else f"the teacher's {opd.served_topk} likeliest tokens"
+    most = pairs * (prompt + opd.rollout.train_tokens) * told_bytes(opd)
+    return (
+        f"{told_bytes(opd):,} bytes per token of prompt and response, id and log-prob of {tokens}: at most "
+        f"{most / 1e6:,.1f} MB a step"
+    )
 
 
 def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> Table:
@@ -124,6 +135,7 @@ def _settings(config: DictConfig, opd: OPDConfig, facts: Mapping[str, str]) -> T
             f"{pairs * (opd.max_pair_length or 0):,} through the student"
             + (" and as many through the teacher" if opd.distils else ""),
         ),
+        *([("teacher's answers", _told(opd, pairs, data.max_prompt_length))] if told_bytes(opd) else []),
         (
             "steps",
             f"{trainer.total_training_steps} (validation every {trainer.test_freq}, "

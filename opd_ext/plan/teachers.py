@@ -52,6 +52,14 @@ def servers(opd: OPDConfig, taught: Mapping[str, ModelShape], steps: int) -> tup
     return tuple(found)
 
 
+def told_bytes(opd: OPDConfig) -> int:
+    """What verl's teacher servers tell of every token of prompt and response; 0 where no teacher is on them.
+
+    Of the sampled token, or of each of the k likeliest, an id (int32) and a log-prob (float32).
+    """
+    return 8 * (opd.served_topk or 1) if "server" in opd.backends else 0
+
+
 def asked(opd: OPDConfig) -> list[View]:
     """Those that pass over their rows here; a served one does so elsewhere."""
     return [view for view in opd.views if opd.distils and view.opd.teacher.backend == "engine"]

@@ -65,6 +65,9 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
             continue
         backends = {view.opd.teacher.backend for view in opd.views if view.opd.teacher.path == path}
         described = check_config(key, teacher, config, findings, served=backends == {"server"})
+        for view in opd.views:
+            if view.opd.teacher.path == path and view.opd.teacher.backend == "server":
+                check_heads(found, described, key, view.opd)
         headers = check_weights(key, teacher)
         if "vllm" in backends:
             check_length(described, f"{key}={teacher}", "opd.max_pair_length", config)
@@ -85,6 +88,36 @@ def check_models(config: DictConfig, opd: OPDConfig, starting: bool, findings: F
         check_foreign(tokenizer, stop_ids(student, tokenizer), key, teachers, findings)
     checks.check_vocabularies(config, opd)
     return tokenizer
+
+
+def check_heads(student: Any, teacher: Any, key: str, opd: OPDConfig) -> None:
+    """Projections of both have the rows that a divergence on the teacher's likeliest tokens rests on.
+
+    Models of one tokenizer may be padded differently. Beside the student both are cut to the rows that they have in
+    common, of which a server's log-probs know nothing; on the renormalised support it makes no difference.
+
+    Args:
+        student, teacher: configs of transformers.
+        opd: as a run with this teacher alone would have it.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    own, theirs = (found.get_text_config().vocab_size for found in (student, teacher))
+    for term in opd.divergence.compared:
+        if term.support != "topk":
+            continue
+        if (term.k or 0) > theirs:
+            raise ConfigError(
+                f"opd.divergence.k={term.k} is more than the {theirs} tokens that {key} has: lower it, or set "
+                "opd.teacher.backend=engine and support=full."
+            )
+        if own != theirs and term.tail != "renorm":
+            raise ConfigError(
+                f"{key} has {theirs} rows of logits and the student {own}, and opd.teacher.backend=server with "
+                f"opd.divergence.tail={term.tail} cannot tell how likely the others are: set tail=renorm, or "
+                "backend=vllm."
+            )
 
 
 def check_length(found: Any, model: str, key: str, config: DictConfig) -> None:

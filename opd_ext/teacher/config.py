@@ -59,7 +59,7 @@ class TeacherConfig:
     interval: int = 50  # optimiser steps between refreshes of `periodic`; 0: never
     rate: float = 0.05  # `ema`: share of the student mixed in per step; `trust_region`: share of the live student
     path: str | None = None  # `external`: folder or hub id of the teacher
-    backend: str = "engine"  # engine: colocated; vllm: devices of its own, exact; server: verl's, sampled tokens alone
+    backend: str = "engine"  # engine: colocated; vllm: devices of its own, exact; server: verl's, sampled or top k
     tokenizer: str = "student"  # whose tokens `external` reads: student, which must be its own too, or own (another)
     vllm: ServingConfig = field(default_factory=ServingConfig)  # of backend=vllm: how many, how large, how patient
     args: dict[str, Any] = field(default_factory=dict)
@@ -131,4 +131,4 @@ class TeacherConfig:
     def __str__(self) -> str:
         detail = f"{self.kind}, own tokens" if self.foreign else str(self.kind)
         said = f"{self.weights}({detail})" if detail else self.weights
-        return f"{said} on vLLM" if self.backend == "vllm" else said
+        return said + {"vllm": " on vLLM", "server": " on verl's servers"}.get(self.backend, "")

@@ -103,6 +103,7 @@ class Update:
     foreign: tuple[int, ...] = ()  # places of the teachers that have tokens of their own
     kind: Teacher | None = None  # whose weights teach, where the model's name does not say
     policy_loss: str = "vanilla"  # verl's name of the policy term
+    likeliest: int = 0  # of so many tokens verl's servers have told the teacher's log-probs, and nobody is asked
     served: Any = False  # whether teachers with weights of their own are on servers; or one that is, itself
 
     @property
@@ -361,9 +362,28 @@ class Rank:
             "opd_distillation_weight": update.distillation_weight,
             "opd_gate": update.gate,
         }
-        return student, self._with_old_log_probs(
-            update, student.engine, to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
-        )
+        batch = to_batch(samples, **flags, **counts, temperature=update.rollout_temperature)
+        if update.likeliest:
+            batch = self._told(update, batch)
+            student.engine.tutors = tuple(dataclasses.replace(t, served=True) for t in student.engine.tutors)
+        return student, self._with_old_log_probs(update, student.engine, batch)
+
+    @torch.no_grad()
+    def _told(self, update: Update, batch):
+        """``batch`` with what verl's servers leave there: of every token but the first ids and log-probs, in the row
+        in front of it, and a last row of zeros."""
+        engine = self.worker(EngineSpec(update.teacher, True, update.param_dtype)).engine
+        ids, log_probs = [], []
+        with engine.eval_mode():
+            for row in batch["input_ids"].unbind():
+                found = engine.model_logits(row.tolist()).float().log_softmax(-1).topk(update.likeliest)
+                found.indices[-1], found.values[-1] = 0, 0.0
+                ids.append(found.indices.int())
+                log_probs.append(found.values)
+        batch = batch.exclude("teacher_input_ids", "lesson")
+        batch["teacher_ids"] = torch.nested.as_nested_tensor(ids, layout=torch.jagged)
+        batch["teacher_logprobs"] = torch.nested.as_nested_tensor(log_probs, layout=torch.jagged)
+        return batch
 
     def _tutors(self, update: Update) -> tuple:
         """The one teacher of an update, or those of ``several``, of whom every second one has a pass of its own."""

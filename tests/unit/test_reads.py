@@ -97,6 +97,16 @@ ELSEWHERE = {
     ),
     "actor_rollout_ref.hybrid_engine": (SEPARATE, 'config.actor_rollout_ref.get("hybrid_engine", True)', "likewise"),
     "actor_rollout_ref.rollout.nnodes": (SEPARATE, "config.actor_rollout_ref.rollout.nnodes > 0", "likewise"),
+    "distillation.distillation_loss.loss_mode": (
+        VERL / "workers/config/distillation.py",
+        "get_distillation_loss_settings(self.loss_mode)",
+        "likewise",
+    ),
+    "distillation.distillation_loss.topk": (
+        VERL / "experimental/teacher_loop/teacher_manager.py",
+        "distillation_loss_config.topk if distillation_loss_config.loss_settings.use_topk",
+        "likewise",
+    ),
     "distillation.n_gpus_per_node": (
         VERL / "trainer/ppo/v1/trainer_base.py",
         "distillation_config.n_gpus_per_node",

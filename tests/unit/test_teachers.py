@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from opd_ext.config import checks
 from opd_ext.config.compose import compose_config
+from opd_ext.config.served import TOPK_LOSS
 from opd_ext.config.teachers import UnknownKey, adapter_weights, model_weights, whose
 from opd_ext.errors import ConfigError
 
@@ -93,6 +94,44 @@ def test_a_server_serves_those_of_equal_weights_and_holds_none_here_that_do_not_
     ]
     assert list(opd.teacher_servers) == ["a", "past"] and list(opd.teacher_weights) == ["c", "past"]
     assert opd.backends == {"engine", "vllm"} and opd.asks
+
+
+SERVER = "teacher_server=cpu_tiny"
+
+
+@pytest.mark.parametrize(
+    ("words", "loss", "k"),
+    [
+        (["opd.teacher.path=/models/a"], "k3", None),
+        (["opd.teacher.path=/models/a", "opd.divergence={kind: jsd, beta: 0.5, support: topk, k: 20}"], TOPK_LOSS, 20),
+        (
+            [
+                "opd.teacher.path=/models/a",
+                "opd.divergence={key: {kind: forward_kl, support: topk, k: 20}, error: {support: topk, k: 50}}",
+                "opd.credit={kind: spans, annotator: {kind: rule}}",
+                "opd.divergence.k=90",  # of no token
+            ],
+            TOPK_LOSS,
+            50,
+        ),
+        (
+            [
+                "opd.teacher.path=/models/a",
+                KEY,
+                "opd.teachers={own: {weights: frozen, context: {kind: solution}, divergence: {kind: jsd, beta: 0.5,"
+                " support: topk, k: 70}}, a: {divergence: {kind: forward_kl, support: topk, k: 30}}}",
+            ],
+            TOPK_LOSS,
+            30,
+        ),
+    ],
+    ids=["sampled", "one", "spans", "several"],
+)
+def test_verls_servers_are_asked_for_as_many_tokens_as_their_teacher_is_compared_on(words, loss, k):
+    config = compose_config(["method=opd", SERVER, "~opd.credit.rollout_cap", *words])
+    asked = config.distillation.distillation_loss
+    assert asked.loss_mode == loss and (k is None or asked.topk == k)
+    assert checks.check(config).served_topk == k
 
 
 def test_beside_a_lora_student_its_own_past_is_an_adapter_and_another_model_a_model():

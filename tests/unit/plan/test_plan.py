@@ -16,6 +16,7 @@ from opd_ext.plan.advice import grave
 from opd_ext.plan.disk import checkpoint_bytes
 from opd_ext.plan.machines import GiB, cpu
 from opd_ext.plan.memory import phases
+from opd_ext.plan.page import _settings as settings
 from opd_ext.plan.run import dtype_bytes, read_run
 from opd_ext.plan.shapes import model_shape, of_config
 from opd_ext.plan.timing import times
@@ -350,6 +351,26 @@ def test_a_vllm_that_stays_awake_takes_its_share_of_the_update():
 def test_a_served_teacher_has_gpus_of_its_own():
     run = plan("recipe=opd/qwen3_0_6b", "teacher_server=node_8xh200", "trainer.n_gpus_per_node=4")
     assert (run.ranks, run.gpus, run.teachers) == (4, 8, ())
+
+
+@pytest.mark.parametrize(("k", "width"), [(None, 8), (100, 800)])
+def test_of_verls_servers_the_plan_says_what_travels(k, width):
+    """An int32 and a float32 of every token of prompt and response, or of each of its k likeliest."""
+    topk = [] if k is None else [f"opd.divergence={{kind: forward_kl, support: topk, k: {k}}}"]
+    words = ["recipe=opd/qwen3_0_6b", "teacher_server=node_8xh200", *topk]
+    config = compose_config(words)
+    opd = check(config)
+    assert as_json(config, opd)["teacher_bytes_per_token"] == width
+    told = " ".join(cell for column in settings(config, opd, {}).columns for cell in column.cells)
+    pairs = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    most = pairs * (config.data.max_prompt_length + opd.rollout.train_tokens) * width / 1e6
+    assert f"{width:,} bytes per token of prompt and response" in told and f"at most {most:,.1f} MB a step" in told
+    assert "teacher's answers" not in " ".join(settings(*_beside(words), {}).columns[0].cells)
+
+
+def _beside(words):
+    config = compose_config([word for word in words if "teacher_server" not in word])
+    return config, check(config)
 
 
 def test_a_teacher_on_a_vllm_of_its_own_takes_its_memory_and_passes_there():

@@ -11,6 +11,7 @@ import pytest
 from .conftest import World
 from .wrong_files import DATA, GRADERS, MODELS
 from .wrong_settings import MACHINE, VALUES, WORDS
+from .wrong_teachers import TEACHERS
 
 # Wrong for what a model's tokenizer makes of them, or for what verl alone can say.
 AFTER_VERL = (
@@ -21,7 +22,7 @@ AFTER_VERL = (
     "teacher prompts that leave no room for a response",
     "solutions to show, but none there",
 )
-CASES = [*VALUES, *WORDS, *DATA, *MODELS, *GRADERS, *MACHINE]
+CASES = [*VALUES, *WORDS, *DATA, *MODELS, *TEACHERS, *GRADERS, *MACHINE]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

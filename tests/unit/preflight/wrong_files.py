@@ -229,22 +229,6 @@ MODELS = [
         "is more than the 256 positions",
     ),
     wrong(
-        "more tokens than a served teacher has positions",
-        lambda w: (
-            f"method=opd\nteacher_server=cpu_tiny\nopd.teacher.path={w.model(config_with(max_position_embeddings=256))}"
-        ),
-        "teacher_model.inference.max_model_len=",
-        "is more than the 256 positions of opd.teacher.path",
-    ),
-    wrong(
-        "a pair that is longer than a served teacher has positions",
-        lambda w: (
-            f"method=opd\nteacher_server=vllm_cpu\nopd.teacher.path={w.model(config_with(max_position_embeddings=256))}"
-        ),
-        "opd.max_pair_length=",
-        "is more than the 256 positions of opd.teacher.path",
-    ),
-    wrong(
         "weights of which a projection cannot be read alone",
         lambda w: f"method=opd\nteacher_server=vllm_cpu\nopd.teacher.path={w.model(_in_an_older_format)}",
         "opd.teacher.path=",

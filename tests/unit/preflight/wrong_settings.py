@@ -6,6 +6,8 @@ from .wrong import ACTOR, ROLLOUT, wrong
 AGENT = f"{ROLLOUT}.agent.default_agent_loop=tool_agent"
 SERVED = "teacher_server=vllm_cpu"
 PRETENDED = "ray_kwargs.ray_init.num_gpus"
+TOPK = "method=opd teacher_server=cpu_tiny opd.divergence={kind:forward_kl,support:topk,k:8}"
+LIKELIEST, INFERENCE = "distillation.distillation_loss", "+distillation.teacher_models.teacher_model.inference"
 AHEAD, APART, SAMPLER = "asynchronous=one_step_off", "asynchronous=separate_cpu", "trainer.v1.sampler"
 
 VALUES = [
@@ -180,6 +182,53 @@ VALUES = [
         "beside a LoRA student",
         "backend=engine",
     ),
+    wrong(
+        "a whole distribution of verl's servers",
+        "method=opd teacher_server=cpu_tiny opd.divergence={kind:forward_kl,support:full}",
+        "opd.divergence.support=full needs the teacher's whole distribution",
+        "set support=topk with k",
+        "backend=vllm",
+    ),
+    wrong(
+        "the student's likeliest tokens of verl's servers",
+        f"{TOPK} opd.divergence.topk_by=student",
+        "topk_by=student asks the teacher about the student's likeliest tokens",
+        "set topk_by=teacher",
+    ),
+    wrong(
+        "a bucket at another temperature",
+        f"{TOPK} opd.divergence.temperature=2",
+        "opd.divergence.temperature=2 with tail=bucket",
+        "set temperature=1, or tail=renorm",
+    ),
+    wrong(
+        "sampled tokens of another temperature on verl's servers",
+        f"method=opd teacher_server=cpu_tiny {ROLLOUT}.temperature=0.7",
+        "rollout.temperature=0.7 (1.0)",
+    ),
+    wrong("another k than is asked for", f"{TOPK} {LIKELIEST}.topk=4", f"{LIKELIEST}.topk=4 must be 8"),
+    wrong(
+        "a loss for which nobody asks for k", f"{TOPK} {LIKELIEST}.loss_mode=k1", "loss_mode=k1 must be forward_kl_topk"
+    ),
+    wrong(
+        "likeliest tokens for a loss on the sampled one",
+        f"method=opd teacher_server=cpu_tiny {LIKELIEST}.loss_mode=forward_kl_topk",
+        "support=sampled reads the sampled one",
+        "set loss_mode=k3",
+    ),
+    wrong(
+        "a vLLM that gives fewer log-probs",
+        f"{TOPK} {INFERENCE}.engine_kwargs.vllm.max_logprobs=4",
+        "max_logprobs=4 has vLLM refuse",
+        "take it out",
+    ),
+    wrong("a vLLM that gives logits", f"{TOPK} {INFERENCE}.logprobs_mode=raw_logits", "raw_logits gives no log-probs"),
+    wrong(
+        "a credit of log-probs that nobody tells",
+        f"{TOPK} opd.credit.kind=position",
+        "'position' needs teacher_log_prob",
+    ),
+    wrong("a credit of an entropy that nobody tells", f"{TOPK} opd.credit.kind=srpo", "'srpo' needs teacher_entropy"),
     wrong("a place that no teacher is asked at", "opd.teacher.backend=vlm", "opd.teacher.backend=vlm", "vllm"),
     wrong("another of verl's", "trainer.v1.trainer_mode=separate_async", "separate_async", "know nothing of a teacher"),
     wrong("two nodes on one machine", "trainer.nnodes=2", "trainer.nnodes=2", "RAY_ADDRESS"),

@@ -329,6 +329,50 @@ def served_teacher():
 
 
 @seam(
+    "bridge/likeliest.py",
+    pins={
+        "verl.experimental.teacher_loop.teacher_manager:_get_teacher_sampling_params": "teacher_model_config "
+        "distillation_loss_config",
+        "verl.workers.rollout.vllm_rollout.utils:extract_prompt_logprobs": "output num_prompt_logprobs result_dict",
+    },
+)
+def likeliest_tokens(config):
+    """With ``loss_mode=forward_kl_topk`` verl asks its servers for ``topk`` log-probs and has vLLM allow so many; an
+    answer has them in the order of their ranks, row j of token j + 1, without the sampled one that is not among them.
+    """
+    from verl.experimental.teacher_loop.teacher_manager import _get_teacher_sampling_params
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config import DistillationConfig
+    from verl.workers.rollout.vllm_rollout.utils import extract_prompt_logprobs
+
+    from opd_ext.bridge import likeliest
+    from opd_ext.config.compose import compose_config
+
+    topk = "opd.divergence={kind: forward_kl, support: topk, k: 2}"
+    composed = compose_config(["method=opd", "teacher_server=cpu_tiny", "opd.teacher.path=/t", topk])
+    asked: DistillationConfig = omega_conf_to_dataclass(composed.distillation)
+    (teacher,) = asked.teacher_models.values()
+    assert _get_teacher_sampling_params(teacher, asked.distillation_loss)["prompt_logprobs"] == 2
+    assert teacher.inference.engine_kwargs["vllm"]["max_logprobs"] == 2
+    # vLLM puts the sampled token first, whatever its rank, and the likeliest behind it.
+    entries = [{9: (-5.0, 7), 3: (-0.2, 1), 4: (-2.0, 2)}, {4: (-1.5, 2), 3: (-0.4, 1)}]
+    entries = [{i: SimpleNamespace(logprob=p, rank=r) for i, (p, r) in entry.items()} for entry in entries]
+    found = {}
+    extract_prompt_logprobs(SimpleNamespace(prompt_logprobs=[None, *entries]), 2, found)
+    assert found["prompt_ids"] == [[3, 4], [3, 4], [0, 0]]
+    assert found["prompt_logprobs"] == [[-0.2, -2.0], [-0.4, -1.5], [0.0, 0.0]]
+    answer = torch.tensor(found["prompt_ids"], dtype=torch.int32), torch.tensor(found["prompt_logprobs"])
+    likeliest.check_answer(*answer, 2)
+    worker = _worker(distillation_enabled=True, teacher_key="data_source", served_topk=2)
+    manager = SimpleNamespace(compute_teacher_logprobs_single=AsyncMock(return_value=answer))
+    object.__setattr__(worker, "teacher_server_manager", manager)
+    output = AgentLoopOutput(prompt_ids=[1, 2], response_ids=[4], response_mask=[1], metrics={})
+    asyncio.run(worker._compute_teacher_logprobs(output, [1, 2], [4], validate=False))
+    assert output.as_dict()[likeliest.IDS].tolist() == [[3, 4], [3, 4], [0, 0]]
+    assert output.as_dict()[likeliest.LOG_PROBS].shape == (3, 2)
+
+
+@seam(
     "bridge/agent_loop.py",
     pins={"vllm.sampling_params:RequestOutputKind": None, "vllm:SamplingParams": None},
 )
