@@ -83,6 +83,7 @@ class Rank:
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
+        wide = "fp64" if spec.param_dtype == "fp64" else "fp32"  # of what is kept and added up; fp64: see `wide_floats`
         return (
             HFModelConfig(
                 path=str(self.folder / spec.model),
@@ -97,8 +98,8 @@ class Rank:
             FSDPEngineConfig(
                 strategy="fsdp2",
                 forward_only=spec.forward_only,
-                model_dtype="fp32",
-                mixed_precision={"param_dtype": spec.param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+                model_dtype=wide,
+                mixed_precision={"param_dtype": spec.param_dtype, "reduce_dtype": wide, "buffer_dtype": wide},
                 use_torch_compile=False,
                 ulysses_sequence_parallel_size=self.sequence_parallel,
             ),
@@ -259,10 +260,10 @@ class Rank:
             "micro_batches": len(output["loss"]),
         }
 
-    def train(self, update: Update) -> dict:
+    def train(self, update: Update, back: bool = True) -> dict:
         """One update through verl's ``train_mini_batch``: reduced metrics and whole weights after it.
 
-        The weights are put back, so that the next call starts from the checkpoint again.
+        With ``back`` the weights are put back, so that the next call starts from the checkpoint again.
         """
         from verl.utils import tensordict_utils as tu
         from verl.utils.metric import reduce_metrics
@@ -283,7 +284,8 @@ class Rank:
         output = student.train_mini_batch(batch)
         metrics = {} if output is None else reduce_metrics(tu.get(output, "metrics"))
         weights = {name: p.full_tensor().detach().clone() for name, p in student.engine.module.named_parameters()}
-        copy_shards(before, self.local_shards(EngineSpec(update.model)))
+        if back:
+            copy_shards(before, self.local_shards(EngineSpec(update.model)))
         return {"metrics": {name: float(value) for name, value in metrics.items()}, "weights": weights}
 
     def refresh(self, student: str, teacher: str, rate: float | None) -> dict:

@@ -94,11 +94,11 @@ def preset(method: str) -> Update:
 
 
 def every_update(cases: dict[str, Update], rank: Rank) -> dict:
-    found = {name: _with_rows(rank, update) for name, update in cases.items()}
+    found = {name: with_rows(rank, update) for name, update in cases.items()}
     return {"updates": found, "trained": rank.train(USUAL)}
 
 
-def _with_rows(rank: Rank, update: Update) -> dict:
+def with_rows(rank: Rank, update: Update) -> dict:
     """An update's gradients, and the rows that this rank's head has seen of the student's and a teacher's."""
     from opd_ext.objective import objective
 
