@@ -27,6 +27,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric.utils import Metric
 from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 
@@ -76,6 +77,18 @@ def _hidden_rows(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
+@contextmanager
+def _unpinned() -> Iterator[None]:
+    """On a CPU stream weights from memory as it is: verl pins it, for which torch asks an accelerator."""
+    policy = transformer_impl.CPUOffloadPolicy
+    if get_device_name() == "cpu":
+        transformer_impl.CPUOffloadPolicy = lambda pin_memory: policy(pin_memory=False)
+    try:
+        yield
+    finally:
+        transformer_impl.CPUOffloadPolicy = policy
+
+
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
 class OPDEngine(FSDPEngineWithLMHead):
@@ -118,7 +131,8 @@ class OPDEngine(FSDPEngineWithLMHead):
         """
         config = self.engine_config
         if not config.forward_only or config.offload_policy or config.param_offload:
-            return super()._build_fsdp_module(module)
+            with _unpinned():
+                return super()._build_fsdp_module(module)
         try:
             self.engine_config = dataclasses.replace(config, forward_only=False)
             return super()._build_fsdp_module(module)

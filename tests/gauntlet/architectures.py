@@ -16,8 +16,9 @@ from opd_ext.tokens.ends import stop_ids
 from tests.gauntlet.engines import agrees
 from tests.gauntlet.rollouts import put_rollouts
 from tests.stack.dense_reference import dense_update
-from tests.stack.engine_harness import VOCABULARY, EngineSpec, Rank, Update
-from tests.stack.test_engine import FP32, REORDERED, SAMPLES, distance
+from tests.stack.engine_cases import FP32, REORDERED, SAMPLES, distance
+from tests.stack.engine_harness import Rank
+from tests.stack.engine_inputs import VOCABULARY, EngineSpec, Update
 from tests.unit.teacher.conftest import CHATML
 
 SHAPE = {

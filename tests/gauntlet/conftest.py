@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 
 from opd_ext import plugin
 from opd_ext.tinymath.shipped import FOLDER
-from tests.stack.engine_harness import Rank, save_models
+from tests.stack.engine_harness import Rank
+from tests.stack.engine_inputs import save_models
 from tests.unit.bridge.contract.conftest import _composed, _queue, config, model, queue  # noqa: F401
 from tests.unit.conftest import presets_composed_once  # noqa: F401
 from tests.unit.preflight.conftest import _right, start, world  # noqa: F401

@@ -14,18 +14,9 @@ from opd_ext.objective.objective import Objective
 from opd_ext.teacher.kinds import get_teacher
 from tests.gauntlet.frozen import FROZEN
 from tests.stack.dense_reference import dense_update
-from tests.stack.engine_harness import EngineSpec, Rank, Update, make_samples, run_ranks, to_batch
-from tests.stack.test_engine import (
-    DIVERGENCES,
-    FP32,
-    METHODS,
-    NOTHING,
-    REORDERED,
-    SAMPLES,
-    SOME,
-    distance,
-    identical,
-)
+from tests.stack.engine_cases import DIVERGENCES, FP32, METHODS, NOTHING, REORDERED, SAMPLES, SOME, distance, identical
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import EngineSpec, Update, make_samples, to_batch
 
 LORA_RANK = 4
 

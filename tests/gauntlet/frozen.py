@@ -2,7 +2,7 @@
 """Loss and norm of the gradient of one batch under many objectives, as the dense reference gave them in float64.
 
 The reference (tests/stack/dense_reference.py) uses neither verl nor this package, so no version of either may move
-them. The updates are those of tests/stack/test_engine.py; torch's generator makes models and rollouts.
+them. The updates are those of tests/stack/engine_cases.py; torch's generator makes models and rollouts.
 """
 
 FROZEN = {

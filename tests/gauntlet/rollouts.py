@@ -19,7 +19,8 @@ from opd_ext.context.sequence import render
 from opd_ext.tokens.dataset import TokenDataset
 from opd_ext.tokens.tables import TRAINING, content_key, write_table
 from tests.gauntlet.engines import agrees
-from tests.stack.engine_harness import Rank, Sample, Update
+from tests.stack.engine_harness import Rank
+from tests.stack.engine_inputs import Sample, Update
 from tests.unit.bridge.contract.seams import bare
 
 CHATS = [[{"role": "user", "content": f"What is {'1+' * n}1?"}] for n in (0, 3, 9, 20)]

@@ -59,7 +59,7 @@ def clipped_surrogate(logq: Tensor, old: Tensor, advantage: Tensor, low: float, 
 
 
 def dense_update(folder: Path, update, shift: int = 0) -> dict:
-    """Loss, gradients and token means of ``update`` (an :class:`~tests.stack.engine_harness.Update`).
+    """Loss, gradients and token means of ``update`` (an :class:`~tests.stack.engine_inputs.Update`).
 
     Args:
         folder: holds the model folders.

@@ -14,8 +14,9 @@ import torch
 from opd_ext.checkpoints.shards import Sharded
 from opd_ext.objective.objective import Objective
 from opd_ext.teacher.kinds import External, Frozen, Live, MovingAverage, Periodic, TrustRegion
-from tests.stack.engine_harness import EngineSpec, Rank, Update, run_ranks, save_models, to_batch
-from tests.stack.test_engine import METHODS, REORDERED, SAMPLES, distance
+from tests.stack.engine_cases import METHODS, REORDERED, SAMPLES, distance
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import EngineSpec, Update, save_models, to_batch
 
 STUDENT = EngineSpec("untied", lora_rank=4)
 SCALE = 2.0  # alpha over rank, see the harness

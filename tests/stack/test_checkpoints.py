@@ -12,7 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.stack.conftest import metrics, shards
-from tests.stack.engine_harness import EngineSpec, Rank, run_ranks, save_models
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import EngineSpec, save_models
 from tests.stack.replay import in_prompt_order, replay
 
 SPECS = {

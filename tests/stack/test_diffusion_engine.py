@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.stack.engine_harness import VOCABULARY, EngineSpec, Rank, run_ranks, save_models
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import VOCABULARY, EngineSpec, save_models
 
 MASK = VOCABULARY - 1
 BLOCK = 4

@@ -13,9 +13,10 @@ import torch
 from opd_ext.divergence.config import Branch
 from opd_ext.objective.objective import Objective
 from tests.stack.conftest import metrics
-from tests.stack.engine_harness import Rank, Update, run_ranks, save_models
+from tests.stack.engine_cases import SAME_PROMPTS
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import Update, save_models
 from tests.stack.replay import in_prompt_order, replay
-from tests.stack.test_engine import SAME_PROMPTS
 
 # Two float32 passes of one model, packed and alone: the bound that docs/teachers.md names.
 EXACT = 1e-5

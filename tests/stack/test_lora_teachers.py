@@ -15,7 +15,8 @@ import yaml
 from opd_ext import recorded
 from opd_ext.checkpoints.export import export
 from tests.stack.conftest import metrics, shards
-from tests.stack.engine_harness import WHOLE, EngineSpec, Rank, Sample, run_ranks, to_batch
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import WHOLE, EngineSpec, Sample, to_batch
 from tests.stack.replay import in_prompt_order, interrupted, replay
 from tests.stack.test_adapter_teachers import Hybrid
 

@@ -10,8 +10,9 @@ from opd_ext.divergence.config import Branch
 from opd_ext.divergence.sampled import Surrogate
 from opd_ext.objective.objective import Objective
 from opd_ext.policy import Shaping
-from tests.stack.engine_harness import VOCABULARY, Rank, Update, make_samples, run_ranks, save_models, to_batch
-from tests.stack.test_engine import REORDERED, SPLITS, distance
+from tests.stack.engine_cases import REORDERED, SPLITS, distance
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import VOCABULARY, Update, make_samples, save_models, to_batch
 
 CHUNK, HIDDEN = 4, 32
 SAMPLES = make_samples([7, 12, 1, 9, 5, 15, 3, 8])

@@ -9,7 +9,8 @@ import torch
 from opd_ext.plan.disk import checkpoint_bytes
 from opd_ext.plan.run import Sharding
 from opd_ext.plan.shapes import of_folder
-from tests.stack.engine_harness import EngineSpec, Rank, Update, make_samples, run_ranks, save_models
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import EngineSpec, Update, make_samples, save_models
 
 
 @dataclasses.dataclass(frozen=True)

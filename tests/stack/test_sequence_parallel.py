@@ -15,16 +15,9 @@ from opd_ext.config.compose import CONFIG_DIR, compose_config
 from opd_ext.config.old_policy import old_log_probs, sampler_cap
 from opd_ext.objective.objective import Objective
 from opd_ext.policy import Shaping
-from tests.stack.engine_harness import (
-    LEARNING_RATE,
-    Rank,
-    Sample,
-    Update,
-    make_samples,
-    run_ranks,
-    save_models,
-)
-from tests.stack.test_engine import CUT, METHODS, MIXED, NOTHING, SAME_PROMPTS, SAMPLES, SEVERAL, SOME, TIED, USUAL
+from tests.stack.engine_cases import CUT, METHODS, MIXED, NOTHING, SAME_PROMPTS, SAMPLES, SEVERAL, SOME, TIED, USUAL
+from tests.stack.engine_harness import LEARNING_RATE, Rank, run_ranks
+from tests.stack.engine_inputs import Sample, Update, make_samples, save_models
 from tests.stack.test_old_policy import UPDATES as OLD_POLICY
 from tests.unit.test_config import PATHS
 
@@ -101,11 +94,11 @@ def preset(method: str) -> Update:
 
 
 def every_update(cases: dict[str, Update], rank: Rank) -> dict:
-    found = {name: _with_rows(rank, update) for name, update in cases.items()}
+    found = {name: with_rows(rank, update) for name, update in cases.items()}
     return {"updates": found, "trained": rank.train(USUAL)}
 
 
-def _with_rows(rank: Rank, update: Update) -> dict:
+def with_rows(rank: Rank, update: Update) -> dict:
     """An update's gradients, and the rows that this rank's head has seen of the student's and a teacher's."""
     from opd_ext.objective import objective
 
@@ -269,7 +262,7 @@ def test_four_ranks_that_share_make_the_update_of_one(four, one, name):
 def test_pairs_that_share_and_split_the_batch_make_the_update_of_one(pairs, one, name):
     expected = one["updates"][name]
     for rank in pairs:
-        # Other micro-batches than one rank's: 1e-5 as in test_engine.REORDERED.
+        # Other micro-batches than one rank's: 1e-5 as in engine_cases.REORDERED.
         assert distance(rank["updates"][name], expected) < 1e-5
         assert rank["updates"][name]["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
 

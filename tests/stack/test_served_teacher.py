@@ -21,9 +21,10 @@ from opd_ext.launch import PATH_VARIABLE
 from opd_ext.teacher import copy_shards, ema_shards
 from opd_ext.teacher.config import ServingConfig
 from tests.stack.conftest import command, metrics, shards
-from tests.stack.engine_harness import EngineSpec, Rank, Update, run_ranks, save_models
+from tests.stack.engine_cases import DIVERGENCES, METHODS, MIXED, SAMPLES, SOME
+from tests.stack.engine_harness import Rank, run_ranks
+from tests.stack.engine_inputs import EngineSpec, Update, save_models
 from tests.stack.replay import in_prompt_order, replay
-from tests.stack.test_engine import DIVERGENCES, METHODS, MIXED, SAMPLES, SOME
 
 # Two float32 computations of the same hidden states by other kernels. Measured over all updates below, on one rank:
 # loss 2.3e-7, metrics 3.7e-7, gradients 4.8e-7; twenty times that is the bound that docs/teachers.md names.

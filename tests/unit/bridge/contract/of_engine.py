@@ -100,12 +100,16 @@ def head(engine, jagged):
 
 @seam(
     "bridge/engine.py",
-    covers="OPDEngine._build_fsdp_module OPDEngine.engine_config",
-    pins={f"{FSDP}_build_fsdp_module": "self module"},
+    covers="OPDEngine._build_fsdp_module OPDEngine.engine_config transformer_impl.CPUOffloadPolicy",
+    pins={
+        f"{FSDP}_build_fsdp_module": "self module",
+        "verl.workers.engine.fsdp.transformer_impl:CPUOffloadPolicy": None,
+    },
 )
 def forward_only(engine):
     """A forward-only module is streamed from pinned host memory, decided by ``engine_config.forward_only`` there."""
     # Pinned memory needs an accelerator, so this is read. Our override clears the flag while the module is wrapped.
+    # Where the config asks for offload, but there is no accelerator, a policy that does not pin stands under that name.
     says(
         f"{FSDP}_build_fsdp_module",
         "if self.engine_config.offload_policy or self.engine_config.forward_only:",
