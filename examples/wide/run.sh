@@ -24,8 +24,10 @@ settings() { # NAME: what it is made of, one override per line
             actor_rollout_ref.actor.optim.lr=1e-3 ;;
         node_async) set -- recipe=crisp/qwen3_8b asynchronous=one_step_off ;;
         node_separate) set -- recipe=crisp/qwen3_8b asynchronous=separate_node_8xh200 ;;
-        node_sequence_parallel) set -- recipe=crisp/qwen3_8b opd.rollout.train_tokens=32768 opd.max_pair_length=34816 \
-            actor_rollout_ref.actor.ulysses_sequence_parallel_size=4 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=9216 ;;
+        node_sequence_parallel) set -- recipe=crisp/qwen3_8b opd.rollout.train_tokens=32768 \
+            data.max_response_length=32768 opd.max_pair_length=34816 actor_rollout_ref.rollout.max_model_len=34816 \
+            actor_rollout_ref.actor.ulysses_sequence_parallel_size=4 \
+            actor_rollout_ref.actor.ppo_max_token_len_per_gpu=9216 ;;
         node_horizon) set -- recipe=opd/qwen3_0_6b 'opd.horizon={start: 0.1, end: 0.5, steps: 100, stop: true}' ;;
         node_served_teacher) set -- recipe=crisp/qwen3_8b trainer.n_gpus_per_node=4 teacher_server=vllm_node_8xh200 ;;
         node_likeliest) set -- recipe=opd/qwen3_0_6b teacher_server=node_8xh200 trainer.n_gpus_per_node=4 \
