@@ -27,6 +27,7 @@ from tests.stack.wide_floats import allow_float64
 # and micro-batches lose one. Measured: 3.2e-15 at most, of four ranks that take eight sequences one by one, and of
 # pairs. A number that is cut to float32 on its way between ranks shows at 1e-8; a row that is dealt wrongly at 1e-2.
 EXACT = 1e-12
+ENTROPIES = 1e-6  # nats of unit scale: bridge/old_policy.py reads whole logits as float32, for metrics alone
 RANK = 4  # of the adapters
 LORA = {
     "an adapter that moves": Update(SAMPLES),
@@ -112,7 +113,8 @@ def equal(actual: dict, expected: dict, distance: Callable, pair: int | None = N
     for field, rows in expected["said"].items():
         own = rows if pair is None else rows[pair * len(rows) // 2 : (pair + 1) * len(rows) // 2]
         for a, b in zip(actual["said"][field], own, strict=True):
-            assert (a - b).abs().max() < EXACT, field
+            # The last place of a row predicts whatever lies behind it in the pack.
+            assert (a - b)[:-1].abs().max() < (ENTROPIES if field == "entropy" else EXACT), field
 
 
 pytestmark = pytest.mark.slow  # 77 updates in processes of 1, 2 and 4
