@@ -83,7 +83,7 @@ class Silence:
             )
 
 
-def processes(loops: Any, graders: Any, replicas: Any, ranks: Any) -> dict[str, Any]:
+def processes(loops: Any, graders: Any, replicas: Any, ranks: Any, teachers: Any = None) -> dict[str, Any]:
     """The actors without which a run cannot go on, by a name for people.
 
     Args:
@@ -91,11 +91,16 @@ def processes(loops: Any, graders: Any, replicas: Any, ranks: Any) -> dict[str, 
         graders: the reward workers, None if the trainer grades.
         replicas: of the rollout engine; each holds its servers.
         ranks: the worker group that trains.
+        teachers: verl's manager of its own teacher servers, None without any.
     """
+    of_teachers = [] if teachers is None else teachers.teacher_model_managers.values()
     groups = {
         "agent loop worker": loops.agent_loop_workers,
         "reward worker": graders or (),
         "vLLM server": [server for replica in replicas for server in replica.servers],
+        "verl's teacher server": [
+            server for manager in of_teachers for replica in manager.rollout_replicas for server in replica.servers
+        ],
         "trainer rank": ranks.workers,
         "queue": _queue(),
     }

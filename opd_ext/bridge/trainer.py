@@ -315,7 +315,8 @@ class OPDTrainer(PPOTrainer):
         self.log.say("the stack is up")
         graders = self.reward_loop_manager.reward_loop_worker_handles
         replicas = [replica for manager in self._rollout_server_managers() for replica in manager.get_replicas()]
-        actors = processes(agent_loop_manager, graders, replicas, self.actor_rollout_wg)
+        teachers = self.teacher_model_manager  # verl's own
+        actors = processes(agent_loop_manager, graders, replicas, self.actor_rollout_wg, teachers)
         with guarded(Liveness(actors | dict(teacher_server.processes(self.teacher_servers)))):
             super().fit(agent_loop_manager)
 

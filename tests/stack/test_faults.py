@@ -3,6 +3,7 @@
 
 import shlex
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 
@@ -94,6 +95,45 @@ def test_a_run_whose_processes_die_ends_and_says_so(world, tmp_path, title, name
     assert run.returncode == 1
     (last,) = [line for line in said.split("\n") if line.startswith("opd train: ")]
     assert name in last, said[-3000:]
+    assert (tmp_path / "run/checkpoints/global_step_1").is_dir(), "step 1 is not lost"
+
+
+# Who the teacher's server of verl is, only Ray can say: its process is called as those of the student are.
+NAMES = """
+import os
+import ray
+from pathlib import Path
+
+(server,) = [one for one in ray.util.list_named_actors(all_namespaces=True) if "teacher" in one["name"]]
+pid = ray.get(ray.get_actor(**server).__ray_call__.remote(lambda self: os.getpid()))
+Path("{folder}/victim").write_text(str(pid))
+"""
+
+
+@pytest.mark.slow
+def test_a_teachers_server_of_verl_that_dies_ends_the_run_and_is_named(world, tmp_path):
+    """The last rollouts of step 2 are being scored or wait for it; step 1 is kept."""
+    held = GRADER.format(folder=tmp_path, seconds=15)
+    told = held.replace(".touch()", ".touch()\n        _tell()") + "\n\ndef _tell():\n"
+    told += textwrap.indent(NAMES.format(folder=tmp_path), "    ")
+    (tmp_path / "grader.py").write_text(told)
+    settings = ["method=opd", "teacher_server=cpu_tiny", f"reward.custom_reward_function.path={tmp_path}/grader.py"]
+    settings += ["trainer.total_training_steps=4", "data.train_batch_size=32", "trainer.save_freq=1"]
+    with (tmp_path / "console").open("w") as console:
+        words = command(tmp_path / "run", *settings)
+        run = subprocess.Popen(words, env=alone(world), cwd=tmp_path, stdout=console, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 400
+        while not (tmp_path / "victim").exists() or not (tmp_path / "victim").read_text():
+            assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "console").read_text()[-4000:]
+            time.sleep(0.2)
+        psutil.Process(int((tmp_path / "victim").read_text())).kill()
+        run.wait(ENDS_IN_S)
+    finally:
+        run.kill()
+    said = (tmp_path / "console").read_text()
+    (last,) = [line for line in said.split("\n") if line.startswith("opd train: ")]
+    assert run.returncode == 1 and "verl's teacher server 0 is dead" in last, said[-3000:]
     assert (tmp_path / "run/checkpoints/global_step_1").is_dir(), "step 1 is not lost"
 
 

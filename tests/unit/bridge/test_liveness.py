@@ -88,6 +88,12 @@ def test_every_process_that_a_run_waits_for_is_watched(monkeypatch):
         **{"vLLM server 0": "s", "vLLM server 1": "t", "vLLM server 2": "u", "queue 0": queue, "queue 1": unit},
     }
     assert len(processes(loops, None, replicas, SimpleNamespace(workers=["w"]))) == 8, "the trainer itself grades"
+    managers = {"maths": SimpleNamespace(rollout_replicas=replicas), "code": SimpleNamespace(rollout_replicas=replicas)}
+    teachers = SimpleNamespace(teacher_model_managers=managers)
+    watched = processes(loops, ["g"], replicas, SimpleNamespace(workers=["w"]), teachers)
+    assert {name: actor for name, actor in watched.items() if name not in found} == {
+        f"verl's teacher server {i}": actor for i, actor in enumerate("stustu")
+    }
 
 
 def test_a_death_interrupts_a_wait_that_has_no_limit_of_its_own(answers, monkeypatch):

@@ -89,7 +89,7 @@ def replay(config, queue, monkeypatch):
 
 @seam(
     "bridge/liveness.py",
-    covers="buffer._wait_for_next_poll __ray_ready__ _TQ_CONTROLLER _TQ_STORAGE",
+    covers="buffer._wait_for_next_poll __ray_ready__ _TQ_CONTROLLER _TQ_STORAGE OPDTrainer.teacher_model_manager",
     pins={
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._wait_for_next_poll": "self partition_id last_debug_time",
         "verl.workers.rollout.llm_server:LLMServerManager.get_replicas": "self",
@@ -118,6 +118,11 @@ def waiting(config, queue):
     says("verl.workers.rollout.replica:RolloutReplica.__init__", "self.servers: list[ActorHandle] = []")
     assert issubclass(ray.exceptions.ActorUnavailableError, ray.exceptions.RayActorError)
     says("verl.trainer.ppo.v1.trainer_base:PPOTrainer._setup", "self.llm_server_manager: LLMServerManager =")
+    teachers = "verl.experimental.teacher_loop.teacher_model:"
+    says("verl.trainer.ppo.v1.trainer_base:PPOTrainer._setup", "self.teacher_model_manager = MultiTeacherModelManager(")
+    says("verl.trainer.ppo.v1.trainer_base:PPOTrainer._setup", "self.teacher_model_manager = None")
+    says(f"{teachers}MultiTeacherModelManager.__init__", "self.teacher_model_managers: dict[str, TeacherModelManager]")
+    says(f"{teachers}TeacherModelManager._initialize_llm_servers", "self.rollout_replicas = [")
     says("ray.actor:_modify_class", "def __ray_ready__(self): return True")
     assert interface._TQ_CONTROLLER is None and not interface._TQ_STORAGE, (
         "handles, where this process has started them"
