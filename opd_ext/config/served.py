@@ -104,9 +104,9 @@ def _check_asked(opd: OPDConfig, config: DictConfig) -> None:
     if str(inference.get("logprobs_mode")).endswith("logits"):
         raise ConfigError(f"{_INFERENCE}.logprobs_mode={inference.logprobs_mode} gives no log-probs: take it out.")
     most = OmegaConf.select(inference, "engine_kwargs.vllm.max_logprobs") if inference else None
-    if k is not None and most is not None and 0 <= most < k:
+    if k is not None and most is not None and most < k:  # -1, all of them for vLLM, is too few for verl
         raise ConfigError(
-            f"{_INFERENCE}.engine_kwargs.vllm.max_logprobs={most} has vLLM refuse the opd.divergence.k={k} log-probs "
+            f"{_INFERENCE}.engine_kwargs.vllm.max_logprobs={most} is too few for the opd.divergence.k={k} log-probs "
             "that it is asked for: take it out, verl sets it."
         )
 

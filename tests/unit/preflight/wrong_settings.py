@@ -219,7 +219,7 @@ VALUES = [
     wrong(
         "a vLLM that gives fewer log-probs",
         f"{TOPK} {INFERENCE}.engine_kwargs.vllm.max_logprobs=4",
-        "max_logprobs=4 has vLLM refuse",
+        "max_logprobs=4 is too few",
         "take it out",
     ),
     wrong("a vLLM that gives logits", f"{TOPK} {INFERENCE}.logprobs_mode=raw_logits", "raw_logits gives no log-probs"),
