@@ -104,7 +104,7 @@ import os
 import ray
 from pathlib import Path
 
-(server,) = [one for one in ray.util.list_named_actors(all_namespaces=True) if "teacher" in one["name"]]
+(server,) = [one for one in ray.util.list_named_actors(all_namespaces=True) if "server_teacher" in one["name"]]
 pid = ray.get(ray.get_actor(**server).__ray_call__.remote(lambda self: os.getpid()))
 Path("{folder}/victim").write_text(str(pid))
 """
