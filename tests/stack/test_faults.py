@@ -98,6 +98,23 @@ def test_a_run_whose_processes_die_ends_and_says_so(world, tmp_path, title, name
     assert (tmp_path / "run/checkpoints/global_step_1").is_dir(), "step 1 is not lost"
 
 
+@pytest.mark.slow
+def test_a_grader_that_hangs_ends_the_run_after_its_time_and_is_named(world, tmp_path):
+    """It hangs in step 2 for longer than the test may take; the run waits for what ``grading_seconds`` says."""
+    (tmp_path / "grader.py").write_text(GRADER.format(folder=tmp_path, seconds=3600))
+    settings = [f"reward.custom_reward_function.path={tmp_path}/grader.py", "opd.rollout.grading_seconds=5"]
+    settings += ["trainer.total_training_steps=4", "data.train_batch_size=32", "trainer.save_freq=1"]
+    words = command(tmp_path / "run", *settings)
+    ended = subprocess.run(words, env=alone(world), cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    after = time.time() - (tmp_path / "waiting").stat().st_ctime
+    said = ended.stdout + ended.stderr
+    (last,) = [line for line in said.split("\n") if line.startswith("opd train: ")]
+    assert ended.returncode == 1 and "opd.rollout.grading_seconds=5" in last, said[-3000:]
+    assert "rollouts could not be finished or graded" in last
+    assert after < ENDS_IN_S
+    assert (tmp_path / "run/checkpoints/global_step_1").is_dir(), "step 1 is not lost"
+
+
 # Who the teacher's server of verl is, only Ray can say: its process is called as those of the student are.
 NAMES = """
 import os

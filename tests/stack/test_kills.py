@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Twenty kills at random moments, and every run ends as it would have without them, bit for bit.
+"""Twenty-two kills at random moments, and every run ends as it would have without them, bit for bit.
 
 A run is killed with all of its processes, started again, killed again, and at last left alone. The moments are drawn
 from a generator: a step, and how far into the next one; or, where that step is behind it, how long after the start.
@@ -30,9 +30,10 @@ RUNS = {  # settings, kills
     "trace": (["method=trace", "opd.teacher.interval=2", *GROUPS], 3),
     "iw_opd": (["method=iw_opd", "opd.max_teacher_entropy=null"], 3),
     "one_step_off": (["method=crisp", "opd.teacher.interval=2", "asynchronous=one_step_off"], 3),
+    "separate": (["method=crisp", "opd.teacher.interval=2", "asynchronous=separate_cpu"], 2),
     "agents": (["method=crisp", "opd.teacher.interval=2", "scale=cpu_tiny_tools", "data.max_response_length=256"], 3),
 }
-assert sum(kills for _, kills in RUNS.values()) == 20
+assert sum(kills for _, kills in RUNS.values()) == 22
 
 
 def lines(run_dir):
