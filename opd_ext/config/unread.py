@@ -14,6 +14,8 @@ from opd_ext.config.schema import OPDConfig
 from opd_ext.errors import ConfigError
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_DISTILLATION = "distillation.distillation_loss"
+_OURS = "of verl's servers only the log-probs are taken, and the loss is opd.divergence"
 _ROWS = "generations/ of the run folder has every rollout and validation"
 _NO_CRITIC = "this trainer has no critic"
 _LEGACY = "set reward.{}, verl's place for it"
@@ -51,6 +53,15 @@ NEVER: Table = {
     "custom_reward_function": (None, _LEGACY.format("custom_reward_function")),
     "reward_model": (None, _LEGACY.format("num_workers, .reward_manager or .reward_model")),
     "sandbox_fusion": (None, _LEGACY.format("sandbox_fusion")),
+    f"{_DISTILLATION}.use_task_rewards": (True, "set opd.policy for an RL term"),
+    f"{_DISTILLATION}.distillation_loss_coef": (1.0, _OURS),
+    f"{_DISTILLATION}.loss_max_clamp": (None, "set opd.divergence.clip"),
+    f"{_DISTILLATION}.log_prob_min_clamp": (None, _OURS),
+    f"{_DISTILLATION}.use_policy_gradient": (False, _OURS),
+    f"{_DISTILLATION}.policy_loss_mode": ("vanilla", "set opd.policy.loss"),
+    f"{_DISTILLATION}.clip_ratio": (0.2, "set opd.divergence.ratio_clip"),
+    f"{_DISTILLATION}.clip_ratio_low": (0.2, "set opd.divergence.ratio_clip"),
+    f"{_DISTILLATION}.clip_ratio_high": (0.2, "set opd.divergence.ratio_clip"),
     "skip.rollout.enable": (False, "every step samples"),
     "skip.async_rollout.enable": (False, "every step samples"),
 }
