@@ -90,6 +90,7 @@ def collapse(config, queue, monkeypatch, model, tmp_path) -> None:
     trainer.protocol = evaluation.protocol(trainer)
     trainer._init_dump_executor()
     trainer.reward_loop_manager, trainer.teacher_servers = SimpleNamespace(reward_loop_worker_handles=None), {}
+    trainer.teacher_model_manager = None
     trainer.llm_server_manager = SimpleNamespace(get_replicas=list)
     trainer.actor_rollout_wg.workers, trainer.filtered = [], 0.0  # no process is watched, no prompt was dropped
     trainer.watch = SimpleNamespace(look=lambda *_, **__: {})  # alarms have tests of their own
