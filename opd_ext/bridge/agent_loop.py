@@ -162,9 +162,9 @@ class OPDAgentLoopWorker(_Worker):
         """verl's hook between the score of a rollout and its way into the queue: the rollout servers are still awake,
         and earlier rollouts are annotated while later ones are being sampled."""
         scoring = super()._compute_teacher_logprobs(output, prompt_ids, response_ids, validate, **kwargs)
-        await (
-            scoring if self.served_topk is None or validate else likeliest.answered(scoring, output, self.served_topk)
-        )
+        if self.served_topk is not None and not validate:
+            scoring = likeliest.answered(scoring, output, self.served_topk)
+        await scoring
         if self.annotator is not None and not validate and FAILURE not in output.extra_fields:
             annotation = await self._annotate(output, kwargs["sample_kwargs"])
             if annotation is not None:
